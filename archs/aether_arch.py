@@ -1,0 +1,942 @@
+"""AetherNet: single-image super-resolution made to be fused, exported and quantised.
+
+One file, needs only torch (1.13 or newer, Python 3.8 or newer). Copy it unchanged into ``neosr/archs/``, ``traiNNer/archs/`` or
+``basicsr/archs/`` and it registers ``aether_small``, ``aether_medium`` and ``aether_large`` there; imported alone it imports no
+framework. A network has one of two forms, each a class of its own:
+
+    AetherNet       the training form: two depthwise branches, norms with running statistics, separate reconstruction layers
+    FusedAetherNet  the same function as plain convolutions, activations, attention and additions
+
+``model.fuse_model()`` turns the first into the second; ``eval()`` and ``train()`` never do. Loading a state dict gives the network
+the form of the file.
+
+Source: https://github.com/phhofm (AetherNet by Philip Hofmann). Licence: MIT.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import re
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Type
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+__version__ = "0.1.0"
+SCALES = (1, 2, 3, 4, 8)
+
+
+# ---------------------------------------------------------------------------------------------------------------- blocks
+
+
+class ReparamLargeKernelConv(nn.Module):
+    """Depthwise convolution with a large and a small kernel in parallel: ``lk(x) + sk(x)``, (N, C, H, W) -> (N, C, H, W).
+
+    Both branches are linear and nothing stands inside a branch, so one convolution with the summed kernel gives the same output
+    and the same gradients in one pass. Reference: RepLKNet, https://arxiv.org/abs/2203.06717
+    """
+
+    def __init__(self, channels: int, lk_kernel: int, sk_kernel: int) -> None:
+        super().__init__()
+        self.lk_conv = nn.Conv2d(channels, channels, lk_kernel, padding=lk_kernel // 2, groups=channels, bias=False)
+        self.sk_conv = nn.Conv2d(channels, channels, sk_kernel, padding=sk_kernel // 2, groups=channels, bias=False)
+        self.lk_bias = nn.Parameter(torch.zeros(channels))
+        self.sk_bias = nn.Parameter(torch.zeros(channels))
+
+    def reparameterize(self) -> Tuple[Tensor, Tensor]:
+        """Weight (C, 1, K, K) and bias (C,) of the one convolution that equals both branches."""
+        border = (self.lk_conv.kernel_size[0] - self.sk_conv.kernel_size[0]) // 2
+        return self.lk_conv.weight + F.pad(self.sk_conv.weight, [border] * 4), self.lk_bias + self.sk_bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.reparameterize()
+        return F.conv2d(x, weight, bias, padding=self.lk_conv.padding, groups=self.lk_conv.groups)
+
+
+class DeploymentNorm(nn.Module):
+    """Per-channel norm over (N, H, W) whose evaluation form is a scale and a shift.
+
+    As BatchNorm, but the running variance is the biased one and every tensor has the shape (1, C, 1, 1). With ``renorm`` the training
+    output is normalised with the running statistics too, while gradients flow through the batch's: Batch Renormalization,
+    https://arxiv.org/abs/1702.03275, which ends the drift between training and validation at small batches.
+    """
+
+    eps = 1e-5
+    momentum = 0.1
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, channels: int, renorm: bool = False) -> None:
+        super().__init__()
+        self.renorm = renorm
+        self.weight = nn.Parameter(torch.ones(1, channels, 1, 1))
+        self.bias = nn.Parameter(torch.zeros(1, channels, 1, 1))
+        self.register_buffer("running_mean", torch.zeros(1, channels, 1, 1))
+        self.register_buffer("running_var", torch.ones(1, channels, 1, 1))
+
+    def scale_and_shift(self) -> Tuple[Tensor, Tensor]:
+        """The evaluation form ``x * scale + shift``, both (C,)."""
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        return scale.flatten(), (self.bias - self.running_mean * scale).flatten()
+
+    def statistics_to_parameters(self) -> None:
+        """Hold the statistics as parameters without gradient, for an averaging that visits parameters only; names stay the same."""
+        for name in ("running_mean", "running_var"):
+            value = self._buffers.pop(name)
+            self.register_parameter(name, nn.Parameter(value, requires_grad=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight.flatten(), self.bias.flatten()
+        if not self.training:
+            return F.batch_norm(x, self.running_mean.flatten(), self.running_var.flatten(), weight, bias, eps=self.eps)
+        if self.renorm:
+            out, mean, invstd = torch.native_batch_norm(x, None, None, None, None, True, 0.0, self.eps)
+        else:
+            out, mean, invstd = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, self.eps)
+        with torch.no_grad():
+            mean, invstd = mean.view_as(self.running_mean).float(), invstd.view_as(self.running_var).float()
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+            self.running_var.lerp_((invstd.pow(-2) - self.eps).to(self.running_var.dtype), self.momentum)
+            if self.renorm:
+                running_invstd = (self.running_var + self.eps).rsqrt()
+                ratio, offset = running_invstd / invstd, (mean - self.running_mean) * running_invstd
+        if self.renorm:
+            out = out * (self.weight * ratio).to(out.dtype) + (self.bias + self.weight * offset).to(out.dtype)
+        return out
+
+
+class GatedConvFFN(nn.Module):
+    """Gated feed-forward layer: ``conv_out(SiLU(conv_gate(x) * temperature) * conv_main(x))``, all 1x1.
+
+    Reference: GLU variants, https://arxiv.org/abs/2002.05202
+    """
+
+    def __init__(self, channels: int, hidden: int, drop: float) -> None:
+        super().__init__()
+        self.conv_gate = nn.Conv2d(channels, hidden, 1)
+        self.conv_main = nn.Conv2d(channels, hidden, 1)
+        self.conv_out = nn.Conv2d(hidden, channels, 1)
+        self.temperature = nn.Parameter(torch.ones(1))
+        self.drop1 = nn.Dropout(drop)
+        self.drop2 = nn.Dropout(drop)
+
+    def reparameterize(self) -> Tuple[Tensor, Tensor]:
+        """Weight and bias of the gate with the temperature in them: a pass over weights instead of one over pixels."""
+        return self.conv_gate.weight * self.temperature, self.conv_gate.bias * self.temperature
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = F.conv2d(x, *self.reparameterize())
+        return self.drop2(self.conv_out(self.drop1(F.silu(gate) * self.conv_main(x))))
+
+
+class ChannelAttention(nn.Module):
+    """Squeeze-and-excitation over the global average. Reference: https://arxiv.org/abs/1709.01507"""
+
+    def __init__(self, channels: int, reduction: int = 8) -> None:
+        super().__init__()
+        hidden = channels // reduction
+        self.fc = nn.Sequential(
+            nn.Conv2d(channels, hidden, 1, bias=False),
+            nn.ReLU(),
+            nn.Conv2d(hidden, channels, 1, bias=False),
+            nn.Sigmoid(),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.fc(x.mean((2, 3), keepdim=True))
+
+
+class SpatialAttention(nn.Module):
+    """Attention over pixels from the channels' maximum and mean. Reference: CBAM, https://arxiv.org/abs/1807.06521"""
+
+    def __init__(self, kernel: int = 7) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 1, kernel, padding=kernel // 2, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = torch.cat([x.amax(1, keepdim=True), x.mean(1, keepdim=True)], 1)
+        return x * torch.sigmoid(self.conv(pooled))
+
+
+class DropPath(nn.Module):
+    """Drops a sample's whole residual branch in training. Reference: https://arxiv.org/abs/1603.09382"""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.rate == 0.0:
+            return x
+        keep = x.new_empty(x.shape[0], 1, 1, 1).bernoulli_(1.0 - self.rate)
+        return x * (keep / (1.0 - self.rate))
+
+
+class AetherBlock(nn.Module):
+    """``x + drop_path(attention(ffn(norm(conv(x)))))``, (N, C, H, W) -> (N, C, H, W)."""
+
+    def __init__(
+        self,
+        channels: int,
+        hidden: int,
+        lk_kernel: int,
+        sk_kernel: int,
+        drop: float,
+        drop_path: float,
+        channel_attn: bool,
+        spatial_attn: bool,
+        renorm: bool,
+    ) -> None:
+        super().__init__()
+        self.conv = ReparamLargeKernelConv(channels, lk_kernel, sk_kernel)
+        self.norm = DeploymentNorm(channels, renorm)
+        self.ffn = GatedConvFFN(channels, hidden, drop)
+        self.channel_attn = ChannelAttention(channels) if channel_attn else nn.Identity()
+        self.spatial_attn = SpatialAttention() if spatial_attn else nn.Identity()
+        self.drop_path = DropPath(drop_path)
+
+    def reparameterize(self) -> Dict[str, Tensor]:
+        """State dict of the FusedAetherBlock that computes the same: the norm lies in the depthwise kernel, the temperature in the gate."""
+        weight, bias = self.conv.reparameterize()
+        scale, shift = self.norm.scale_and_shift()
+        gate_weight, gate_bias = self.ffn.reparameterize()
+        state = {"reparam_conv.weight": weight * scale.view(-1, 1, 1, 1), "reparam_conv.bias": bias * scale + shift}
+        state.update({"gate_conv.weight": gate_weight, "gate_conv.bias": gate_bias})
+        state.update(_state_of(self.ffn.conv_main, "main_conv."))
+        state.update(_state_of(self.ffn.conv_out, "out_conv."))
+        state.update(_state_of(self.channel_attn, "channel_attn."))
+        state.update(_state_of(self.spatial_attn, "spatial_attn."))
+        return state
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.ffn(self.norm(self.conv(x)))
+        return x + self.drop_path(self.spatial_attn(self.channel_attn(out)))
+
+
+class QuantFusion(nn.Module):
+    """1x1 fusion of the concatenated stage outputs with a learned offset before it: ``fusion_conv(x + error_comp)``."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.error_comp = nn.Parameter(torch.zeros(1, channels, 1, 1))
+        self.fusion_conv = nn.Conv2d(channels, channels, 1)
+
+    def reparameterize(self) -> Tuple[Tensor, Tensor]:
+        """Weight and bias of the one 1x1 convolution that equals this layer."""
+        weight = self.fusion_conv.weight
+        return weight, self.fusion_conv.bias + weight.flatten(1) @ self.error_comp.flatten()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fusion_conv(x + self.error_comp)
+
+
+class AdaptiveUpsample(nn.Module):
+    """Convolutions and pixel shuffles, no activation: (N, C, H, W) -> (N, out_channels, scale * H, scale * W).
+
+    Reference: https://arxiv.org/abs/1609.05158
+    """
+
+    def __init__(self, channels: int, scale: int) -> None:
+        super().__init__()
+        self.out_channels = max(32, channels // max(1, scale // 2))
+        steps = [scale] if scale in (1, 3) else [2] * int(math.log2(scale))
+        blocks: List[nn.Module] = []
+        for k, step in enumerate(steps, 1):
+            width = self.out_channels if k == len(steps) else channels // 2
+            blocks.append(nn.Conv2d(channels, step**2 * width, 3, padding=1))
+            if step > 1:
+                blocks.append(nn.PixelShuffle(step))
+            channels = width
+        self.blocks = nn.Sequential(*blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(x)
+
+
+# --------------------------------------------------------------------------------------------------------- training form
+
+
+class AetherBase(nn.Module):
+    """What both forms share: options, the change of form, and loading. Build an AetherNet instead."""
+
+    options: Dict[str, Any]
+
+    def fused(self) -> FusedAetherNet:
+        """A fused deep copy in evaluation mode; this network stays as it is."""
+        return copy.deepcopy(self).eval().fuse_model()
+
+    def fuse_model(self) -> FusedAetherNet:
+        """Turn this network into a FusedAetherNet in place (the same object, the same function in evaluation mode) and return it."""
+        raise NotImplementedError
+
+    def become(self, form: Type[AetherBase], **extra: Any) -> None:
+        """Take another form, with fresh weights: the object stays the same, so that whoever holds it sees the new form."""
+        like = next(self.parameters())
+        other = form(**self.options, **extra).to(device=like.device, dtype=like.dtype).train(self.training)
+        self.__class__ = form  # as torch.nn.utils.parametrize does: a module's forward belongs to its class
+        self._parameters, self._buffers, self._modules = other._parameters, other._buffers, other._modules
+
+    def map_state_dict(self, state_dict: Dict[str, Tensor], prefix: str = "") -> Dict[str, Tensor]:
+        """Give this network the form of ``state_dict``; an older fused form is rewritten in place as the training form it equals.
+
+        Every load_state_dict comes through here, so no value is ever taken for one of the other form. traiNNer-redux calls this by name
+        before it compares keys.
+        """
+        form = state_dict_form([name[len(prefix) :] for name in state_dict if name.startswith(prefix)])
+        if form == "older fused":
+            _older_fused_to_training(state_dict, prefix, self.options["sk_kernel"])
+        if form == "fused":
+            keep_norm = prefix + "body_norm.weight" in state_dict
+            if not isinstance(self, FusedAetherNet) or keep_norm != isinstance(self.body_norm, nn.Conv2d):
+                self.become(FusedAetherNet, keep_norm=keep_norm)
+        elif form is not None and not isinstance(self, AetherNet):
+            self.become(AetherNet)
+        return state_dict
+
+    def _load_from_state_dict(self, state_dict: Dict[str, Tensor], prefix: str, *args: Any) -> None:
+        self.map_state_dict(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class AetherNet(AetherBase):
+    """AetherNet in its training form: (N, in_chans, H, W) in [0, 1] -> (N, in_chans, scale * H, scale * W); any H, W >= 1.
+
+    Args:
+        scale: 1, 2, 3, 4 or 8.
+        in_chans: image channels in and out.
+        embed_dim: width C of the body; divisible by the number of stages.
+        depths: blocks in each stage.
+        mlp_ratio: hidden channels of a block's feed-forward layer are int(C * mlp_ratio).
+        lk_kernel, sk_kernel: the two depthwise kernels, odd, sk_kernel <= lk_kernel.
+        drop, drop_path_rate: dropout, and the last block's stochastic depth, both in [0, 1).
+        img_range: the network works on (x - mean) * img_range.
+        use_channel_attn, use_spatial_attn: attention at the end of every block.
+        batch_renorm: normalise with the running statistics in training too (see DeploymentNorm); for batches of 8 and fewer.
+
+    Raises:
+        ValueError: an option is impossible; the message names it, its value and what is allowed.
+    """
+
+    def __init__(
+        self,
+        scale: int = 4,
+        in_chans: int = 3,
+        embed_dim: int = 128,
+        depths: Sequence[int] = (6, 6, 6, 6),
+        mlp_ratio: float = 2.0,
+        lk_kernel: int = 11,
+        sk_kernel: int = 3,
+        drop: float = 0.0,
+        drop_path_rate: float = 0.1,
+        img_range: float = 1.0,
+        use_channel_attn: bool = True,
+        use_spatial_attn: bool = True,
+        batch_renorm: bool = False,
+    ) -> None:
+        options = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        _check_options(**options)
+        super().__init__()
+        self.options = options
+        self.scale, self.img_range = scale, float(img_range)
+        hidden = int(embed_dim * mlp_ratio)
+        rates = [drop_path_rate * k / max(1, sum(depths) - 1) for k in range(sum(depths))]
+
+        self.register_buffer("mean", torch.full((1, in_chans, 1, 1), 0.5))
+        self.conv_first = nn.Conv2d(in_chans, embed_dim, 3, padding=1)
+        self.stages = nn.ModuleList()
+        for depth in depths:
+            attention = (use_channel_attn, use_spatial_attn)
+            blocks = [AetherBlock(embed_dim, hidden, lk_kernel, sk_kernel, drop, rates.pop(0), *attention, batch_renorm) for _ in range(depth)]
+            self.stages.append(nn.Sequential(*blocks))
+        self.fusion_convs = nn.ModuleList(nn.Conv2d(embed_dim, embed_dim // len(depths), 1) for _ in depths)
+        self.quant_fusion_layer = QuantFusion(embed_dim)
+        self.norm = DeploymentNorm(embed_dim, batch_renorm)
+        self.conv_after_body = nn.Conv2d(embed_dim, embed_dim, 3, padding=1)
+        self.conv_before_upsample = nn.Sequential(nn.Conv2d(embed_dim, embed_dim, 3, padding=1), nn.LeakyReLU(0.01))
+        self.upsample = AdaptiveUpsample(embed_dim, scale)
+        self.conv_last = nn.Conv2d(self.upsample.out_channels, in_chans, 3, padding=1)
+        self.apply(_init_weights)
+        _init_as_interpolation(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shallow = self.conv_first((x - self.mean) * self.img_range)
+        out, features = shallow, []
+        for stage, fusion_conv in zip(self.stages, self.fusion_convs):
+            out = stage(out)
+            features.append(fusion_conv(out))
+        body = self.quant_fusion_layer(torch.cat(features, 1)) + shallow
+        body = self.conv_after_body(self.norm(body)) + body
+        out = self.conv_last(self.upsample(self.conv_before_upsample(body)))
+        return out / self.img_range + self.mean
+
+    @torch.no_grad()
+    def fuse_model(self) -> FusedAetherNet:
+        """Turn this network into a FusedAetherNet in place (the same object, the same function in evaluation mode) and return it.
+
+        An optimizer made before still holds the old parameters: fuse after training.
+        """
+        state = copy.deepcopy(self).cpu().double().reparameterize()
+        self.become(FusedAetherNet, keep_norm="body_norm.weight" in state)
+        self.load_state_dict(state)
+        return self  # type: ignore[return-value]
+
+    def reparameterize(self) -> Dict[str, Tensor]:
+        """State dict of the FusedAetherNet that computes the same, in this network's precision."""
+        state = {"mean": self.mean, "head.weight": self.conv_first.weight * self.img_range, "head.bias": self.conv_first.bias}
+        for i, stage in enumerate(self.stages):
+            for j, block in enumerate(stage):
+                state.update({f"stages.{i}.{j}.{name}": value for name, value in block.reparameterize().items()})
+        state.update(_state_of(self.fusion_convs, "fusion_convs."))
+        state["fusion.weight"], state["fusion.bias"] = self.quant_fusion_layer.reparameterize()
+        state.update(_state_of(self.conv_after_body, "body_conv."))
+        scale, shift = self.norm.scale_and_shift()
+        # conv(s * b + t) + b = conv'(b') + b' - t/s with b' = b + t/s. Where s is small beside t the sum b + t/s would drown b in rounding:
+        # then the norm stays, as a depthwise 1x1 convolution.
+        if bool((self.norm.bias.abs() <= 16 * self.norm.weight.abs()).all()):
+            offset = torch.where(scale == 0, torch.zeros_like(shift), shift / scale)
+            state["fusion.bias"] = state["fusion.bias"] + offset
+            state["body_conv.weight"] = state["body_conv.weight"] * scale.view(1, -1, 1, 1)
+            state["body_conv.bias"] = state["body_conv.bias"] - offset
+        else:
+            state["body_norm.weight"], state["body_norm.bias"] = scale.view(-1, 1, 1, 1), shift
+        state.update(_state_of(self.conv_before_upsample, "conv_before_upsample."))
+        tail = nn.Sequential(self.upsample, self.conv_last)
+        state.update({f"tail.{name}": value / self.img_range for name, value in CollapsedTail.collapse(tail, self.scale).items()})
+        state["tail.bias"] = state["tail.bias"] + self.mean.flatten().repeat_interleave(self.scale**2)
+        return state
+
+
+# ------------------------------------------------------------------------------------------------------------ fused form
+
+
+class FusedAetherBlock(nn.Module):
+    """AetherBlock as plain convolutions: (N, C, H, W) -> (N, C, H, W)."""
+
+    def __init__(self, channels: int, hidden: int, kernel: int, channel_attn: bool, spatial_attn: bool) -> None:
+        super().__init__()
+        self.reparam_conv = nn.Conv2d(channels, channels, kernel, padding=kernel // 2, groups=channels)
+        self.gate_conv = nn.Conv2d(channels, hidden, 1)
+        self.main_conv = nn.Conv2d(channels, hidden, 1)
+        self.out_conv = nn.Conv2d(hidden, channels, 1)
+        self.channel_attn = ChannelAttention(channels) if channel_attn else nn.Identity()
+        self.spatial_attn = SpatialAttention() if spatial_attn else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.reparam_conv(x)
+        out = self.out_conv(F.silu(self.gate_conv(out)) * self.main_conv(out))
+        return x + self.spatial_attn(self.channel_attn(out))
+
+
+class CollapsedTail(nn.Module):
+    """Every layer after the LeakyReLU as one 5x5 convolution and one pixel shuffle: (N, C, H, W) -> (N, out, scale * H, scale * W).
+
+    Upsampling convolutions, shuffles and conv_last are linear, so inside the image they are one convolution. At the border they are not:
+    they pad with zeros at a higher resolution, where the one convolution still sees something. The difference touches the outermost
+    low-resolution pixels only and is linear too: it is added by a small convolution for each edge and corner.
+    """
+
+    # Where each correction lands, as (row, column): -1 the first, 1 the last, 0 all of them.
+    BORDERS = {
+        "top": (-1, 0), "bottom": (1, 0), "left": (0, -1), "right": (0, 1),
+        "top_left": (-1, -1), "top_right": (-1, 1), "bottom_left": (1, -1), "bottom_right": (1, 1),
+    }  # fmt: skip
+
+    def __init__(self, channels: int, out_channels: int, scale: int) -> None:
+        super().__init__()
+        self.scale = scale
+        self.depth = 1 if scale <= 3 else 2  # pixels, from the border inwards, that a correction depends on
+        outputs = out_channels * scale**2
+        self.weight = nn.Parameter(torch.zeros(outputs, channels, 5, 5))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+        for name, sides in self.BORDERS.items():
+            kernel = [self.depth if side else 5 for side in sides]
+            setattr(self, f"{name}_weight", nn.Parameter(torch.zeros(outputs, channels, *kernel)))
+            setattr(self, f"{name}_bias", nn.Parameter(torch.zeros(outputs)))
+
+    @classmethod
+    def collapse(cls, tail: nn.Module, scale: int) -> Dict[str, Tensor]:
+        """State dict of the CollapsedTail that equals ``tail``, read off its answers to single pixels of a 5x5 image.
+
+        In a 5x5 image the middle pixel sees no border and each other representative pixel sees its own only.
+        """
+        first = next(tail.parameters())
+        channels = first.shape[1]
+        zero = F.pixel_unshuffle(tail(first.new_zeros(1, channels, 5, 5)), scale)
+        kernels = []  # [pixel] -> (channels, outputs, 5, 5): what a unit at the pixel adds to each output
+        for pixel in range(25):
+            impulse = torch.zeros_like(first[:, :1, :1, :1]).new_zeros(channels, channels, 25)
+            impulse[:, :, pixel] = torch.eye(channels, dtype=first.dtype, device=first.device)
+            kernels.append(F.pixel_unshuffle(tail(impulse.view(channels, channels, 5, 5)), scale) - zero)
+        response = torch.stack(kernels, -1).permute(1, 0, 4, 2, 3).unflatten(2, (5, 5))  # (outputs, channels, 5, 5, row, column)
+
+        def seen_from(row: int, column: int) -> Tuple[Tensor, Tensor]:
+            """Kernel over offsets -2..2 and bias of the output at a pixel; offsets outside the image stay zero."""
+            kernel = F.pad(response[..., row, column], (2, 2, 2, 2))
+            return kernel[:, :, row : row + 5, column : column + 5], zero[0, :, row, column]
+
+        weight, bias = seen_from(2, 2)
+        state = {"weight": weight, "bias": bias}
+        depth = 1 if scale <= 3 else 2
+        window = {-1: slice(2, 2 + depth), 0: slice(0, 5), 1: slice(3 - depth, 3)}  # offsets 0..depth-1, all, 1-depth..0
+        for name, (row, column) in cls.BORDERS.items():
+            weight, bias = (here - inside for here, inside in zip(seen_from(2 + 2 * row, 2 + 2 * column), seen_from(2, 2)))
+            if row and column:  # both edges act on a corner: what they add there must not be added twice
+                for edge_row, edge_column in ((row, 0), (0, column)):
+                    edge = zip(seen_from(2 + 2 * edge_row, 2 + 2 * edge_column), seen_from(2, 2))
+                    edge_weight, edge_bias = (here - inside for here, inside in edge)
+                    weight, bias = weight - edge_weight, bias - edge_bias
+            state[f"{name}_weight"] = weight[:, :, window[row], window[column]]
+            state[f"{name}_bias"] = bias
+        return {name: value.contiguous() for name, value in state.items()}
+
+    def _correction(self, x: Tensor, name: str) -> Tensor:
+        """What one edge (a row or a column) or corner (a pixel) must add to the one convolution."""
+        sides = self.BORDERS[name]
+        for dim, side in zip((2, 3), sides):
+            if side:
+                x = x[_border(dim, side, self.depth)]
+                if self.depth > 1:  # on the inner side, for an image that is smaller than the kernel
+                    pad = [0, 0, 0, 0]
+                    pad[2 * (3 - dim) + (side < 0)] = self.depth - 1
+                    x = F.pad(x, pad)
+        weight, bias = getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias")
+        out = F.conv2d(x, weight, bias, padding=[0 if side else 2 for side in sides])
+        for dim, side in zip((2, 3), sides):
+            if side:
+                out = out[_border(dim, side, 1)]
+        return out
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.conv2d(x, self.weight, self.bias, padding=2)
+        for side, name in ((-1, "top"), (1, "bottom")):
+            row = self._correction(x, name)
+            row = _add_at_border(row, self._correction(x, f"{name}_left"), 3, -1)
+            row = _add_at_border(row, self._correction(x, f"{name}_right"), 3, 1)
+            out = _add_at_border(out, row, 2, side)
+        for side, name in ((-1, "left"), (1, "right")):
+            out = _add_at_border(out, self._correction(x, name), 3, side)
+        return F.pixel_shuffle(out, self.scale)
+
+
+class FusedAetherNet(AetherBase):
+    """AetherNet after fusing, the form to release: the same function as AetherNet's in evaluation mode, in train() too.
+
+    Its tensors have names of their own, so that a value of one form is never read as one of the other. ``img_range`` lies in the weights.
+    Args: the options of AetherNet; ``keep_norm`` when the last norm could not be baked (see AetherNet.reparameterize).
+    """
+
+    def __init__(self, keep_norm: bool = False, **options: Any) -> None:
+        super().__init__()
+        self.options = options
+        self.scale: int = options["scale"]
+        in_chans, channels, depths = options["in_chans"], options["embed_dim"], options["depths"]
+        hidden, kernel = int(channels * options["mlp_ratio"]), options["lk_kernel"]
+        attention = (options["use_channel_attn"], options["use_spatial_attn"])
+        self.register_buffer("mean", torch.full((1, in_chans, 1, 1), 0.5))
+        self.head = nn.Conv2d(in_chans, channels, 3, padding=1)
+        self.stages = nn.ModuleList(
+            nn.Sequential(*(FusedAetherBlock(channels, hidden, kernel, *attention) for _ in range(depth))) for depth in depths
+        )
+        self.fusion_convs = nn.ModuleList(nn.Conv2d(channels, channels // len(depths), 1) for _ in depths)
+        self.fusion = nn.Conv2d(channels, channels, 1)
+        self.body_norm = nn.Conv2d(channels, channels, 1, groups=channels) if keep_norm else nn.Identity()
+        self.body_conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv_before_upsample = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1), nn.LeakyReLU(0.01))
+        self.tail = CollapsedTail(channels, in_chans, self.scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shallow = self.head(x - self.mean)
+        out, features = shallow, []
+        for stage, fusion_conv in zip(self.stages, self.fusion_convs):
+            out = stage(out)
+            features.append(fusion_conv(out))
+        body = self.fusion(torch.cat(features, 1)) + shallow
+        body = self.body_conv(self.body_norm(body)) + body
+        return self.tail(self.conv_before_upsample(body))
+
+    def fuse_model(self) -> FusedAetherNet:
+        return self
+
+
+# --------------------------------------------------------------------------------------------------------------- helpers
+
+
+def _state_of(module: nn.Module, prefix: str) -> Dict[str, Tensor]:
+    return {prefix + name: value for name, value in module.state_dict().items()}
+
+
+def _border(dim: int, side: int, depth: int) -> Tuple[slice, ...]:
+    """Index of the first (side -1) or last (side 1) ``depth`` rows (dim 2) or columns (dim 3)."""
+    return (slice(None),) * dim + (slice(None, depth) if side < 0 else slice(-depth, None),)
+
+
+def _add_at_border(x: Tensor, delta: Tensor, dim: int, side: int) -> Tensor:
+    """``x`` with ``delta`` added to its first or last row or column; out of place, since ONNX has no cheap in-place slice."""
+    here = x[_border(dim, side, 1)] + delta
+    rest = x[(slice(None),) * dim + (slice(1, None) if side < 0 else slice(None, -1),)]
+    return torch.cat([here, rest] if side < 0 else [rest, here], dim)
+
+
+def _check_options(
+    scale: int,
+    in_chans: int,
+    embed_dim: int,
+    depths: Sequence[int],
+    mlp_ratio: float,
+    lk_kernel: int,
+    sk_kernel: int,
+    drop: float,
+    drop_path_rate: float,
+    img_range: float,
+    use_channel_attn: bool,
+    use_spatial_attn: bool,
+    batch_renorm: bool,
+) -> None:
+    def check(name: str, value: Any, ok: bool, allowed: str) -> None:
+        if not ok:
+            raise ValueError(f"AetherNet: {name}={value!r} is not possible; allowed: {allowed}.")
+
+    def whole(value: Any) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+    def real(value: Any) -> bool:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+    check("scale", scale, whole(scale) and scale in SCALES, "1, 2, 3, 4, 8")
+    check("in_chans", in_chans, whole(in_chans), "a whole number from 1")
+    check("depths", depths, isinstance(depths, (list, tuple)) and len(depths) > 0 and all(map(whole, depths)), "a list of whole numbers from 1")
+    stages = len(depths)
+    check("embed_dim", embed_dim, whole(embed_dim) and embed_dim % stages == 0, f"a multiple of {stages}, the number of stages in depths")
+    check("embed_dim", embed_dim, embed_dim >= 8 or not use_channel_attn, "8 or more with use_channel_attn")
+    check("embed_dim", embed_dim, embed_dim >= scale // 2, f"{scale // 2} or more at scale {scale}")
+    check("mlp_ratio", mlp_ratio, real(mlp_ratio) and int(embed_dim * mlp_ratio) >= 1, f"a number from {1 / embed_dim:.3g} (one hidden channel)")
+    check("lk_kernel", lk_kernel, whole(lk_kernel) and lk_kernel % 2 == 1, "an odd number from 1")
+    check("sk_kernel", sk_kernel, whole(sk_kernel) and sk_kernel % 2 == 1 and sk_kernel <= lk_kernel, f"an odd number from 1 to lk_kernel={lk_kernel}")
+    check("drop", drop, real(drop) and 0 <= drop < 1, "0 <= drop < 1")
+    check("drop_path_rate", drop_path_rate, real(drop_path_rate) and 0 <= drop_path_rate < 1, "0 <= drop_path_rate < 1")
+    check("img_range", img_range, real(img_range) and img_range > 0, "a number above 0")
+    for name, flag in (("use_channel_attn", use_channel_attn), ("use_spatial_attn", use_spatial_attn), ("batch_renorm", batch_renorm)):
+        check(name, flag, isinstance(flag, bool), "true or false")
+
+
+def _init_weights(module: nn.Module) -> None:
+    if isinstance(module, nn.Conv2d):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+@torch.no_grad()
+def _init_as_interpolation(net: AetherNet) -> None:
+    """Let the first channels carry the image through the network, so that a new one is a quadratic interpolation, not black.
+
+    An initialisation only: all other weights keep their random start, and training is free to change these. LeakyReLU passes a value
+    and its negative as a pair: lrelu(v) - lrelu(-v) = 1.01 v. Networks too narrow for it keep the plain start.
+    """
+    image = net.conv_first.in_channels
+    upsamplers = [conv for conv in net.upsample.blocks if isinstance(conv, nn.Conv2d)]
+    steps = [1 if net.scale == 1 else 3 if net.scale == 3 else 2] * len(upsamplers)
+    if net.conv_first.out_channels < 2 * image or any(conv.out_channels // step**2 < image for conv, step in zip(upsamplers, steps)):
+        return
+    eye = torch.eye(image)
+
+    def carry(conv: nn.Conv2d, matrix: Tensor) -> None:
+        """The first channels of ``conv`` become ``matrix`` times the first channels before it; pixels keep their place."""
+        conv.weight[: matrix.shape[0]] = 0
+        conv.weight[: matrix.shape[0], : matrix.shape[1], conv.kernel_size[0] // 2, conv.kernel_size[1] // 2] = matrix
+
+    carry(net.conv_first, eye)
+    carry(net.quant_fusion_layer.fusion_conv, torch.zeros(image, 1))
+    carry(net.conv_after_body, torch.zeros(image, 1))
+    carry(net.conv_before_upsample[0], torch.cat([eye, -eye]))
+    matrix = torch.cat([eye, -eye], 1) / (1 + net.conv_before_upsample[1].negative_slope)
+    for conv, step in zip(upsamplers, steps):
+        offsets = [(k + 0.5) / step - 0.5 for k in range(step)]
+        taps = torch.tensor([[t * (t - 1) / 2, 1 - t * t, t * (t + 1) / 2] for t in offsets])  # Lagrange, for pixels -1, 0, 1
+        kernels = torch.einsum("oc,iy,jx->oijcyx", matrix, taps, taps).flatten(0, 2)
+        conv.weight[: len(kernels)] = 0
+        conv.weight[: len(kernels), : matrix.shape[1]] = kernels
+        matrix = eye
+    net.conv_last.weight[:] = 0
+    carry(net.conv_last, eye)
+
+
+# -------------------------------------------------------------------------------------------------- reading a state dict
+
+
+def state_dict_form(names: Sequence[str]) -> Optional[str]:
+    """The form that tensor names speak of: "training", "fused", "older fused" (only the kernels merged), or None."""
+    for form, tensor in (("training", "lk_conv"), ("fused", "reparam_conv"), ("older fused", "conv.fused_conv")):
+        if any(name.endswith(f".{tensor}.weight") for name in names):
+            return form
+    return None
+
+
+def _older_fused_to_training(state: Dict[str, Tensor], prefix: str, sk_kernel: int) -> None:
+    """Rewrite an older fused form in place as the training form of the same function.
+
+    Its norms hold scale and shift already; running statistics beside them are stale and would normalise a second time.
+    """
+    for name in [name for name in state if name.startswith(prefix) and name.endswith(".conv.fused_conv.weight")]:
+        block = name[: -len("fused_conv.weight")]
+        weight, bias = state.pop(name), state.pop(block + "fused_conv.bias")
+        state[block + "lk_conv.weight"], state[block + "lk_bias"] = weight, bias
+        state[block + "sk_conv.weight"] = weight.new_zeros(weight.shape[0], 1, sk_kernel, sk_kernel)
+        state[block + "sk_bias"] = torch.zeros_like(bias)
+    for name in [name for name in state if re.fullmatch(re.escape(prefix) + r"(stages\.\d+\.\d+\.)?norm\.weight", name)]:
+        norm = name[: -len("weight")]
+        state[norm + "weight"], state[norm + "bias"] = (state[norm + part].reshape(1, -1, 1, 1) for part in ("weight", "bias"))
+        state[norm + "running_mean"] = torch.zeros_like(state[norm + "weight"])
+        state[norm + "running_var"] = torch.ones_like(state[norm + "weight"]) - DeploymentNorm.eps
+
+
+def aether_from_state_dict(state_dict: Mapping[str, Tensor], img_range: float = 1.0) -> AetherBase:
+    """Build the network that a state dict belongs to and load it: training, fused or older fused form, in evaluation mode, float32.
+
+    Variant, scale, kernels and attention come from names and shapes; prefixes ``module.`` and ``_orig_mod.`` are removed. Not readable
+    from a training form: img_range (assumed as given here), and drop, drop_path_rate and batch_renorm, which change nothing in
+    evaluation (assumed 0, 0 and False). A fused form holds img_range in its weights; its sk_kernel is gone and no longer matters.
+
+    Raises:
+        ValueError: not an AetherNet of a known layout; the message says what is missing or does not fit.
+    """
+    state = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value for name, value in state_dict.items()}
+    form = state_dict_form(list(state))
+    if form is None:
+        raise ValueError(_describe_foreign(state))
+    options = _read_options(state, form)
+    if form == "older fused":
+        _older_fused_to_training(state, "", options["sk_kernel"])
+    extra = {"keep_norm": "body_norm.weight" in state} if form == "fused" else {}
+    cls: Type[AetherBase] = FusedAetherNet if form == "fused" else AetherNet
+    if hasattr(torch.device, "__enter__"):  # PyTorch 2: compare shapes before any memory is taken for them
+        with torch.device("meta"):
+            _compare_shapes(cls(**options, img_range=img_range, **extra), state)
+    net = cls(**options, img_range=img_range, **extra).eval()
+    _compare_shapes(net, state)
+    net.load_state_dict(state)
+    return net
+
+
+def _describe_foreign(state: Mapping[str, Tensor]) -> str:
+    if any(name.startswith("layers.") for name in state) and any(".dwconv." in name or ".ffn." in name or ".conv." in name for name in state):
+        return "this is AetherNet's first layout (v1, tensors 'layers.*'): another network, which this file does not hold."
+    return f"not an AetherNet: no tensor 'stages.0.0.conv.lk_conv.weight' among {len(state)}; the first is {next(iter(state), None)!r}."
+
+
+def _read_options(state: Mapping[str, Tensor], form: str) -> Dict[str, Any]:
+    """Constructor options from shapes. Raises ValueError where a tensor is missing or has the wrong number of dimensions."""
+
+    def shape(name: str) -> Tuple[int, ...]:
+        if name not in state:
+            raise ValueError(f"an AetherNet in {form} form, but {name!r} is missing.")
+        if state[name].dim() != 4:
+            raise ValueError(f"{name!r} has {state[name].dim()} dimensions, expected 4.")
+        return tuple(state[name].shape)
+
+    for name, version in (("num_batches_tracked", "v3 or v4"), ("scale", "1.1.0"), ("scale_tensor", "3.x")):
+        if any(key == name or key.endswith("." + name) for key in state):
+            raise ValueError(f"this is the layout of AetherNet {version} (tensor {name!r}): the same names, another function.")
+    head = "head" if form == "fused" else "conv_first"
+    block = "stages.0.0."
+    embed_dim, in_chans = shape(head + ".weight")[:2]
+    blocks = {tuple(map(int, found.groups())) for found in map(re.compile(r"stages\.(\d{1,4})\.(\d{1,4})\.").match, state) if found}
+    depths = [max(j for i, j in blocks if i == stage) + 1 if stage in {i for i, _ in blocks} else 0 for stage in range(max(blocks)[0] + 1)]
+    if sum(depths) != len(blocks):
+        raise ValueError(f"the blocks 'stages.i.j' have gaps: {len(blocks)} found, {sum(depths)} expected from the numbers.")
+    gate, kernel = {
+        "training": ("ffn.conv_gate", "conv.lk_conv"),
+        "older fused": ("ffn.conv_gate", "conv.fused_conv"),
+        "fused": ("gate_conv", "reparam_conv"),
+    }[form]
+    hidden, lk_kernel = shape(f"{block}{gate}.weight")[0], shape(f"{block}{kernel}.weight")[2]
+    sk_kernel = shape(f"{block}conv.sk_conv.weight")[2] if form == "training" else min(3, lk_kernel)
+    if form == "fused":
+        scale = math.isqrt(shape("tail.weight")[0] // max(1, in_chans))
+    else:
+        convs = sorted(name for name in state if re.fullmatch(r"upsample\.blocks\.\d+\.weight", name))
+        ratio = shape(convs[0])[0] / max(1, shape("conv_last.weight")[1]) if len(convs) == 1 else 0
+        scale = {1: 1, 4: 2, 9: 3}.get(ratio, 0) if len(convs) == 1 else 2 ** len(convs)
+    if scale not in SCALES:
+        raise ValueError(f"the upsampling tensors fit none of the scales {SCALES}.")
+    ratio = hidden / max(1, embed_dim)
+    return {
+        "scale": scale,
+        "in_chans": in_chans,
+        "embed_dim": embed_dim,
+        "depths": depths,
+        "mlp_ratio": ratio if int(embed_dim * ratio) == hidden else (hidden + 0.5) / embed_dim,
+        "lk_kernel": lk_kernel,
+        "sk_kernel": sk_kernel,
+        "use_channel_attn": f"{block}channel_attn.fc.0.weight" in state,
+        "use_spatial_attn": f"{block}spatial_attn.conv.weight" in state,
+        "drop_path_rate": 0.0,
+    }
+
+
+def _compare_shapes(net: nn.Module, state: Mapping[str, Tensor]) -> None:
+    expected = net.state_dict()
+    missing, unexpected = sorted(set(expected) - set(state)), sorted(set(state) - set(expected))
+    wrong = [name for name in expected if name in state and state[name].shape != expected[name].shape]
+    problems = [f"{kind}: {len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+                for kind, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", wrong)) if names]  # fmt: skip
+    if problems:
+        raise ValueError("not a whole AetherNet; tensors " + "; ".join(problems) + ".")
+
+
+# ---------------------------------------------------------------------------------------------------------------- export
+
+
+def export_onnx(model: AetherBase, scale: int, precision: str = "fp32", output_path: Optional[str] = None) -> str:
+    """Write the fused network as one ONNX file and return its path; the model itself is left as it was.
+
+    Input ``input`` (N, in_chans, H, W) in [0, 1] and output ``output`` (N, in_chans, scale * H, scale * W), batch, height and width
+    dynamic, both in the precision named. Before the path is returned ONNX Runtime has run the file on two odd sizes and agreed with the
+    network. Needs the packages onnx and onnxruntime; fp16 on CPU needs PyTorch 2.2 or newer.
+
+    Args:
+        scale: the model's scale, named again so that a mistaken export can't pass.
+        precision: "fp32" or "fp16".
+        output_path: default ``aether_x{scale}_{precision}.onnx`` in the current folder.
+
+    Raises:
+        ValueError: scale or precision do not fit.
+        RuntimeError: ONNX Runtime's output differs from the network's; nothing is left at output_path.
+    """
+    if scale != model.scale:
+        raise ValueError(f"export_onnx: scale={scale} was asked for, the model has scale={model.scale}.")
+    if precision == "int8":
+        raise ValueError("export_onnx: precision='int8' needs a quantised network, which this version does not make yet; allowed: 'fp32', 'fp16'.")
+    if precision not in ("fp32", "fp16"):
+        raise ValueError(f"export_onnx: precision={precision!r} is not known; allowed: 'fp32', 'fp16'.")
+    import inspect
+    import warnings
+
+    import numpy as np
+    import onnxruntime
+
+    path = output_path or f"aether_x{scale}_{precision}.onnx"
+    part = f"{path}.{os.getpid()}.part"
+    reference = model.fused().cpu().float()
+    net = copy.deepcopy(reference).half() if precision == "fp16" else reference
+    image = torch.rand(1, model.options["in_chans"], 19, 23, dtype=net.mean.dtype)
+    axes = {0: "batch", 2: "height", 3: "width"}
+    legacy = {"dynamo": False} if "dynamo" in inspect.signature(torch.onnx.export).parameters else {}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the tracing exporter: old and deprecated, and the one that writes one small file everywhere
+            torch.onnx.export(net, (image,), part, input_names=["input"], output_names=["output"], opset_version=17,
+                              dynamic_axes={"input": axes, "output": axes}, **legacy)  # fmt: skip
+        session = onnxruntime.InferenceSession(part, providers=["CPUExecutionProvider"])
+        for height, width in ((17, 31), (33, 13)):
+            image = torch.rand(2, model.options["in_chans"], height, width).to(net.mean.dtype)
+            with torch.no_grad():
+                expected = reference(image.float())
+            output = torch.from_numpy(np.asarray(session.run(["output"], {"input": image.numpy()})[0])).float()
+            bound = (1e-4 if precision == "fp32" else 2e-2) * max(1.0, float(expected.abs().max()))
+            error = float((output - expected).abs().max())
+            if not error <= bound:
+                raise RuntimeError(f"export_onnx: ONNX Runtime differs from the network by {error:.3g} at {width}x{height}, allowed {bound:.3g}.")
+        os.replace(part, path)
+    finally:
+        if os.path.exists(part):
+            os.remove(part)
+    return path
+
+
+# -------------------------------------------------------------------------------------------------------------- variants
+
+
+
+def aether_small(
+    scale: int = 4,
+    in_chans: int = 3,
+    embed_dim: int = 96,
+    depths: Sequence[int] = (4, 4, 4, 4),
+    mlp_ratio: float = 2.0,
+    lk_kernel: int = 11,
+    sk_kernel: int = 3,
+    drop: float = 0.0,
+    drop_path_rate: float = 0.1,
+    img_range: float = 1.0,
+    use_channel_attn: bool = False,
+    use_spatial_attn: bool = False,
+    batch_renorm: bool = False,
+) -> AetherNet:
+    """Small and fast, no attention: 1.5 million parameters at x4. Options as AetherNet."""
+    return AetherNet(**locals())
+
+
+def aether_medium(
+    scale: int = 4,
+    in_chans: int = 3,
+    embed_dim: int = 128,
+    depths: Sequence[int] = (6, 6, 6, 6),
+    mlp_ratio: float = 2.0,
+    lk_kernel: int = 11,
+    sk_kernel: int = 3,
+    drop: float = 0.0,
+    drop_path_rate: float = 0.1,
+    img_range: float = 1.0,
+    use_channel_attn: bool = True,
+    use_spatial_attn: bool = True,
+    batch_renorm: bool = False,
+) -> AetherNet:
+    """Balanced, with channel and spatial attention: 3.7 million parameters at x4. Options as AetherNet."""
+    return AetherNet(**locals())
+
+
+def aether_large(
+    scale: int = 4,
+    in_chans: int = 3,
+    embed_dim: int = 180,
+    depths: Sequence[int] = (8, 8, 8, 8, 8),
+    mlp_ratio: float = 2.0,
+    lk_kernel: int = 11,
+    sk_kernel: int = 3,
+    drop: float = 0.0,
+    drop_path_rate: float = 0.1,
+    img_range: float = 1.0,
+    use_channel_attn: bool = True,
+    use_spatial_attn: bool = True,
+    batch_renorm: bool = False,
+) -> AetherNet:
+    """Highest quality: 10.6 million parameters at x4. Options as AetherNet."""
+    return AetherNet(**locals())
+
+
+VARIANTS = (aether_small, aether_medium, aether_large)
+
+
+# ------------------------------------------------------------------------------------------------------------ registration
+
+
+def _register(framework: str) -> None:
+    """Register the variants in the framework whose ``archs`` folder this file lies in."""
+    import functools
+    import importlib
+
+    registry = importlib.import_module(f"{framework}.utils.registry").ARCH_REGISTRY
+    for variant in VARIANTS:
+        if variant.__name__ in registry:
+            raise ImportError(f"{variant.__name__} is registered in {framework} already; keep one copy of aether_arch.py in its archs folder ({__file__}).")
+
+        @functools.wraps(variant)
+        def build(*args: Any, _variant: Any = variant, **options: Any) -> AetherNet:
+            if framework == "neosr" and not args and "scale" not in options:  # neosr passes no scale: a network asks for it
+                options["scale"] = importlib.import_module("neosr.archs.arch_util").net_opt()[0]
+            net = _variant(*args, **options)
+            if framework == "basicsr":  # its EMA copies parameters and no buffers: norm statistics would stay at their start
+                for module in net.modules():
+                    if isinstance(module, DeploymentNorm):
+                        module.statistics_to_parameters()
+            return net
+
+        registry.register(build)
+
+
+if __package__ in ("basicsr.archs", "neosr.archs", "traiNNer.archs"):
+    _register(__package__.split(".")[0])
