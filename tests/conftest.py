@@ -1,0 +1,41 @@
+"""Shared fixtures: the drop-in file imported as a user imports it, and networks with random statistics (default ones hide errors)."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "archs"), str(ROOT)]
+
+import aether_arch  # noqa: E402
+
+
+def randomize(net: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Give every tensor of a training-form network values that a trained one could have, the norms' statistics included."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(like: torch.Tensor, std: float) -> torch.Tensor:
+        return torch.randn(like.shape, generator=generator, dtype=torch.float64).mul(std).to(like.dtype)
+
+    with torch.no_grad():
+        for name, value in net.state_dict().items():
+            if name.endswith(("running_var", "temperature")) or (name.endswith("norm.weight")):
+                value.copy_(torch.rand(value.shape, generator=generator, dtype=torch.float64) + 0.5)
+            elif name == "mean":
+                continue
+            elif value.dim() == 4 and value.shape[0] != 1:
+                fan_in = value[0].numel()
+                value.copy_(normal(value, fan_in**-0.5))
+            else:
+                value.copy_(normal(value, 0.2))
+    return net
+
+
+def small_net(scale: int = 2, **options: Any) -> aether_arch.AetherNet:
+    """A small network of every part, with random statistics, in float64 and evaluation mode."""
+    options = {"embed_dim": 24, "depths": (1, 2), **options}
+    return randomize(aether_arch.AetherNet(scale=scale, **options)).double().eval()
