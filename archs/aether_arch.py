@@ -16,10 +16,11 @@ Source: https://github.com/phhofm (AetherNet by Philip Hofmann). Licence: MIT.
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import os
 import re
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Type
+from typing import Any, ClassVar, Dict, List, Mapping, Optional, Sequence, Tuple, Type
 
 import torch
 from torch import Tensor, nn
@@ -439,7 +440,7 @@ class CollapsedTail(nn.Module):
     """
 
     # Where each correction lands, as (row, column): -1 the first, 1 the last, 0 all of them.
-    BORDERS = {
+    BORDERS: ClassVar[Dict[str, Tuple[int, int]]] = {
         "top": (-1, 0), "bottom": (1, 0), "left": (0, -1), "right": (0, 1),
         "top_left": (-1, -1), "top_right": (-1, 1), "bottom_left": (1, -1), "bottom_right": (1, 1),
     }  # fmt: skip
@@ -675,6 +676,11 @@ def state_dict_form(names: Sequence[str]) -> Optional[str]:
     return None
 
 
+def strip_prefixes(state_dict: Mapping[str, Tensor]) -> Dict[str, Tensor]:
+    """The state dict without the prefixes that DataParallel, DDP and torch.compile put before every name."""
+    return {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value for name, value in state_dict.items()}
+
+
 def _older_fused_to_training(state: Dict[str, Tensor], prefix: str, sk_kernel: int) -> None:
     """Rewrite an older fused form in place as the training form of the same function.
 
@@ -703,7 +709,7 @@ def aether_from_state_dict(state_dict: Mapping[str, Tensor], img_range: float = 
     Raises:
         ValueError: not an AetherNet of a known layout; the message says what is missing or does not fit.
     """
-    state = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value for name, value in state_dict.items()}
+    state = strip_prefixes(state_dict)
     form = state_dict_form(list(state))
     if form is None:
         raise ValueError(_describe_foreign(state))
@@ -812,7 +818,6 @@ def export_onnx(model: AetherBase, scale: int, precision: str = "fp32", output_p
         raise ValueError("export_onnx: precision='int8' needs a quantised network, which this version does not make yet; allowed: 'fp32', 'fp16'.")
     if precision not in ("fp32", "fp16"):
         raise ValueError(f"export_onnx: precision={precision!r} is not known; allowed: 'fp32', 'fp16'.")
-    import inspect
     import warnings
 
     import numpy as np
@@ -909,6 +914,16 @@ def aether_large(
 
 
 VARIANTS = (aether_small, aether_medium, aether_large)
+
+
+def variant_name(options: Mapping[str, Any]) -> str:
+    """Name of the variant that has these options (training options aside), or a description of the network."""
+    aside = ("scale", "in_chans", "sk_kernel", "drop", "drop_path_rate", "img_range", "batch_renorm")
+    for variant in VARIANTS:
+        defaults = {name: parameter.default for name, parameter in inspect.signature(variant).parameters.items() if name not in aside}
+        if all(tuple(options[name]) == value if name == "depths" else options[name] == value for name, value in defaults.items()):
+            return variant.__name__
+    return "a network of its own ({})".format(", ".join(f"{name}={options[name]}" for name in ("embed_dim", "depths", "lk_kernel", "mlp_ratio")))
 
 
 # ------------------------------------------------------------------------------------------------------------ registration

@@ -28,8 +28,8 @@ def randomize(net: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
             elif name == "mean":
                 continue
             elif value.dim() == 4 and value.shape[0] != 1:
-                fan_in = value[0].numel()
-                value.copy_(normal(value, fan_in**-0.5))
+                gain = 0.3 if ".ffn.conv_out." in name else 1.0  # else forty gated products in a row explode
+                value.copy_(normal(value, gain * value[0].numel() ** -0.5))
             else:
                 value.copy_(normal(value, 0.2))
     return net

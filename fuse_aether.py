@@ -1,0 +1,345 @@
+"""Turn a training checkpoint of AetherNet into fused release weights.
+
+    python fuse_aether.py --model_path net_g_latest.pth --output_path 2x_MyModel_fused.safetensors
+
+Reads what neosr, traiNNer-redux and BasicSR write (.pth or .safetensors, EMA weights preferred), fuses in float64, writes float32, reads the
+written file back and compares it with the unfused network. Needs torch alone; safetensors only where such a file is named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import statistics
+import sys
+import time
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+ROOT = Path(__file__).resolve().parent
+for folder in (ROOT / "archs", ROOT):  # in the repository, or copied beside aether_arch.py
+    if (folder / "aether_arch.py").is_file():
+        sys.path.insert(0, str(folder))
+        break
+else:
+    sys.exit(f"fuse_aether.py: error: aether_arch.py is missing; it belongs into {ROOT / 'archs'} or beside this script.")
+
+from aether_arch import (  # noqa: E402
+    VARIANTS,
+    AetherBase,
+    aether_from_state_dict,
+    state_dict_form,
+    strip_prefixes,
+    variant_name,
+)
+
+ALLOWED_DIFFERENCE = 1e-3  # of one step of 1/255
+ENDINGS = (".pth", ".safetensors")
+PARAM_KEYS = ("params_ema", "params-ema", "params", "state_dict")  # in order of preference
+
+
+class UserError(Exception):
+    """Something that the user can mend; the message says how."""
+
+
+# --------------------------------------------------------------------------------------------------------------- reading
+
+
+def read_state(path: Path) -> Tuple[Dict[str, Tensor], str]:
+    """The network's tensors in a checkpoint and a line that says which weights they are. Runs no code from the file."""
+    if not path.exists():
+        raise UserError(f"{path} does not exist; pass the checkpoint with --model_path.")
+    if not path.is_file():
+        raise UserError(f"{path} is not a file; pass one checkpoint with --model_path.")
+    if path.suffix.lower() not in ENDINGS:
+        raise UserError(f"{path} ends in {path.suffix or 'nothing'!r}; expected a checkpoint that ends in .pth or .safetensors (--model_path).")
+    if path.stat().st_size == 0:
+        raise UserError(f"{path} is empty; expected a checkpoint, so copy it again (--model_path).")
+    content = _read_safetensors(path) if path.suffix.lower() == ".safetensors" else _read_pth(path)
+    if not isinstance(content, Mapping):
+        raise UserError(f"{path} holds a {type(content).__name__}, expected a state dict; pass the network's checkpoint, not a training state (--model_path).")
+    found = [key for key in PARAM_KEYS if isinstance(content.get(key), Mapping)]
+    if not found:
+        return _checked(path, content), "the only weights in the file"
+    state = _checked(path, content[found[0]])
+    if found[0] not in ("params_ema", "params-ema"):
+        return state, f"{found[0]!r}, not averaged"
+    chosen = f"the averaged ones, {found[0]!r}"
+    online = _checked(path, content["params"]) if "params" in found else {}
+    if _never_updated(state) and online and not _never_updated(online):
+        state.update({name: value for name, value in online.items() if _is_statistic(name)})
+        chosen += "; their norm statistics were never updated, so those are the online ones of 'params'"
+    return state, chosen
+
+
+def _read_safetensors(path: Path) -> Mapping[str, Tensor]:
+    try:
+        from safetensors.torch import load_file
+    except ImportError:
+        raise UserError(f"{path} needs the package safetensors: pip install safetensors, or pass a .pth file (--model_path).") from None
+    try:
+        return load_file(str(path))
+    except Exception as error:
+        raise UserError(f"{path} is not a whole .safetensors file ({_first_line(error)}); copy it again or pass another (--model_path).") from None
+
+
+def _read_pth(path: Path) -> Any:
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:  # PyTorch stores, it does not compress: more inside than outside is no checkpoint
+                if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+                    raise UserError(f"{path} is a compressed archive, expected a checkpoint as torch.save writes it (--model_path).")
+        return torch.load(str(path), map_location="cpu", weights_only=True)
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        reason = _first_line(error)
+        if "global" in str(error).lower() and "weights_only" in str(error).lower():
+            reason = "it asks to run code on loading, which is refused"
+        raise UserError(f"{path} is not a readable checkpoint: {reason}; copy it again or pass another (--model_path).") from None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+
+
+def _checked(path: Path, content: Mapping[Any, Any]) -> Dict[str, Tensor]:
+    """The state dict without wrappers' prefixes, after a look at every tensor."""
+    size = path.stat().st_size
+    for name, value in content.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise UserError(f"{path}: entry {str(name)[:80]!r} is a {type(value).__name__}, expected a state dict of tensors (--model_path).")
+        if value.layout != torch.strided or not value.is_floating_point():
+            raise UserError(f"{path}: tensor {name!r} is {value.dtype} {value.layout}, expected dense floating-point weights (--model_path).")
+        size -= value.numel() * value.element_size()
+        if size < 0:
+            raise UserError(f"{path}: the tensors claim more than the file holds, expected a plain checkpoint (--model_path).")
+        if not bool(torch.isfinite(value).all()):
+            raise UserError(f"{path}: tensor {name!r} holds NaN or Inf; training has diverged, so pass an earlier checkpoint (--model_path).")
+    return strip_prefixes(content)
+
+
+def _is_statistic(name: str) -> bool:
+    return name.endswith((".running_mean", ".running_var"))
+
+
+def _never_updated(state: Mapping[str, Tensor]) -> bool:
+    statistics_ = {name: value for name, value in state.items() if _is_statistic(name)}
+    return bool(statistics_) and all(bool((value == float(name.endswith("var"))).all()) for name, value in statistics_.items())
+
+
+def build(path: Path, state: Mapping[str, Tensor], args: argparse.Namespace) -> AetherBase:
+    """The unfused network in float64, after the checks that it is what the user says it is."""
+    form = state_dict_form(list(state))
+    if form == "fused" or (form == "older fused" and not args.accept_older_fused):
+        remedy = "it can be used as it is" if form == "fused" else "pass --accept_older_fused to bake the rest of it"
+        raise UserError(f"{path} is fused already ({form} form), expected a training checkpoint; {remedy}, or pass another (--model_path).")
+    try:
+        net = aether_from_state_dict(state, img_range=args.img_range)
+    except ValueError as error:
+        raise UserError(f"{path}: {error} Pass a training checkpoint of AetherNet (--model_path).") from None
+    name = variant_name(net.options)
+    if args.model_type and args.model_type != name:
+        raise UserError(f"{path} holds {name}, but --model_type {args.model_type} was given; pass --model_type {name} or leave it out."
+                        if name.startswith("aether") else
+                        f"{path} holds {name}, but --model_type {args.model_type} was given; leave --model_type out.")  # fmt: skip
+    if args.upscale and args.upscale != net.scale:
+        raise UserError(f"{path} holds a x{net.scale} network, but --upscale {args.upscale} was given; pass --upscale {net.scale} or leave it out.")
+    negative = [key for key, value in state.items() if key.endswith("running_var") and bool((value < 0).any())]
+    if negative:
+        raise UserError(f"{path}: tensor {negative[0]!r} holds a negative variance; the file is damaged, so pass another (--model_path).")
+    return net.double()
+
+
+# --------------------------------------------------------------------------------------------------------------- writing
+
+
+def write_state(state: Mapping[str, Tensor], path: Path, metadata: Dict[str, str]) -> None:
+    """Flat state dict to .pth or .safetensors by the ending of ``path`` (".part" aside)."""
+    state = OrderedDict((name, value.detach().float().cpu().clone().contiguous()) for name, value in state.items())
+    if path.name.endswith(".safetensors"):
+        from safetensors.torch import save_file
+
+        save_file(state, str(path), metadata)
+    else:
+        torch.save(state, str(path))
+
+
+def check_output(path: Path, source: Path, overwrite: bool) -> None:
+    if path.suffix.lower() not in ENDINGS:
+        raise UserError(f"{path} ends in {path.suffix or 'nothing'!r}; expected .pth or .safetensors (--output_path).")
+    if path.suffix.lower() == ".safetensors":
+        try:
+            import safetensors.torch  # noqa: F401
+        except ImportError:
+            raise UserError(f"{path} needs the package safetensors: pip install safetensors, or write a .pth file (--output_path).") from None
+    if not path.parent.is_dir():
+        raise UserError(f"the folder {path.parent} does not exist; make it or pass another --output_path.")
+    if path.exists() and os.path.samefile(path, source):
+        raise UserError(f"{path} is the input itself, which is never overwritten; pass another --output_path.")
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, expected a file name; pass another --output_path.")
+    if path.exists() and not overwrite:
+        raise UserError(f"{path} exists; pass --overwrite to replace it, or another --output_path.")
+
+
+# ------------------------------------------------------------------------------------------------- verifying and measuring
+
+
+@torch.no_grad()
+def largest_difference(unfused: AetherBase, fused: AetherBase, device: str) -> float:
+    """Largest difference of two networks in float64, in steps of 1/255 (of the largest output, where that is above 1)."""
+    chans = unfused.options["in_chans"]
+    generator = torch.Generator().manual_seed(0)
+    images = [torch.rand(1, chans, height, width, generator=generator, dtype=torch.float64) for height, width in ((1, 1), (3, 2), (17, 31), (25, 12))]
+    images.append((torch.linspace(0, 1, 21).view(-1, 1) * torch.linspace(0, 1, 19)).double().expand(1, chans, 21, 19))
+    unfused, fused = unfused.double().eval().to(device), fused.double().eval().to(device)
+    worst = 0.0
+    for image in images:
+        expected, output = unfused(image.to(device)), fused(image.to(device))
+        difference = float((output - expected).abs().max()) / max(1.0, float(expected.abs().max()))
+        if not math.isfinite(difference):
+            return math.inf
+        worst = max(worst, difference * 255)
+    return worst
+
+
+@torch.no_grad()
+def milliseconds(nets: List[AetherBase], device: str, size: int = 64, runs: int = 5, seconds: float = 10.0) -> List[float]:
+    """Median time of each network for one float32 image of size x size, in turn, after one run that is not counted.
+
+    Fewer runs where they would take longer than ``seconds``.
+    """
+    image = torch.rand(1, nets[0].options["in_chans"], size, size, device=device)
+    nets = [net.float().eval().to(device) for net in nets]
+    times: List[List[float]] = [[] for _ in nets]
+    begin = time.perf_counter()
+    for run in range(runs + 1):
+        if run > 1 and time.perf_counter() - begin > seconds:
+            break
+        for net, kept in zip(nets, times):
+            start = time.perf_counter()
+            net(image)
+            if device == "cuda":
+                torch.cuda.synchronize()
+            if run:
+                kept.append((time.perf_counter() - start) * 1e3)
+    return [statistics.median(kept) for kept in times]
+
+
+class _Counter(TorchFunctionMode):
+    """Counts the operations that a forward pass calls; looking at a tensor or at a part of it is none."""
+
+    LOOKS = ("__get__", "__getitem__", "dim", "size", "view", "view_as", "flatten", "reshape", "float", "to")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolutions = self.others = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Optional[Dict[str, Any]] = None) -> Any:
+        if func.__name__ == "conv2d":
+            self.convolutions += 1
+        elif func.__name__ not in self.LOOKS:
+            self.others += 1
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def count_operations(net: AetherBase) -> Tuple[int, int]:
+    """Convolutions, and other operations, of one forward pass."""
+    image = torch.rand(1, net.options["in_chans"], 8, 8, dtype=next(net.parameters()).dtype)
+    with _Counter() as counter:
+        net(image)
+    return counter.convolutions, counter.others
+
+
+def parameters(net: AetherBase) -> int:
+    return sum(value.numel() for value in net.parameters())
+
+
+# ------------------------------------------------------------------------------------------------------------------ main
+
+
+def fuse(args: argparse.Namespace, say: Callable[[str], None] = print) -> None:
+    """What the command does; raises UserError, and then no output exists."""
+    source, target = Path(args.model_path), Path(args.output_path)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda was given, but PyTorch finds no CUDA device; pass --device cpu.")
+    if not (math.isfinite(args.img_range) and args.img_range > 0):
+        raise UserError(f"--img_range {args.img_range} is not possible; expected a number above 0, 1.0 unless the network was trained with another.")
+    say(f"Reading {source}")
+    state, chosen = read_state(source)
+    check_output(target, source, args.overwrite)
+    unfused = build(source, state, args)
+    say(f"Weights: {chosen}")
+    say("Fusing in float64")
+    name, scale = variant_name(unfused.options), unfused.scale
+    metadata = {"format": "pt", "architecture": name if name.startswith("aether") else "AetherNet", "scale": str(scale), "form": "fused"}
+    part = target.with_name(f"{target.stem}.{os.getpid()}.part{target.suffix}")
+    try:
+        write_state(unfused.fused().state_dict(), part, metadata)
+        say("Verifying: the written file against the unfused network, in float64")
+        fused = aether_from_state_dict(read_state(part)[0])
+        difference = largest_difference(unfused, fused, args.device)
+        if not difference <= ALLOWED_DIFFERENCE:
+            raise UserError(f"{source}: the fused network differs by {difference:.2g} steps of 1/255, allowed {ALLOWED_DIFFERENCE:g}; "
+                            f"these weights are too extreme for float32. Nothing was written; pass another checkpoint (--model_path).")  # fmt: skip
+        say("Measuring")
+        before, after = count_operations(unfused.cpu()), count_operations(fused.cpu())
+        sizes = [source.stat().st_size / 2**20, part.stat().st_size / 2**20]
+        counts = parameters(unfused), parameters(fused)
+        ms = milliseconds([unfused, fused], args.device)
+        os.replace(part, target)
+    except OSError as error:
+        raise UserError(f"{target} can't be written: {error.strerror or error}; free space or pass another --output_path.") from None
+    finally:
+        if part.exists():
+            part.unlink()
+    say("")
+    say(f"{name} x{scale}            unfused       fused")
+    for label, form, pair in (
+        ("parameters", "{:>12,}", counts),
+        ("convolutions", "{:>12}", (before[0], after[0])),
+        ("other operations", "{:>12}", (before[1], after[1])),
+        ("file, MiB", "{:>12.2f}", sizes),
+        (f"ms, 64x64, {args.device}", "{:>12.1f}", ms),
+    ):
+        say(f"{label:<20}" + "".join(form.format(value) for value in pair))
+    say(f"{ms[0] / ms[1]:.2f} times as fast; largest difference {difference:.1e} steps of 1/255 (allowed {ALLOWED_DIFFERENCE:g})")
+    say(f"Wrote {target}")
+
+
+def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--model_path", required=True, help="the unfused checkpoint, .pth or .safetensors")
+    parser.add_argument("--output_path", required=True, help="the fused weights to write, .pth or .safetensors")
+    parser.add_argument("--model_type", choices=[variant.__name__ for variant in VARIANTS], help="checked against the weights (default: read from them)")
+    parser.add_argument("--upscale", type=int, choices=(2, 3, 4), help="checked against the weights (default: read from them)")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    parser.add_argument("--img_range", type=float, default=1.0, help="the training option of this name, which no checkpoint holds (default: 1.0)")
+    parser.add_argument("--overwrite", action="store_true", help="replace --output_path where it exists")
+    parser.add_argument("--accept_older_fused", action="store_true", help="take a file whose kernels an older tool merged already")
+    return parser.parse_args(argv)
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    try:
+        fuse(parse_args(argv))
+    except UserError as error:
+        print(f"fuse_aether.py: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("fuse_aether.py: stopped; nothing was written.", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
