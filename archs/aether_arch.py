@@ -86,21 +86,20 @@ class DeploymentNorm(nn.Module):
     def statistics_to_parameters(self) -> None:
         """Hold the statistics as parameters without gradient, for an averaging that visits parameters only; names stay the same."""
         for name in ("running_mean", "running_var"):
-            value = self._buffers.pop(name)
+            value: Tensor = getattr(self, name)
+            delattr(self, name)
             self.register_parameter(name, nn.Parameter(value, requires_grad=False))
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.weight.flatten(), self.bias.flatten()
         if not self.training:
             return F.batch_norm(x, self.running_mean.flatten(), self.running_var.flatten(), weight, bias, eps=self.eps)
-        if self.renorm:
-            out, mean, invstd = torch.native_batch_norm(x, None, None, None, None, True, 0.0, self.eps)
-        else:
-            out, mean, invstd = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, self.eps)
+        affine = (torch.ones_like(weight), torch.zeros_like(bias)) if self.renorm else (weight, bias)
+        out, mean, invstd = torch.native_batch_norm(x, *affine, None, None, True, 0.0, self.eps)
         with torch.no_grad():
-            mean, invstd = mean.view_as(self.running_mean).float(), invstd.view_as(self.running_var).float()
-            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-            self.running_var.lerp_((invstd.pow(-2) - self.eps).to(self.running_var.dtype), self.momentum)
+            mean, invstd = mean.view_as(self.running_mean), invstd.view_as(self.running_var)  # float32 under autocast too
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(invstd.pow(-2) - self.eps, self.momentum)
             if self.renorm:
                 running_invstd = (self.running_var + self.eps).rsqrt()
                 ratio, offset = running_invstd / invstd, (mean - self.running_mean) * running_invstd
@@ -126,7 +125,7 @@ class GatedConvFFN(nn.Module):
 
     def reparameterize(self) -> Tuple[Tensor, Tensor]:
         """Weight and bias of the gate with the temperature in them: a pass over weights instead of one over pixels."""
-        return self.conv_gate.weight * self.temperature, self.conv_gate.bias * self.temperature
+        return self.conv_gate.weight * self.temperature, _bias(self.conv_gate) * self.temperature
 
     def forward(self, x: Tensor) -> Tensor:
         gate = F.conv2d(x, *self.reparameterize())
@@ -228,7 +227,7 @@ class QuantFusion(nn.Module):
     def reparameterize(self) -> Tuple[Tensor, Tensor]:
         """Weight and bias of the one 1x1 convolution that equals this layer."""
         weight = self.fusion_conv.weight
-        return weight, self.fusion_conv.bias + weight.flatten(1) @ self.error_comp.flatten()
+        return weight, _bias(self.fusion_conv) + weight.flatten(1) @ self.error_comp.flatten()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fusion_conv(x + self.error_comp)
@@ -264,6 +263,8 @@ class AetherBase(nn.Module):
     """What both forms share: options, the change of form, and loading. Build an AetherNet instead."""
 
     options: Dict[str, Any]
+    mean: Tensor
+    scale: int
 
     def fused(self) -> FusedAetherNet:
         """A fused deep copy in evaluation mode; this network stays as it is."""
@@ -338,7 +339,7 @@ class AetherNet(AetherBase):
         batch_renorm: bool = False,
     ) -> None:
         options = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
-        _check_options(**options)
+        _check_options(options)
         super().__init__()
         self.options = options
         self.scale, self.img_range = scale, float(img_range)
@@ -386,10 +387,10 @@ class AetherNet(AetherBase):
 
     def reparameterize(self) -> Dict[str, Tensor]:
         """State dict of the FusedAetherNet that computes the same, in this network's precision."""
-        state = {"mean": self.mean, "head.weight": self.conv_first.weight * self.img_range, "head.bias": self.conv_first.bias}
-        for i, stage in enumerate(self.stages):
-            for j, block in enumerate(stage):
-                state.update({f"stages.{i}.{j}.{name}": value for name, value in block.reparameterize().items()})
+        state = {"mean": self.mean, "head.weight": self.conv_first.weight * self.img_range, "head.bias": _bias(self.conv_first)}
+        for name, block in self.stages.named_modules():
+            if isinstance(block, AetherBlock):
+                state.update({f"stages.{name}.{key}": value for key, value in block.reparameterize().items()})
         state.update(_state_of(self.fusion_convs, "fusion_convs."))
         state["fusion.weight"], state["fusion.bias"] = self.quant_fusion_layer.reparameterize()
         state.update(_state_of(self.conv_after_body, "body_conv."))
@@ -448,7 +449,7 @@ class CollapsedTail(nn.Module):
     def __init__(self, channels: int, out_channels: int, scale: int) -> None:
         super().__init__()
         self.scale = scale
-        self.depth = 1 if scale <= 3 else 2  # pixels, from the border inwards, that a correction depends on
+        self.depth = self.depth_at(scale)
         outputs = out_channels * scale**2
         self.weight = nn.Parameter(torch.zeros(outputs, channels, 5, 5))
         self.bias = nn.Parameter(torch.zeros(outputs))
@@ -459,39 +460,42 @@ class CollapsedTail(nn.Module):
 
     @classmethod
     def collapse(cls, tail: nn.Module, scale: int) -> Dict[str, Tensor]:
-        """State dict of the CollapsedTail that equals ``tail``, read off its answers to single pixels of a 5x5 image.
+        """State dict of the CollapsedTail that equals ``tail``, read off a 5x5 image: kernels are gradients of outputs by inputs.
 
-        In a 5x5 image the middle pixel sees no border and each other representative pixel sees its own only.
+        The middle pixel sees no border there, a pixel in the middle of an edge its edge only, and a corner its two edges.
         """
-        first = next(tail.parameters())
-        channels = first.shape[1]
-        zero = F.pixel_unshuffle(tail(first.new_zeros(1, channels, 5, 5)), scale)
-        kernels = []  # [pixel] -> (channels, outputs, 5, 5): what a unit at the pixel adds to each output
-        for pixel in range(25):
-            impulse = torch.zeros_like(first[:, :1, :1, :1]).new_zeros(channels, channels, 25)
-            impulse[:, :, pixel] = torch.eye(channels, dtype=first.dtype, device=first.device)
-            kernels.append(F.pixel_unshuffle(tail(impulse.view(channels, channels, 5, 5)), scale) - zero)
-        response = torch.stack(kernels, -1).permute(1, 0, 4, 2, 3).unflatten(2, (5, 5))  # (outputs, channels, 5, 5, row, column)
+        like = next(tail.parameters())
+        zero = F.pixel_unshuffle(tail(like.new_zeros(1, like.shape[1], 5, 5)), scale)[0]
+        outputs = len(zero)
+        with torch.enable_grad():
+            image = like.new_zeros(outputs * 9, like.shape[1], 5, 5).requires_grad_()
+            out = F.pixel_unshuffle(tail(image), scale)[..., ::2, ::2].reshape(outputs, 3, 3, outputs, 3, 3)
+            (kernels,) = torch.autograd.grad(torch.einsum("oyxoyx->", out), image)
+        kernels = F.pad(kernels.view(outputs, 3, 3, -1, 5, 5), (2, 2, 2, 2))  # (output, its row, its column, channel, row, column)
 
-        def seen_from(row: int, column: int) -> Tuple[Tensor, Tensor]:
-            """Kernel over offsets -2..2 and bias of the output at a pixel; offsets outside the image stay zero."""
-            kernel = F.pad(response[..., row, column], (2, 2, 2, 2))
-            return kernel[:, :, row : row + 5, column : column + 5], zero[0, :, row, column]
+        def seen_from(row: int, column: int) -> List[Tensor]:
+            """Kernel over offsets -2..2 (zero outside the image) and bias of the output in the first (-1), middle or last row and column."""
+            y, x = 2 * (row + 1), 2 * (column + 1)
+            return [kernels[:, row + 1, column + 1, :, y : y + 5, x : x + 5], zero[:, y, x]]
 
-        weight, bias = seen_from(2, 2)
-        state = {"weight": weight, "bias": bias}
-        depth = 1 if scale <= 3 else 2
+        def correction(row: int, column: int) -> List[Tensor]:
+            return [here - inside for here, inside in zip(seen_from(row, column), seen_from(0, 0))]
+
+        depth = cls.depth_at(scale)
         window = {-1: slice(2, 2 + depth), 0: slice(0, 5), 1: slice(3 - depth, 3)}  # offsets 0..depth-1, all, 1-depth..0
+        state = dict(zip(("weight", "bias"), seen_from(0, 0)))
         for name, (row, column) in cls.BORDERS.items():
-            weight, bias = (here - inside for here, inside in zip(seen_from(2 + 2 * row, 2 + 2 * column), seen_from(2, 2)))
-            if row and column:  # both edges act on a corner: what they add there must not be added twice
-                for edge_row, edge_column in ((row, 0), (0, column)):
-                    edge = zip(seen_from(2 + 2 * edge_row, 2 + 2 * edge_column), seen_from(2, 2))
-                    edge_weight, edge_bias = (here - inside for here, inside in edge)
+            weight, bias = correction(row, column)
+            if row and column:  # both edges act on a corner already
+                for edge_weight, edge_bias in (correction(row, 0), correction(0, column)):
                     weight, bias = weight - edge_weight, bias - edge_bias
-            state[f"{name}_weight"] = weight[:, :, window[row], window[column]]
-            state[f"{name}_bias"] = bias
-        return {name: value.contiguous() for name, value in state.items()}
+            state[f"{name}_weight"], state[f"{name}_bias"] = weight[:, :, window[row], window[column]], bias
+        return state
+
+    @staticmethod
+    def depth_at(scale: int) -> int:
+        """Pixels, from the border inwards, that a correction depends on: one more where zeros are padded at two resolutions."""
+        return 1 if scale <= 3 else 2
 
     def _correction(self, x: Tensor, name: str) -> Tensor:
         """What one edge (a row or a column) or corner (a pixel) must add to the one convolution."""
@@ -532,7 +536,7 @@ class FusedAetherNet(AetherBase):
     def __init__(self, keep_norm: bool = False, **options: Any) -> None:
         super().__init__()
         self.options = options
-        self.scale: int = options["scale"]
+        self.scale = options["scale"]
         in_chans, channels, depths = options["in_chans"], options["embed_dim"], options["depths"]
         hidden, kernel = int(channels * options["mlp_ratio"]), options["lk_kernel"]
         attention = (options["use_channel_attn"], options["use_spatial_attn"])
@@ -565,6 +569,11 @@ class FusedAetherNet(AetherBase):
 # --------------------------------------------------------------------------------------------------------------- helpers
 
 
+def _bias(conv: nn.Conv2d) -> Tensor:
+    assert conv.bias is not None  # for the type checker: these convolutions have one
+    return conv.bias
+
+
 def _state_of(module: nn.Module, prefix: str) -> Dict[str, Tensor]:
     return {prefix + name: value for name, value in module.state_dict().items()}
 
@@ -581,46 +590,35 @@ def _add_at_border(x: Tensor, delta: Tensor, dim: int, side: int) -> Tensor:
     return torch.cat([here, rest] if side < 0 else [rest, here], dim)
 
 
-def _check_options(
-    scale: int,
-    in_chans: int,
-    embed_dim: int,
-    depths: Sequence[int],
-    mlp_ratio: float,
-    lk_kernel: int,
-    sk_kernel: int,
-    drop: float,
-    drop_path_rate: float,
-    img_range: float,
-    use_channel_attn: bool,
-    use_spatial_attn: bool,
-    batch_renorm: bool,
-) -> None:
-    def check(name: str, value: Any, ok: bool, allowed: str) -> None:
+def _check_options(options: Mapping[str, Any]) -> None:
+    def check(name: str, ok: bool, allowed: str) -> None:
         if not ok:
-            raise ValueError(f"AetherNet: {name}={value!r} is not possible; allowed: {allowed}.")
+            raise ValueError(f"AetherNet: {name}={options[name]!r} is not possible; allowed: {allowed}.")
 
     def whole(value: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
-    def real(value: Any) -> bool:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    def within(name: str, low: float, high: float) -> bool:
+        value = options[name]
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value < high
 
-    check("scale", scale, whole(scale) and scale in SCALES, "1, 2, 3, 4, 8")
-    check("in_chans", in_chans, whole(in_chans), "a whole number from 1")
-    check("depths", depths, isinstance(depths, (list, tuple)) and len(depths) > 0 and all(map(whole, depths)), "a list of whole numbers from 1")
-    stages = len(depths)
-    check("embed_dim", embed_dim, whole(embed_dim) and embed_dim % stages == 0, f"a multiple of {stages}, the number of stages in depths")
-    check("embed_dim", embed_dim, embed_dim >= 8 or not use_channel_attn, "8 or more with use_channel_attn")
-    check("embed_dim", embed_dim, embed_dim >= scale // 2, f"{scale // 2} or more at scale {scale}")
-    check("mlp_ratio", mlp_ratio, real(mlp_ratio) and int(embed_dim * mlp_ratio) >= 1, f"a number from {1 / embed_dim:.3g} (one hidden channel)")
-    check("lk_kernel", lk_kernel, whole(lk_kernel) and lk_kernel % 2 == 1, "an odd number from 1")
-    check("sk_kernel", sk_kernel, whole(sk_kernel) and sk_kernel % 2 == 1 and sk_kernel <= lk_kernel, f"an odd number from 1 to lk_kernel={lk_kernel}")
-    check("drop", drop, real(drop) and 0 <= drop < 1, "0 <= drop < 1")
-    check("drop_path_rate", drop_path_rate, real(drop_path_rate) and 0 <= drop_path_rate < 1, "0 <= drop_path_rate < 1")
-    check("img_range", img_range, real(img_range) and img_range > 0, "a number above 0")
-    for name, flag in (("use_channel_attn", use_channel_attn), ("use_spatial_attn", use_spatial_attn), ("batch_renorm", batch_renorm)):
-        check(name, flag, isinstance(flag, bool), "true or false")
+    check("scale", whole(options["scale"]) and options["scale"] in SCALES, "1, 2, 3, 4, 8")
+    check("in_chans", whole(options["in_chans"]), "a whole number from 1")
+    depths, width, large = options["depths"], options["embed_dim"], options["lk_kernel"]
+    check("depths", isinstance(depths, (list, tuple)) and len(depths) > 0 and all(map(whole, depths)), "a list of whole numbers from 1")
+    check("embed_dim", whole(width) and width % len(depths) == 0, f"a multiple of {len(depths)}, the number of stages in depths")
+    check("embed_dim", width >= options["scale"] // 2, f"{options['scale'] // 2} or more at scale {options['scale']}")
+    check("embed_dim", width >= 8 or options["use_channel_attn"] is not True, "8 or more with use_channel_attn")
+    check(
+        "mlp_ratio", within("mlp_ratio", 1 / width, 1e6) and int(width * options["mlp_ratio"]) >= 1, f"{1 / width:.3g} (one hidden channel) or more"
+    )
+    check("lk_kernel", whole(large) and large % 2 == 1, "an odd number from 1")
+    check("sk_kernel", whole(options["sk_kernel"]) and options["sk_kernel"] in range(1, large + 1, 2), f"an odd number from 1 to lk_kernel={large}")
+    for name in ("drop", "drop_path_rate"):
+        check(name, within(name, 0, 1), f"0 <= {name} < 1")
+    check("img_range", within("img_range", 1e-6, 1e6), "a number above 0 (1e-6 to 1e6)")
+    for name in ("use_channel_attn", "use_spatial_attn", "batch_renorm"):
+        check(name, isinstance(options[name], bool), "true or false")
 
 
 def _init_weights(module: nn.Module) -> None:
@@ -652,8 +650,11 @@ def _init_as_interpolation(net: AetherNet) -> None:
     carry(net.conv_first, eye)
     carry(net.quant_fusion_layer.fusion_conv, torch.zeros(image, 1))
     carry(net.conv_after_body, torch.zeros(image, 1))
-    carry(net.conv_before_upsample[0], torch.cat([eye, -eye]))
-    matrix = torch.cat([eye, -eye], 1) / (1 + net.conv_before_upsample[1].negative_slope)
+    before, activation = net.conv_before_upsample
+    assert isinstance(before, nn.Conv2d)
+    assert isinstance(activation, nn.LeakyReLU)
+    carry(before, torch.cat([eye, -eye]))
+    matrix = torch.cat([eye, -eye], 1) / (1 + activation.negative_slope)
     for conv, step in zip(upsamplers, steps):
         offsets = [(k + 0.5) / step - 0.5 for k in range(step)]
         taps = torch.tensor([[t * (t - 1) / 2, 1 - t * t, t * (t + 1) / 2] for t in offsets])  # Lagrange, for pixels -1, 0, 1
@@ -751,7 +752,7 @@ def _read_options(state: Mapping[str, Tensor], form: str) -> Dict[str, Any]:
     embed_dim, in_chans = shape(head + ".weight")[:2]
     blocks = {tuple(map(int, found.groups())) for found in map(re.compile(r"stages\.(\d{1,4})\.(\d{1,4})\.").match, state) if found}
     depths = [max(j for i, j in blocks if i == stage) + 1 if stage in {i for i, _ in blocks} else 0 for stage in range(max(blocks)[0] + 1)]
-    if sum(depths) != len(blocks):
+    if 0 in depths or sum(depths) != len(blocks):
         raise ValueError(f"the blocks 'stages.i.j' have gaps: {len(blocks)} found, {sum(depths)} expected from the numbers.")
     gate, kernel = {
         "training": ("ffn.conv_gate", "conv.lk_conv"),
@@ -764,8 +765,9 @@ def _read_options(state: Mapping[str, Tensor], form: str) -> Dict[str, Any]:
         scale = math.isqrt(shape("tail.weight")[0] // max(1, in_chans))
     else:
         convs = sorted(name for name in state if re.fullmatch(r"upsample\.blocks\.\d+\.weight", name))
-        ratio = shape(convs[0])[0] / max(1, shape("conv_last.weight")[1]) if len(convs) == 1 else 0
-        scale = {1: 1, 4: 2, 9: 3}.get(ratio, 0) if len(convs) == 1 else 2 ** len(convs)
+        scale = 2 ** len(convs)
+        if len(convs) == 1:
+            scale = math.isqrt(shape(convs[0])[0] // max(1, shape("conv_last.weight")[1]))
     if scale not in SCALES:
         raise ValueError(f"the upsampling tensors fit none of the scales {SCALES}.")
     ratio = hidden / max(1, embed_dim)
@@ -827,9 +829,9 @@ def export_onnx(model: AetherBase, scale: int, precision: str = "fp32", output_p
     part = f"{path}.{os.getpid()}.part"
     reference = model.fused().cpu().float()
     net = copy.deepcopy(reference).half() if precision == "fp16" else reference
-    image = torch.rand(1, model.options["in_chans"], 19, 23, dtype=net.mean.dtype)
+    image = torch.rand(1, model.options["in_chans"], 19, 23).to(net.mean.dtype)
     axes = {0: "batch", 2: "height", 3: "width"}
-    legacy = {"dynamo": False} if "dynamo" in inspect.signature(torch.onnx.export).parameters else {}
+    legacy: Dict[str, Any] = {"dynamo": False} if "dynamo" in inspect.signature(torch.onnx.export).parameters else {}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the tracing exporter: old and deprecated, and the one that writes one small file everywhere
@@ -854,65 +856,38 @@ def export_onnx(model: AetherBase, scale: int, precision: str = "fp32", output_p
 
 # -------------------------------------------------------------------------------------------------------------- variants
 
+# The options are written out for the frameworks' documentation tools, which read signatures.
+# fmt: off
 
 
 def aether_small(
-    scale: int = 4,
-    in_chans: int = 3,
-    embed_dim: int = 96,
-    depths: Sequence[int] = (4, 4, 4, 4),
-    mlp_ratio: float = 2.0,
-    lk_kernel: int = 11,
-    sk_kernel: int = 3,
-    drop: float = 0.0,
-    drop_path_rate: float = 0.1,
-    img_range: float = 1.0,
-    use_channel_attn: bool = False,
-    use_spatial_attn: bool = False,
-    batch_renorm: bool = False,
+    scale: int = 4, in_chans: int = 3, embed_dim: int = 96, depths: Sequence[int] = (4, 4, 4, 4), mlp_ratio: float = 2.0,
+    lk_kernel: int = 11, sk_kernel: int = 3, drop: float = 0.0, drop_path_rate: float = 0.1, img_range: float = 1.0,
+    use_channel_attn: bool = False, use_spatial_attn: bool = False, batch_renorm: bool = False,
 ) -> AetherNet:
     """Small and fast, no attention: 1.5 million parameters at x4. Options as AetherNet."""
     return AetherNet(**locals())
 
 
 def aether_medium(
-    scale: int = 4,
-    in_chans: int = 3,
-    embed_dim: int = 128,
-    depths: Sequence[int] = (6, 6, 6, 6),
-    mlp_ratio: float = 2.0,
-    lk_kernel: int = 11,
-    sk_kernel: int = 3,
-    drop: float = 0.0,
-    drop_path_rate: float = 0.1,
-    img_range: float = 1.0,
-    use_channel_attn: bool = True,
-    use_spatial_attn: bool = True,
-    batch_renorm: bool = False,
+    scale: int = 4, in_chans: int = 3, embed_dim: int = 128, depths: Sequence[int] = (6, 6, 6, 6), mlp_ratio: float = 2.0,
+    lk_kernel: int = 11, sk_kernel: int = 3, drop: float = 0.0, drop_path_rate: float = 0.1, img_range: float = 1.0,
+    use_channel_attn: bool = True, use_spatial_attn: bool = True, batch_renorm: bool = False,
 ) -> AetherNet:
     """Balanced, with channel and spatial attention: 3.7 million parameters at x4. Options as AetherNet."""
     return AetherNet(**locals())
 
 
 def aether_large(
-    scale: int = 4,
-    in_chans: int = 3,
-    embed_dim: int = 180,
-    depths: Sequence[int] = (8, 8, 8, 8, 8),
-    mlp_ratio: float = 2.0,
-    lk_kernel: int = 11,
-    sk_kernel: int = 3,
-    drop: float = 0.0,
-    drop_path_rate: float = 0.1,
-    img_range: float = 1.0,
-    use_channel_attn: bool = True,
-    use_spatial_attn: bool = True,
-    batch_renorm: bool = False,
+    scale: int = 4, in_chans: int = 3, embed_dim: int = 180, depths: Sequence[int] = (8, 8, 8, 8, 8), mlp_ratio: float = 2.0,
+    lk_kernel: int = 11, sk_kernel: int = 3, drop: float = 0.0, drop_path_rate: float = 0.1, img_range: float = 1.0,
+    use_channel_attn: bool = True, use_spatial_attn: bool = True, batch_renorm: bool = False,
 ) -> AetherNet:
     """Highest quality: 10.6 million parameters at x4. Options as AetherNet."""
     return AetherNet(**locals())
 
 
+# fmt: on
 VARIANTS = (aether_small, aether_medium, aether_large)
 
 
@@ -937,7 +912,7 @@ def _register(framework: str) -> None:
     registry = importlib.import_module(f"{framework}.utils.registry").ARCH_REGISTRY
     for variant in VARIANTS:
         if variant.__name__ in registry:
-            raise ImportError(f"{variant.__name__} is registered in {framework} already; keep one copy of aether_arch.py in its archs folder ({__file__}).")
+            raise ImportError(f"{variant.__name__} is registered in {framework} already; keep one copy of this file in its archs folder: {__file__}")
 
         @functools.wraps(variant)
         def build(*args: Any, _variant: Any = variant, **options: Any) -> AetherNet:

@@ -1,0 +1,184 @@
+"""The network computes what its description says, in evaluation and in training, and its gradients are those of the two-branch form."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from pathlib import Path
+from typing import Any, Dict
+
+import aether_arch
+import pytest
+import torch
+from aether_arch import AetherNet
+from conftest import small_net
+from reference import reference
+from safetensors import safe_open
+from torch import Tensor
+
+GOLDEN = sorted((Path(__file__).parent / "golden").glob("*.safetensors"))
+BOTH = {"use_channel_attn": True, "use_spatial_attn": True}
+NEITHER = {"use_channel_attn": False, "use_spatial_attn": False}
+
+
+def relative(value: Tensor, expected: Tensor) -> float:
+    return float(((value - expected).abs().max() / expected.abs().max()).detach())
+
+
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
+def test_the_golden_vectors_are_met_in_eval_fused_and_train(path: Path) -> None:
+    with safe_open(str(path), "pt") as file:
+        config = json.loads(file.metadata()["config"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    net = AetherNet(**config, drop_path_rate=0.0).eval()
+    net.load_state_dict({name[3:]: value for name, value in tensors.items() if name.startswith("sd/")}, strict=True)
+    with torch.no_grad():
+        assert relative(net(tensors["input"]), tensors["output"]) <= 1e-5
+        assert relative(net.fused()(tensors["input"]), tensors["output"]) <= 1e-5
+        assert relative(net.train()(tensors["input"]), tensors["train_output"]) <= 1e-5
+    state = net.state_dict()
+    after = {name[6:]: value for name, value in tensors.items() if name.startswith("after/")}
+    assert after
+    for name, value in after.items():
+        assert relative(state[name], value) <= 1e-5, name
+
+
+def test_there_are_five_golden_files() -> None:
+    assert len(GOLDEN) == 5
+
+
+@pytest.mark.parametrize("scale", aether_arch.SCALES)
+@pytest.mark.parametrize("attention", [BOTH, NEITHER], ids=["attention", "plain"])
+def test_evaluation_equals_the_written_out_network(scale: int, attention: Dict[str, bool]) -> None:
+    net = small_net(scale, img_range=2.0, **attention)
+    for height, width in ((1, 1), (7, 12)):
+        x = torch.rand(2, 3, height, width, dtype=torch.float64)
+        assert relative(net(x), reference(net.state_dict(), x, img_range=2.0)[0]) <= 1e-12
+
+
+@pytest.mark.parametrize("attention", [BOTH, NEITHER], ids=["attention", "plain"])
+def test_training_output_statistics_and_gradients_equal_the_two_branch_form(attention: Dict[str, bool]) -> None:
+    net = small_net(2, drop_path_rate=0.0, **attention).train()
+    state = {name: value.clone().requires_grad_(value.is_floating_point()) for name, value in net.state_dict().items()}
+    x = torch.rand(3, 3, 9, 11, dtype=torch.float64)
+    expected, after = reference(state, x, training=True)
+    output = net(x)
+    assert relative(output, expected) <= 1e-12
+    direction = torch.randn_like(output)
+    (output * direction).sum().backward()
+    (expected * direction).sum().backward()
+    largest = max(float(parameter.grad.abs().max()) for parameter in net.parameters())
+    for name, parameter in net.named_parameters():
+        # relative to the network's largest gradient: a bias before a norm has one of nothing but rounding
+        assert float((parameter.grad - state[name].grad).abs().max()) <= 1e-12 * largest, name
+    for name, value in after.items():
+        assert relative(net.state_dict()[name], value) <= 1e-12, name
+
+
+@pytest.mark.parametrize(
+    ("variant", "counts"),
+    [
+        ("aether_small", {2: 1_620_691, 3: 2_035_891, 4: 1_536_451}),
+        ("aether_medium", {2: 3_812_939, 3: 4_550_859, 4: 3_663_755}),
+        ("aether_large", {2: 10_923_843, 3: 12_382_743, 4: 10_629_813}),
+    ],
+)
+def test_the_variants_have_the_published_numbers_of_parameters(variant: str, counts: Dict[int, int]) -> None:
+    for scale, expected in counts.items():
+        assert sum(value.numel() for value in getattr(aether_arch, variant)(scale=scale).parameters()) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"scale": 5}, "scale=5"),
+        ({"scale": 2.0}, "scale=2.0"),
+        ({"scale": True}, "scale=True"),
+        ({"in_chans": 0}, "in_chans=0"),
+        ({"embed_dim": 98}, "embed_dim=98 is not possible; allowed: a multiple of 4"),
+        ({"embed_dim": 4, "use_channel_attn": True}, "8 or more"),
+        ({"depths": []}, "depths="),
+        ({"depths": [4, 0]}, "depths="),
+        ({"depths": 4}, "depths=4"),
+        ({"mlp_ratio": 0.0}, "mlp_ratio=0.0"),
+        ({"mlp_ratio": float("nan")}, "mlp_ratio=nan"),
+        ({"lk_kernel": 10}, "lk_kernel=10"),
+        ({"sk_kernel": 13}, "1 to lk_kernel=11"),
+        ({"drop": 1.0}, "drop=1.0"),
+        ({"drop_path_rate": -0.1}, "drop_path_rate=-0.1"),
+        ({"img_range": 0}, "img_range=0"),
+        ({"use_spatial_attn": "yes"}, "use_spatial_attn='yes'"),
+    ],
+)
+def test_an_impossible_option_is_named_with_its_value(options: Dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError) as error:
+        aether_arch.aether_small(**{"scale": 4, **options})
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize("scale", aether_arch.SCALES)
+def test_a_new_network_is_an_interpolation(scale: int) -> None:
+    slope = torch.linspace(0, 1, 16)[:, None] + torch.linspace(0, 1, 16)
+    image = slope.expand(1, 3, 16, 16) / 2
+    net = aether_arch.aether_small(scale=scale).eval()
+    with torch.no_grad():
+        output = net(image)
+    expected = torch.nn.functional.interpolate(image, scale_factor=scale, mode="bilinear", align_corners=False)
+    inside = (..., slice(2 * scale, -2 * scale), slice(2 * scale, -2 * scale))
+    assert float((output - expected)[inside].abs().max()) <= 1e-5
+
+
+@pytest.mark.parametrize("renorm", [False, True], ids=["batch statistics", "batch_renorm"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_training_step_under_autocast_keeps_its_statistics_in_float32(dtype: torch.dtype, renorm: bool) -> None:
+    x = torch.rand(4, 3, 16, 16)
+    nets = [small_net(2, drop_path_rate=0.0, batch_renorm=renorm).float().train() for _ in range(2)]
+    expected = nets[0](x)
+    with torch.autocast("cpu", dtype):
+        output = nets[1](x)
+        output.float().pow(2).mean().backward()
+    assert float((output - expected).detach().abs().max()) <= 0.05 * float(expected.detach().abs().max())
+    assert all(bool(torch.isfinite(parameter.grad).all()) for parameter in nets[1].parameters())
+    for name, value in nets[1].state_dict().items():
+        assert value.dtype == torch.float32
+        if name.endswith("running_var"):
+            assert relative(value, nets[0].state_dict()[name]) <= 0.02, name
+
+
+def test_batch_renorm_trains_on_what_evaluation_computes() -> None:
+    x = torch.rand(2, 3, 12, 12, dtype=torch.float64)
+    gap = {}
+    for renorm in (False, True):
+        net = small_net(2, drop_path_rate=0.0, batch_renorm=renorm).train()
+        output = net(x)
+        gap[renorm] = relative(net.eval()(x), output)
+    assert gap[True] <= 1e-12
+    assert gap[False] > 1e-3
+
+
+def test_layout_copy_and_pickle_change_nothing() -> None:
+    net = small_net(2)
+    x = torch.rand(1, 3, 9, 14, dtype=torch.float64)
+    for form in (net, net.fused()):
+        expected = form(x)
+        assert relative(copy.deepcopy(form).to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last)), expected) <= 1e-12
+        assert torch.equal(pickle.loads(pickle.dumps(form))(x), expected)
+
+
+def test_torch_compile_sees_one_graph_in_every_form() -> None:
+    net = small_net(2).float()
+    x = torch.rand(2, 3, 8, 8)
+    for form in (net.train(), copy.deepcopy(net).eval(), net.fused()):
+        torch._dynamo.reset()
+        assert torch._dynamo.explain(form)(x).graph_break_count == 0
+        assert torch.compile(form, backend="aot_eager")(x).shape == (2, 3, 16, 16)
+
+
+def test_drop_path_drops_whole_samples_in_training_only() -> None:
+    drop = aether_arch.DropPath(0.5)
+    x = torch.ones(64, 2, 3, 3)
+    assert torch.equal(drop.eval()(x), x)
+    kept = drop.train()(x)
+    assert set(kept.unique().tolist()) == {0.0, 2.0}
+    assert all(len(sample.unique()) == 1 for sample in kept)
