@@ -48,8 +48,9 @@ def import_torchvision() -> types.ModuleType:
 def register_aether() -> types.ModuleType:
     """Import BasicSR with the AetherNet variants in its registry and return the module that registered them."""
     import_torchvision()
-    if importlib.util.find_spec("torchvision.transforms.functional_tensor") is None:  # BasicSR 1.4.2 imports it; torchvision 0.17 dropped it
-        shim = types.ModuleType("torchvision.transforms.functional_tensor")
+    functional_tensor = "torchvision.transforms.functional_tensor"  # BasicSR 1.4.2 imports it; torchvision 0.17 dropped it
+    if functional_tensor not in sys.modules and importlib.util.find_spec(functional_tensor) is None:
+        shim = types.ModuleType(functional_tensor)
         shim.rgb_to_grayscale = importlib.import_module("torchvision.transforms.functional").rgb_to_grayscale  # type: ignore[attr-defined]
         sys.modules[shim.__name__] = shim
     importlib.import_module("basicsr.archs")
