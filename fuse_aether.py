@@ -64,22 +64,23 @@ def read_state(path: Path) -> Tuple[Dict[str, Tensor], str]:
         raise UserError(f"{path} is empty; expected a checkpoint, so copy it again (--model_path).")
     content = _read_safetensors(path) if path.suffix.lower() == ".safetensors" else _read_pth(path)
     if not isinstance(content, Mapping):
-        raise UserError(f"{path} holds a {type(content).__name__}, expected a state dict; pass the network's checkpoint, not a training state (--model_path).")
-    found = [key for key in PARAM_KEYS if isinstance(content.get(key), Mapping)]
-    if not found:
-        return _checked(path, content), "the only weights in the file"
-    state = _checked(path, content[found[0]])
-    if found[0] not in ("params_ema", "params-ema"):
-        return state, f"{found[0]!r}, not averaged"
-    chosen = f"the averaged ones, {found[0]!r}"
-    online = _checked(path, content["params"]) if "params" in found else {}
+        raise UserError(f"{path} holds a {type(content).__name__}, expected a state dict; pass a network's checkpoint (--model_path).")
+    nested: Dict[str, Mapping[Any, Any]] = {key: content[key] for key in PARAM_KEYS if isinstance(content.get(key), Mapping)}
+    if not nested:
+        return _checked(path, content), "the only ones in the file"
+    key, weights = next(iter(nested.items()))
+    state = _checked(path, weights)
+    if key not in ("params_ema", "params-ema"):
+        return state, f"{key!r}, not averaged"
+    chosen = f"the averaged ones, {key!r}"
+    online = _checked(path, nested.get("params", {}))
     if _never_updated(state) and online and not _never_updated(online):
         state.update({name: value for name, value in online.items() if _is_statistic(name)})
         chosen += "; their norm statistics were never updated, so those are the online ones of 'params'"
     return state, chosen
 
 
-def _read_safetensors(path: Path) -> Mapping[str, Tensor]:
+def _read_safetensors(path: Path) -> Any:
     try:
         from safetensors.torch import load_file
     except ImportError:
@@ -303,7 +304,8 @@ def fuse(args: argparse.Namespace, say: Callable[[str], None] = print) -> None:
         if part.exists():
             part.unlink()
     say("")
-    say(f"{name} x{scale}            unfused       fused")
+    say(f"{name} x{scale}")
+    say(f"{'':<20}{'unfused':>12}{'fused':>12}")
     for label, form, pair in (
         ("parameters", "{:>12,}", counts),
         ("convolutions", "{:>12}", (before[0], after[0])),
@@ -320,8 +322,8 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--model_path", required=True, help="the unfused checkpoint, .pth or .safetensors")
     parser.add_argument("--output_path", required=True, help="the fused weights to write, .pth or .safetensors")
-    parser.add_argument("--model_type", choices=[variant.__name__ for variant in VARIANTS], help="checked against the weights (default: read from them)")
-    parser.add_argument("--upscale", type=int, choices=(2, 3, 4), help="checked against the weights (default: read from them)")
+    parser.add_argument("--model_type", choices=[variant.__name__ for variant in VARIANTS], help="checked (default: read from the weights)")
+    parser.add_argument("--upscale", type=int, choices=(2, 3, 4), help="checked (default: read from the weights)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--img_range", type=float, default=1.0, help="the training option of this name, which no checkpoint holds (default: 1.0)")
     parser.add_argument("--overwrite", action="store_true", help="replace --output_path where it exists")
