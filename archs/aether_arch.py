@@ -278,6 +278,8 @@ class AetherBase(nn.Module):
         """Take another form, with fresh weights: the object stays the same, so that whoever holds it sees the new form."""
         like = next(self.parameters())
         other = form(**self.options, **extra).to(device=like.device, dtype=like.dtype).train(self.training)
+        if any(value.dim() == 4 and not value.is_contiguous() for value in self.parameters()):
+            other = other.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.__class__ = form  # as torch.nn.utils.parametrize does: a module's forward belongs to its class
         self._parameters, self._buffers, self._modules = other._parameters, other._buffers, other._modules
 
@@ -364,6 +366,8 @@ class AetherNet(AetherBase):
         _init_as_interpolation(self)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.training and x.device.type == "cpu":  # the weight gradient of a large depthwise kernel is several times faster in this layout
+            x = x.contiguous(memory_format=torch.channels_last)
         shallow = self.conv_first((x - self.mean) * self.img_range)
         out, features = shallow, []
         for stage, fusion_conv in zip(self.stages, self.fusion_convs):
@@ -630,11 +634,14 @@ def _init_weights(module: nn.Module) -> None:
 
 @torch.no_grad()
 def _init_as_interpolation(net: AetherNet) -> None:
-    """Let the first channels carry the image through the network, so that a new one is a quadratic interpolation, not black.
+    """Let blocks start as identities, and the first channels carry the image, so that a new network is a quadratic interpolation, not black.
 
     An initialisation only: all other weights keep their random start, and training is free to change these. LeakyReLU passes a value
     and its negative as a pair: lrelu(v) - lrelu(-v) = 1.01 v. Networks too narrow for it keep the plain start.
     """
+    for module in net.modules():
+        if isinstance(module, GatedConvFFN):
+            nn.init.zeros_(module.conv_out.weight)  # else the gated product squares an outlier from block to block, up to inf
     image = net.conv_first.in_channels
     upsamplers = [conv for conv in net.upsample.blocks if isinstance(conv, nn.Conv2d)]
     steps = [1 if net.scale == 1 else 3 if net.scale == 3 else 2] * len(upsamplers)
@@ -747,20 +754,19 @@ def _read_options(state: Mapping[str, Tensor], form: str) -> Dict[str, Any]:
     for name, version in (("num_batches_tracked", "v3 or v4"), ("scale", "1.1.0"), ("scale_tensor", "3.x")):
         if any(key == name or key.endswith("." + name) for key in state):
             raise ValueError(f"this is the layout of AetherNet {version} (tensor {name!r}): the same names, another function.")
-    head = "head" if form == "fused" else "conv_first"
     block = "stages.0.0."
-    embed_dim, in_chans = shape(head + ".weight")[:2]
-    blocks = {tuple(map(int, found.groups())) for found in map(re.compile(r"stages\.(\d{1,4})\.(\d{1,4})\.").match, state) if found}
-    depths = [max(j for i, j in blocks if i == stage) + 1 if stage in {i for i, _ in blocks} else 0 for stage in range(max(blocks)[0] + 1)]
-    if 0 in depths or sum(depths) != len(blocks):
-        raise ValueError(f"the blocks 'stages.i.j' have gaps: {len(blocks)} found, {sum(depths)} expected from the numbers.")
     gate, kernel = {
         "training": ("ffn.conv_gate", "conv.lk_conv"),
         "older fused": ("ffn.conv_gate", "conv.fused_conv"),
         "fused": ("gate_conv", "reparam_conv"),
     }[form]
+    embed_dim, in_chans = shape("head.weight" if form == "fused" else "conv_first.weight")[:2]
     hidden, lk_kernel = shape(f"{block}{gate}.weight")[0], shape(f"{block}{kernel}.weight")[2]
     sk_kernel = shape(f"{block}conv.sk_conv.weight")[2] if form == "training" else min(3, lk_kernel)
+    blocks = {tuple(map(int, found.groups())) for found in map(re.compile(r"stages\.(\d{1,4})\.(\d{1,4})\.").match, state) if found}
+    depths = [max(j for i, j in blocks if i == stage) + 1 if stage in {i for i, _ in blocks} else 0 for stage in range(max(blocks)[0] + 1)]
+    if 0 in depths or sum(depths) != len(blocks):
+        raise ValueError(f"the blocks 'stages.i.j' have gaps: {len(blocks)} found, {sum(depths)} expected from the numbers.")
     if form == "fused":
         scale = math.isqrt(shape("tail.weight")[0] // max(1, in_chans))
     else:

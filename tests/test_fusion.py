@@ -107,6 +107,12 @@ def test_fusing_keeps_precision_and_mode(dtype: torch.dtype) -> None:
     assert {value.dtype for value in net.state_dict().values()} == {dtype}
 
 
+def test_fusing_keeps_channels_last() -> None:
+    fused = small_net(2).to(memory_format=torch.channels_last).fuse_model()
+    assert fused.body_conv.weight.is_contiguous(memory_format=torch.channels_last)
+    assert small_net(2).fuse_model().body_conv.weight.is_contiguous()
+
+
 def test_the_fused_form_ignores_train_mode() -> None:
     fused = small_net(2, drop=0.5, drop_path_rate=0.5).fused()
     x = torch.rand(1, 3, 8, 8, dtype=torch.float64)
