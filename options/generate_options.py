@@ -69,8 +69,8 @@ def parent_of(name: str) -> str:
 WHY_RATE = "norms, biases and gates are not to shrink: no weight decay"
 WHY_WARMUP = "a new network is an interpolation already: small first steps keep it one while the running statistics settle"
 WHY_EMA = "averages about the last 1000 steps; the norms' statistics are averaged or copied with the weights"
-WHY_RENORM = "for a batch below 8: validation then sees what training saw"
-SMALLER = "and below 8 set batch_renorm"
+WHY_RENORM = "for a batch of 4 to 8: validation then sees what training saw, see docs/small_batch.md"
+SMALLER = "and at 8 or 4 see batch_renorm"
 
 # --------------------------------------------------------------------------------------------------------------- traiNNer-redux
 
@@ -538,7 +538,7 @@ queue_size: 192  # a multiple of the batch size
 name: train_aether_{size_name}_x{scale}_{kind_name}
 model_type: {BASICSR_MODEL[kind_name]}
 scale: {scale}
-num_gpu: auto  # 0: CPU
+num_gpu: 1  # 0: CPU; for more cards start it with torchrun, see docs/BasicSR.md
 manual_seed: 0
 {otf if kind.otf else ""}
 # dataset and data loader settings
@@ -634,7 +634,7 @@ def basicsr_test(size_name: str, scale: int) -> str:
 name: test_aether_{size_name}_x{scale}
 model_type: SRModel
 scale: {scale}
-num_gpu: auto  # 0: CPU
+num_gpu: 1  # 0: CPU
 manual_seed: 0
 
 datasets:
