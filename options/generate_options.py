@@ -676,13 +676,14 @@ def templates() -> Dict[Path, str]:
     for size in SIZES:
         for scale in SCALES:
             for kind in KINDS:
+                if KINDS[kind].otf and scale == 3:  # all three degrade pictures whose size is no multiple of 3, and stop
+                    continue
                 redux_kind = kind.replace("otf", "OTF")
                 files += [
                     (f"traiNNer-redux/train/AetherNet/AetherNet_{size}_x{scale}_{redux_kind}.yml", redux_train(size, scale, kind)),
                     (f"neosr/train_aether_{size}_x{scale}_{kind}.toml", neosr_train(size, scale, kind)),
+                    (f"basicsr/train/AetherNet/train_aether_{size}_x{scale}_{kind}.yml", basicsr_train(size, scale, kind)),
                 ]
-                if not (KINDS[kind].otf and scale == 3):  # BasicSR degrades pictures of 400 pixels, which no x3 pair can be cut from
-                    files.append((f"basicsr/train/AetherNet/train_aether_{size}_x{scale}_{kind}.yml", basicsr_train(size, scale, kind)))
             files += [
                 (f"traiNNer-redux/test/AetherNet/AetherNet_{size}_x{scale}.yml", redux_test(size, scale)),
                 (f"traiNNer-redux/onnx/AetherNet/AetherNet_{size}_x{scale}.yml", redux_onnx(size, scale)),
