@@ -376,7 +376,22 @@ class AetherNet(AetherBase):
         body = self.quant_fusion_layer(torch.cat(features, 1)) + shallow
         body = self.conv_after_body(self.norm(body)) + body
         out = self.conv_last(self.upsample(self.conv_before_upsample(body)))
+        if self.training and torch.distributed.is_available() and torch.distributed.is_initialized():
+            self.average_statistics()
         return out / self.img_range + self.mean
+
+    @torch.no_grad()
+    def average_statistics(self) -> None:
+        """Give every process the mean of all processes' norm statistics, in one collective: else rank 0's data alone would decide them.
+
+        Every process must call forward in training mode equally often, as in any data-parallel training.
+        """
+        norms = [module for module in self.modules() if isinstance(module, DeploymentNorm)]
+        statistics = [value for norm in norms for value in (norm.running_mean, norm.running_var)]
+        flat = torch.cat([value.flatten() for value in statistics])
+        torch.distributed.all_reduce(flat)
+        for value, mean in zip(statistics, (flat / torch.distributed.get_world_size()).split([value.numel() for value in statistics])):
+            value.copy_(mean.view_as(value))
 
     @torch.no_grad()
     def fuse_model(self) -> FusedAetherNet:
