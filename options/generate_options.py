@@ -70,11 +70,19 @@ WHY_RATE = "norms, biases and gates are not to shrink: no weight decay"
 WHY_WARMUP = "a new network is an interpolation already: small first steps keep it one while the running statistics settle"
 WHY_EMA = "averages about the last 1000 steps; the norms' statistics are averaged or copied with the weights"
 WHY_RENORM = "for a batch of 4 to 8: validation then sees what training saw, see docs/small_batch.md"
-SMALLER = "and at 8 or 4 see batch_renorm"
+SMALLER = "and at 8 or 4 set batch_renorm"
+
+
+def renorm(size: Size, line: str, comment: str) -> str:
+    """The option's line, commented out where the template's batch is large enough without it."""
+    return f"{line if size.batch <= 8 else comment}  # {WHY_RENORM}"
+
 
 # --------------------------------------------------------------------------------------------------------------- traiNNer-redux
 
-REDUX_SCHEMA = "# yaml-language-server: $schema=https://raw.githubusercontent.com/the-database/traiNNer-redux/refs/heads/master/schemas/redux-config.schema.json"
+REDUX_SCHEMA = (
+    "# yaml-language-server: $schema=https://raw.githubusercontent.com/the-database/traiNNer-redux/refs/heads/master/schemas/redux-config.schema.json"
+)
 
 
 def redux_train(size_name: str, scale: int, kind_name: str) -> str:
@@ -170,7 +178,7 @@ datasets:
 ####################
 network_g:
   type: aether_{size_name}
-{qat}  # batch_renorm: true  # {WHY_RENORM}
+{qat}{renorm(size, "  batch_renorm: true", "  # batch_renorm: true")}
 {discriminator}
 ##############################
 # Pretrain and Resume Paths
@@ -400,7 +408,7 @@ val_freq = 5000
 
 [network_g]
 type = "aether_{size_name}"
-{qat}#batch_renorm = true  # {WHY_RENORM}
+{qat}{renorm(size, "batch_renorm = true", "#batch_renorm = true")}
 {discriminator}
 [train]
 {ema}{warmup}
@@ -571,7 +579,7 @@ datasets:
 network_g:
   type: aether_{size_name}
   scale: {scale}
-{qat}  # batch_renorm: true  # {WHY_RENORM}
+{qat}{renorm(size, "  batch_renorm: true", "  # batch_renorm: true")}
 {discriminator}
 # path
 path:
