@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint options clean
+.PHONY: demo test lint options bench clean
 
 demo: .venv/.installed
 	$(BIN)/python demo/demo.py
@@ -13,6 +13,10 @@ test: .venv/.installed
 lint: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+bench: .venv/.installed
+	$(BIN)/pip install --disable-pip-version-check -q -r benchmarks/requirements.txt
+	$(BIN)/python benchmarks/benchmark.py
 
 .venv/.installed: requirements.txt
 	$(PYTHON) -m venv .venv

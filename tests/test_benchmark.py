@@ -1,0 +1,71 @@
+"""The benchmark runs, counts what it says it counts, and its rivals compute what AetherNet computes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, small_net
+from torch import nn
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import benchmark
+from published import kernels_merged, two_branches
+
+
+@pytest.mark.parametrize("form", [two_branches, kernels_merged])
+def test_the_published_forms_compute_the_same(form) -> None:  # type: ignore[no-untyped-def]
+    net = small_net(4, use_spatial_attn=True)
+    x = torch.rand(1, 3, 13, 17, dtype=torch.float64)
+    expected = net(x)
+    assert float((form(net).eval()(x) - expected).abs().max() / expected.abs().max()) < 1e-12
+
+
+def test_the_published_training_form_has_the_same_gradients_and_statistics() -> None:
+    net = small_net(2, drop_path_rate=0.0).train()
+    other = two_branches(net).train()
+    x = torch.rand(2, 3, 9, 11, dtype=torch.float64)
+    for each in (net, other):
+        each(x).square().mean().backward()
+    for mine, theirs in ((net.stages[1][1].conv.lk_conv, other.stages[1][1].conv.conv.lk_conv), (net.conv_first, other.conv_first)):
+        assert torch.allclose(mine.weight.grad, theirs.weight.grad, rtol=1e-8, atol=1e-12)
+    assert torch.allclose(net.stages[0][0].norm.running_var, other.stages[0][0].norm.norm.running_var)
+
+
+def test_peak_memory_counts_what_is_alive_at_once() -> None:
+    def step() -> None:
+        x = torch.ones(2**20)  # 4 MiB
+        y = x.view(-1)[: 2**19] * 2  # and 2 MiB; the view takes none
+        del x
+        y.mul_(2)
+        torch.cat([y, y])  # 4 MiB beside the 2
+
+    assert benchmark.peak_mebibytes(step, "cpu") == 6
+
+
+def test_multiply_adds_are_those_of_the_convolutions() -> None:
+    net = nn.Conv2d(4, 6, 3, padding=1, bias=False)
+    assert benchmark.gigamacs(net, torch.rand(1, 4, 10, 10)) == pytest.approx(4 * 6 * 9 * 100 / 1e9)
+    with benchmark.Convolutions() as found, torch.inference_mode():
+        net(torch.rand(1, 4, 10, 10))
+    assert found.found == [(4 * 6 * 9 * 100, 4 * (400 + 216 + 600), False)]
+
+
+def test_gain_is_merged_over_fused_of_the_same_scale() -> None:
+    rows = [{"network": f"aether_small {form}", "scale": scale, "ms": {"ORT": ms}}
+            for form, scale, ms in (("kernels merged", 2, 3.0), ("fused", 2, 2.0), ("kernels merged", 4, 8.0), ("fused", 4, 4.0))]  # fmt: skip
+    assert [row["gain"] for row in benchmark.targets(rows)] == [{"ORT": 1.5}, {"ORT": 2.0}]
+
+
+def test_a_run_writes_its_tables(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    words = ["--quick", "--device", "cpu", "--size", "8", "--rounds", "1", "--threads", "1", "--networks", "aether_small", "--output", str(tmp_path)]
+    benchmark.main([*words, "--parts", "networks"])
+    assert capsys.readouterr().out.strip() == (tmp_path / "cpu.md").read_text().strip()
+    result = json.loads((tmp_path / "cpu.json").read_text())
+    assert [row["network"].split(" ", 1)[1] for row in result["networks"]] == list(benchmark.FORMS)
+    assert all(ms > 0 for row in result["networks"] for ms in row["ms"].values())
+    assert {len(row["ms"]) for row in result["networks"]} == {2}, "eager and ONNX Runtime"
+    assert result["networks"][0]["parameters_training"] == 1_536_451
