@@ -83,7 +83,7 @@ def peers() -> Dict[str, Callable[[int], nn.Module]]:
         "OmniSR": lambda s: OmniSR(num_feat=64, res_num=5, block_num=1, window_size=8, up_scale=s),
         "SwinIR-S": lambda s: SwinIR(depths=[6, 6, 6, 6], upscale=s, **swin),
         "DAT light": lambda s: DAT(upscale=s, upsampler="pixelshuffledirect", **dat),
-        "PLKSR tiny": lambda s: PLKSR(n_blocks=12, kernel_size=13, ccm_type="DCCM", upscaling_factor=s),
+        "PLKSR tiny": lambda s: PLKSR(n_blocks=12, kernel_size=13, ccm_type="DCCM", use_ea=False, upscaling_factor=s),
         "RealPLKSR": lambda s: RealPLKSR(upscaling_factor=s),
         "MoSR": lambda s: MoSR(upscale=s),
         "ESRGAN lite": lambda s: ESRGAN(num_filters=32, num_blocks=12, scale=s),

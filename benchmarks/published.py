@@ -67,7 +67,7 @@ class TemperedFFN(nn.Module):
 def _merge(conv: ReparamLargeKernelConv) -> nn.Module:
     weight, bias = conv.reparameterize()
     channels, _, size, _ = weight.shape
-    merged = nn.Conv2d(channels, channels, size, padding=size // 2, groups=channels)
+    merged = nn.Conv2d(channels, channels, size, padding=size // 2, groups=channels, dtype=weight.dtype, device=weight.device)
     merged.load_state_dict({"weight": weight, "bias": bias})
     return merged
 
