@@ -33,6 +33,29 @@ SCALES = (1, 2, 3, 4, 8)
 # ---------------------------------------------------------------------------------------------------------------- blocks
 
 
+class _DepthwiseConv(torch.autograd.Function):
+    """F.conv2d(x, weight, bias, padding="same", groups=channels) with a fast gradient of the weight on CPU.
+
+    oneDNN has none for depthwise convolutions, and its fallback takes most of a training step. But that gradient is itself a depthwise
+    convolution, of every input channel with its output gradient as the kernel, summed over the batch.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=x.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, weight = (value.to(grad.dtype) for value in ctx.saved_tensors)  # autocast computed in another precision than it was given
+        (batch, channels, height, width), padding = x.shape, weight.shape[-1] // 2
+        options: Any = ([1, 1], [padding, padding], [1, 1], False, [0, 0], channels)
+        grad_x = torch.ops.aten.convolution_backward(grad, x, weight, None, *options, [True, False, False])[0]
+        planes, kernels = x.reshape(1, batch * channels, height, width), grad.reshape(batch * channels, 1, height, width)
+        grad_weight = F.conv2d(planes, kernels, padding=padding, groups=batch * channels).view(batch, *weight.shape).sum(0)
+        return grad_x, grad_weight, grad.sum((0, 2, 3))
+
+
 class ReparamLargeKernelConv(nn.Module):
     """Depthwise convolution with a large and a small kernel in parallel: ``lk(x) + sk(x)``, (N, C, H, W) -> (N, C, H, W).
 
@@ -54,6 +77,8 @@ class ReparamLargeKernelConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.reparameterize()
+        if x.device.type == "cpu" and self.training and torch.is_grad_enabled() and weight.shape[-1] > 3:
+            return _DepthwiseConv.apply(x, weight, bias)
         return F.conv2d(x, weight, bias, padding=self.lk_conv.padding, groups=self.lk_conv.groups)
 
 
@@ -447,8 +472,12 @@ class FusedAetherBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.reparam_conv(x)
-        out = self.out_conv(F.silu(self.gate_conv(out)) * self.main_conv(out))
-        return x + self.spatial_attn(self.channel_attn(out))
+        # In place where nobody else holds the tensor: fetching fresh memory for a large one takes as long as the operation itself.
+        hidden = F.silu(self.gate_conv(out), inplace=True)
+        hidden *= self.main_conv(out)
+        out = self.spatial_attn(self.channel_attn(self.out_conv(hidden)))
+        out += x
+        return out
 
 
 class CollapsedTail(nn.Module):

@@ -182,3 +182,29 @@ def test_drop_path_drops_whole_samples_in_training_only() -> None:
     kept = drop.train()(x)
     assert set(kept.unique().tolist()) == {0.0, 2.0}
     assert all(len(sample.unique()) == 1 for sample in kept)
+
+
+@pytest.mark.parametrize(("kernel", "height", "width"), [(11, 12, 9), (5, 3, 2), (7, 1, 1)])
+def test_the_depthwise_weight_gradient_on_cpu_passes_gradcheck(kernel: int, height: int, width: int) -> None:
+    x, weight, bias = (
+        torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 3, height, width), (3, 1, kernel, kernel), (3,))
+    )
+    assert torch.autograd.gradcheck(aether_arch._DepthwiseConv.apply, (x, weight, bias))
+    expected = torch.nn.functional.conv2d(x, weight, bias, padding=kernel // 2, groups=3)
+    assert torch.equal(aether_arch._DepthwiseConv.apply(x, weight, bias), expected)
+    direction = torch.randn_like(expected)
+    pairs = zip(*(torch.autograd.grad(out, (x, weight, bias), direction) for out in (aether_arch._DepthwiseConv.apply(x, weight, bias), expected)))
+    assert all(float((ours - theirs).abs().max()) <= 1e-12 for ours, theirs in pairs)
+
+
+def test_the_fused_network_can_be_trained_too() -> None:
+    net = small_net(2)
+    fused = net.fused()
+    x = torch.rand(1, 3, 6, 7, dtype=torch.float64)
+    direction = torch.randn(1, 3, 12, 14, dtype=torch.float64)
+    for form in (net, fused):
+        form.eval()
+        (form(x) * direction).sum().backward()
+    block, fused_block = net.stages[0][0], fused.stages[0][0]
+    assert relative(fused_block.out_conv.weight.grad, block.ffn.conv_out.weight.grad) <= 1e-9
+    assert relative(fused_block.gate_conv.bias.grad * block.ffn.temperature, block.ffn.conv_gate.bias.grad) <= 1e-9
