@@ -88,7 +88,7 @@ def _read_safetensors(path: Path) -> Any:
     try:
         return load_file(str(path))
     except Exception as error:
-        raise UserError(f"{path} is not a whole .safetensors file ({_first_line(error)}); copy it again or pass another (--model_path).") from None
+        raise UserError(f"{path} is not a whole .safetensors file ({first_line(error)}); copy it again or pass another (--model_path).") from None
 
 
 def _read_pth(path: Path) -> Any:
@@ -101,13 +101,13 @@ def _read_pth(path: Path) -> Any:
     except (UserError, MemoryError):
         raise
     except Exception as error:
-        reason = _first_line(error)
+        reason = first_line(error)
         if "global" in str(error).lower() and "weights_only" in str(error).lower():
             reason = "it asks to run code on loading, which is refused"
         raise UserError(f"{path} is not a readable checkpoint: {reason}; copy it again or pass another (--model_path).") from None
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
 
@@ -331,16 +331,21 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: Optional[List[str]] = None) -> int:
+def exit_code(program: str, action: Callable[[], None], stopped: str) -> int:
+    """Run a command's action: 0, or 2 after one line for what the user can mend, or 130 where the user stopped it."""
     try:
-        fuse(parse_args(argv))
+        action()
     except UserError as error:
-        print(f"fuse_aether.py: error: {error}", file=sys.stderr)
+        print(f"{program}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("fuse_aether.py: stopped; nothing was written.", file=sys.stderr)
+        print(f"{program}: stopped; {stopped}", file=sys.stderr)
         return 130
     return 0
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    return exit_code("fuse_aether.py", lambda: fuse(parse_args(argv)), "nothing was written.")
 
 
 if __name__ == "__main__":

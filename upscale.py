@@ -24,7 +24,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fuse_aether import UserError, _first_line, read_state  # puts archs/ on the path
+from fuse_aether import UserError, exit_code, first_line, read_state  # puts archs/ on the path
 
 from aether_arch import AetherBase, AetherNet, aether_from_state_dict  # isort: skip
 
@@ -134,7 +134,7 @@ class OnnxNetwork:
             self.session = onnxruntime.InferenceSession(str(path), providers=[provider])
             self.overlap = self._receptive_field(onnx.load(str(path)).graph)
         except Exception as error:
-            raise UserError(f"{path} is not a readable ONNX file ({_first_line(error)}); export it again (--model).") from None
+            raise UserError(f"{path} is not a readable ONNX file ({first_line(error)}); export it again (--model).") from None
         source = self.session.get_inputs()[0]
         self.name, self.dtype = source.name, {"tensor(float)": torch.float32, "tensor(float16)": torch.float16}.get(source.type)
         if self.dtype is None or len(source.shape) != 4 or not isinstance(source.shape[1], int):
@@ -221,7 +221,7 @@ class Picture:
         except UserError:
             raise
         except Exception as error:  # Pillow's readers raise many kinds
-            raise UserError(f"{path} is not a readable picture ({_first_line(error)}); expected one of {', '.join(FORMATS)} (--input).") from None
+            raise UserError(f"{path} is not a readable picture ({first_line(error)}); expected one of {', '.join(FORMATS)} (--input).") from None
         return cls(pixels.reshape(*pixels.shape[:2], -1), mode.endswith("A"), profile)
 
     @classmethod
@@ -304,7 +304,7 @@ def upscale_file(net: Network, in_chans: int, source: Path, target: Path, tile: 
     except OSError as error:
         raise UserError(f"{target} can't be written: {error.strerror or error}; free space or pass another --output.") from None
     except Exception as error:  # Pillow and OpenCV: most often more pixels than the format allows
-        raise UserError(f"{target} can't be written: {_first_line(error)}; try an --output that ends in .png or .tif.") from None
+        raise UserError(f"{target} can't be written: {first_line(error)}; try an --output that ends in .png or .tif.") from None
     finally:
         if part.exists():
             part.unlink()
@@ -387,15 +387,7 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
 
 
 def main(argv: Optional[List[str]] = None) -> int:
-    try:
-        upscale(parse_args(argv))
-    except UserError as error:
-        print(f"upscale.py: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("upscale.py: stopped; the picture in work was not written.", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code("upscale.py", lambda: upscale(parse_args(argv)), "the picture in work was not written.")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ framework. A network has one of two forms, each a class of its own:
 ``model.fuse_model()`` turns the first into the second; ``eval()`` and ``train()`` never do. Loading a state dict gives the network
 the form of the file.
 
+In this order: blocks, training form, fused form, helpers (options, initialisation), reading a state dict, export, variants, registration.
+
 Source: https://github.com/phhofm (AetherNet by Philip Hofmann). Licence: MIT.
 """
 
@@ -857,7 +859,8 @@ def export_onnx(model: AetherBase, scale: int, precision: str = "fp32", output_p
 
     Input ``input`` (N, in_chans, H, W) in [0, 1] and output ``output`` (N, in_chans, scale * H, scale * W), batch, height and width
     dynamic, both in the precision named. Before the path is returned ONNX Runtime has run the file on two odd sizes and agreed with the
-    network. Needs the packages onnx and onnxruntime; fp16 on CPU needs PyTorch 2.2 or newer.
+    network. Needs the packages onnx and onnxruntime; fp16 a PyTorch
+    that computes half precision on the CPU, as today's do.
 
     Args:
         scale: the model's scale, named again so that a mistaken export can't pass.
