@@ -41,10 +41,11 @@ class Kind(NamedTuple):
     iterations: int
     milestones: List[int]
     warmup: int
+    final: float  # the last learning rate, as a fraction of the first
 
 
-FIDELITY = (500_000, [250_000, 400_000, 450_000, 475_000], 2_000)
-FINETUNE = (200_000, [100_000, 150_000], -1)
+FIDELITY = (500_000, [250_000, 400_000, 450_000, 475_000], 2_000, 0.06)
+FINETUNE = (200_000, [100_000, 150_000], 1_000, 0.25)
 KINDS: Dict[str, Kind] = {
     "fidelity": Kind("fidelity, from scratch", False, False, False, *FIDELITY),
     "gan": Kind("perceptual and GAN losses, from a fidelity model", False, True, False, *FINETUNE),
@@ -52,7 +53,7 @@ KINDS: Dict[str, Kind] = {
     "otf_gan": Kind("perceptual and GAN losses, degraded on the fly, from its fidelity model", True, True, False, *FINETUNE),
 }
 if QAT_OPTION is not None:
-    KINDS["qat"] = Kind("quantisation-aware fine-tuning of a fidelity model", False, False, True, 40_000, [20_000, 30_000], -1)
+    KINDS["qat"] = Kind("quantisation-aware fine-tuning of a fidelity model", False, False, True, 40_000, [20_000, 30_000], 1_000, 0.01)
 
 FINETUNE_RATE = "1e-4"  # from trained weights: a fifth of the first rate keeps what they know
 
@@ -67,7 +68,9 @@ def parent_of(name: str) -> str:
 
 
 WHY_RATE = "norms, biases and gates are not to shrink: no weight decay"
-WHY_WARMUP = "a new network is an interpolation already: small first steps keep it one while the running statistics settle"
+WHY_WARMUP = "Adam's first steps move every weight by the whole learning rate, whatever the gradient: small ones keep what the network is"
+# neosr (and traiNNer-redux with its warmup_iter) lowers the rate after the first step: that one is taken at the full rate.
+WHY_LATE_WARMUP = "neosr takes the very first step at the full rate: the loss jumps there, and is back after some hundred steps"
 WHY_EMA = "averages about the last 1000 steps; the norms' statistics are averaged or copied with the weights"
 WHY_RENORM = "for a batch of 4 to 8: validation then sees what training saw, see docs/small_batch.md"
 SMALLER = "and at 8 or 4 set batch_renorm"
@@ -148,7 +151,7 @@ queue_size: 192  # a multiple of the batch size
 name: {name}
 scale: {scale}
 use_amp: true
-amp_bf16: true  # RTX 3000 and newer, others fall back to fp16; the norms compute in fp32 either way
+amp_bf16: false  # fp16 with loss scaling. bf16 rounds validation images by up to 3 steps of 255; the norms compute in fp32 either way
 use_channels_last: true
 use_compile: false  # works without graph breaks; worth its start-up time in a long training
 num_gpu: auto
@@ -201,12 +204,13 @@ train:
     betas: [0.9, 0.99]{optim_d}
 
   scheduler:
-    type: MultiStepLR
-    milestones: {kind.milestones}
-    gamma: 0.5
+    type: CosineAnnealingWarmupLR
+    total_iters: {kind.iterations}  # the same as total_iter
+    warmup_iters: {kind.warmup}  # {WHY_WARMUP}
+    eta_min_ratio: {kind.final}
 
   total_iter: {kind.iterations}
-  warmup_iter: {kind.warmup}{f"  # {WHY_WARMUP}" if kind.warmup > 0 else ""}
+  warmup_iter: -1  # the scheduler does it: this one would take the very first step at the full rate
 
   losses:{losses}
 
@@ -343,7 +347,7 @@ def neosr_train(size_name: str, scale: int, kind_name: str) -> str:
     qat = f"{QAT_OPTION.replace(': ', ' = ')}\n" if kind.qat and QAT_OPTION else ""
     discriminator = '\n[network_d]\ntype = "unet"\n' if kind.gan else ""
     pretrain = f"pretrain_network_g = '{parent}'" if kind.gan or kind.qat else "#pretrain_network_g = 'another AetherNet of this size.pth'"
-    warmup = f"\nwarmup_iter = {kind.warmup}  # {WHY_WARMUP}" if kind.warmup > 0 else ""
+    warmup = f"\nwarmup_iter = {kind.warmup}  # {WHY_LATE_WARMUP}"
     optim_d = """
 [train.optim_d]
 type = "adamw"
@@ -602,7 +606,7 @@ train:
     gamma: 0.5
 
   total_iter: {kind.iterations}
-  warmup_iter: {kind.warmup}{f"  # {WHY_WARMUP}" if kind.warmup > 0 else ""}
+  warmup_iter: {kind.warmup}  # {WHY_WARMUP}
 
   # losses
   pixel_opt:

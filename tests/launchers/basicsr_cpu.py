@@ -16,10 +16,12 @@ import torch
 
 def main() -> None:
     folder = cpu.option("--dump")
+    cpu.without_downloads()
     cpu.no_cuda()
     if "--launcher" in sys.argv:
         cpu.use_gloo()
     cpu.register_aether()
+    cpu.contiguous_filter2d("basicsr.models.realesrnet_model", "basicsr.models.realesrgan_model")
     pipeline: Any = importlib.import_module("basicsr.train")
     models = cpu.remember_model(pipeline)
     load: Any = torch.load

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -12,7 +13,19 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parents[2] / "demo"))
 from basicsr_train import import_torchvision, register_aether
 
-__all__ = ["Torch", "dump", "import_torchvision", "no_cuda", "option", "register_aether", "remember_model", "use_gloo"]
+__all__ = [
+    "Torch",
+    "contiguous_filter2d",
+    "dump",
+    "import_torchvision",
+    "no_cuda",
+    "option",
+    "register_aether",
+    "remember_model",
+    "use_gloo",
+    "without_downloads",
+]
+
 
 class Cuda:
     """torch.cuda as the training scripts see it: they refuse to start without."""
@@ -51,6 +64,7 @@ def no_cuda() -> None:
     setattr(torch.Tensor, "cuda", lambda self, *args, **kwargs: self)  # noqa: B010
     setattr(torch.nn.Module, "cuda", lambda self, *args, **kwargs: self)  # noqa: B010
     torch.cuda.current_device = lambda: 0
+    setattr(torch.cuda, "is_bf16_supported", lambda *args: True)  # noqa: B010  else traiNNer-redux takes fp16, which a CPU has no fast kernels for
 
 
 def use_gloo() -> None:
@@ -73,6 +87,20 @@ def use_gloo() -> None:
         (torch.cuda, "device_count", lambda: 1),
     ):
         setattr(owner, name, value)
+
+
+def without_downloads() -> None:
+    """Perceptual losses get a VGG with random weights (every step of the loss runs, its value means nothing): its own are a download."""
+    import_torchvision()
+    models: Any = importlib.import_module("torchvision.models")
+    models._api.WeightsEnum.get_state_dict = lambda weights, *args, **kwargs: models.get_model(weights.url.split("/")[-1].split("-")[0]).state_dict()
+
+
+def contiguous_filter2d(*modules: str, function: str = "filter2D") -> None:
+    """Degradation on the fly blurs with a ``filter2D`` that calls ``view``, and on the CPU some of its inputs come as channels_last."""
+    for module in map(importlib.import_module, modules):
+        plain: Any = getattr(module, function)
+        setattr(module, function, lambda image, kernel, plain=plain: plain(image.contiguous(), kernel))
 
 
 def option(name: str) -> Optional[str]:

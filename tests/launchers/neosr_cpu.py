@@ -83,6 +83,7 @@ def train_released(root: str) -> List[Any]:
         make_exp_dirs(opt)
     logger = get_root_logger("neosr", log_file=os.path.join(opt["path"]["log"], f"train_{os.getpid()}.log"))
     train = opt["datasets"]["train"]
+    train.update(opt.get("degradations") or {})
     train_set = build_dataset(train)
     sampler = EnlargedSampler(train_set, opt["world_size"], opt["rank"], train.get("dataset_enlarge_ratio", 1))
     common = {"num_gpu": opt["num_gpu"], "dist": opt["dist"], "seed": opt["manual_seed"]}
@@ -115,6 +116,7 @@ def train_released(root: str) -> List[Any]:
 
 def main() -> None:
     folder = cpu.option("--dump")
+    cpu.without_downloads()
     root = os.getcwd()
     sys.path.insert(0, root)
     cpu.import_torchvision()
@@ -123,6 +125,7 @@ def main() -> None:
     if distributed:
         cpu.use_gloo()
     with OnCpu():
+        cpu.contiguous_filter2d("neosr.models.otf")
         if distributed:  # its own averaging of the logged losses stacks tensors of two shapes, and uses the None that reduce returns
             base: Any = importlib.import_module("neosr.models.base").base
             base.reduce_loss_dict = lambda self, losses: {name: value.mean().item() for name, value in losses.items()}

@@ -17,11 +17,13 @@ import torch
 def main() -> None:
     which = sys.argv.pop(1)
     folder = cpu.option("--dump")
+    cpu.without_downloads()
     sys.path.insert(0, os.getcwd())
     cpu.import_torchvision()
     cpu.no_cuda()
     if "--launcher" in sys.argv:
         cpu.use_gloo()
+    cpu.contiguous_filter2d("traiNNer.models.realesrgan_model", function="filter2d")
     script: Any = importlib.import_module(which)
     script.torch = cpu.Torch()
     if which == "convert_to_onnx":

@@ -1,0 +1,92 @@
+"""PSNR-Y of networks on photographs that they were not trained on: scikit-image's own, which no training script here of 2x weights reads.
+
+    python training/evaluate.py FILE [FILE ...]
+
+FILE: .pth or .safetensors in any form, or .onnx. Prints a row per photograph and a column per file, after bicubic. Luma of 8-bit images,
+without a border of ``scale`` pixels; low-resolution images are Pillow's bicubic reductions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Callable, Dict, List
+
+import numpy as np
+import torch
+from PIL import Image
+from skimage import data
+from skimage.color import rgb2ycbcr
+from skimage.metrics import peak_signal_noise_ratio
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[1] / "archs")]
+
+from aether_arch import aether_from_state_dict  # noqa: E402
+
+from fuse_aether import read_state  # noqa: E402
+
+PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "camera", "coins", "brick", "grass", "gravel")
+Upscaler = Callable[[np.ndarray], np.ndarray]
+
+
+def upscaler(path: Path) -> Upscaler:
+    """A function from (1, 3, H, W) to (1, 3, scale * H, scale * W), both float32 in [0, 1]."""
+    if path.suffix == ".onnx":
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        dtype = np.float16 if "float16" in session.get_inputs()[0].type else np.float32
+        return lambda image: np.asarray(session.run(["output"], {"input": image.astype(dtype)})[0], dtype=np.float32)
+    net = aether_from_state_dict(read_state(path)[0])
+
+    @torch.no_grad()
+    def run(image: np.ndarray) -> np.ndarray:
+        return net(torch.from_numpy(image)).numpy()
+
+    return run
+
+
+def pair(name: str, scale: int) -> tuple[Image.Image, Image.Image]:
+    gt = Image.fromarray(getattr(data, name)()).convert("RGB")
+    gt = gt.crop((0, 0, gt.width // scale * scale, gt.height // scale * scale))
+    return gt, gt.resize((gt.width // scale, gt.height // scale), Image.Resampling.BICUBIC)
+
+
+def psnr_y(gt: Image.Image, image: np.ndarray, scale: int) -> float:
+    """``image``: (H, W, 3) uint8."""
+    luma = [rgb2ycbcr(np.asarray(each))[scale:-scale, scale:-scale, 0] for each in (gt, image)]
+    return float(peak_signal_noise_ratio(*luma, data_range=255))
+
+
+def evaluate(upscalers: Dict[str, Upscaler], scale: int = 2, names: tuple[str, ...] = PHOTOGRAPHS) -> Dict[str, Dict[str, float]]:
+    """{photograph: {column: dB}}; bicubic is the first column."""
+    table: Dict[str, Dict[str, float]] = {}
+    for name in names:
+        gt, lq = pair(name, scale)
+        array = np.ascontiguousarray(np.asarray(lq, dtype=np.float32).transpose(2, 0, 1)[None] / 255)
+        table[name] = {"bicubic": psnr_y(gt, np.asarray(lq.resize(gt.size, Image.Resampling.BICUBIC)), scale)}
+        for column, run in upscalers.items():
+            out = run(array)[0].transpose(1, 2, 0)
+            table[name][column] = psnr_y(gt, (out.clip(0, 1) * 255).round().astype(np.uint8), scale)
+    return table
+
+
+def markdown(table: Dict[str, Dict[str, float]]) -> str:
+    columns = list(next(iter(table.values())))
+    rows: List[List[str]] = [["PSNR-Y, dB", *columns], ["---", *("---:" for _ in columns)]]
+    rows += [[name, *(f"{row[column]:.3f}" for column in columns)] for name, row in table.items()]
+    rows.append(["mean", *(f"{np.mean([row[column] for row in table.values()]):.3f}" for column in columns)])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    parser.add_argument("files", nargs="+", type=Path)
+    parser.add_argument("--scale", type=int, default=2)
+    args = parser.parse_args()
+    print(markdown(evaluate({path.name: upscaler(path) for path in args.files}, args.scale)))
+
+
+if __name__ == "__main__":
+    main()
