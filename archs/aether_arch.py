@@ -22,7 +22,7 @@ import inspect
 import math
 import os
 import re
-from typing import Any, ClassVar, Dict, List, Mapping, Optional, Sequence, Tuple, Type
+from typing import Any, ClassVar, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple, Type, Union
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,8 @@ from torch.nn import functional as F
 
 __version__ = "0.1.0"
 SCALES = (1, 2, 3, 4, 8)
+PLACEMENTS = ("default", "full")  # of quantisers, see QuantAetherNet
+TARGETS = ("onnxruntime", "tensorrt", "openvino")  # of an int8 export
 
 
 # ---------------------------------------------------------------------------------------------------------------- blocks
@@ -301,6 +303,26 @@ class AetherBase(nn.Module):
         """Turn this network into a FusedAetherNet in place (the same object, the same function in evaluation mode) and return it."""
         raise NotImplementedError
 
+    def prepare_qat(self, placement: str = "default", calibration: Optional[Iterable[Tensor]] = None) -> QuantAetherNet:
+        """Fuse this network and insert fake quantisation, in place, for fine-tuning; an optimizer is to be made afterwards.
+
+        Args:
+            placement: "default" or "full", see QuantAetherNet.
+            calibration: images, each (N, in_chans, H, W) in [0, 1], for the first ranges; default: synthetic ones. Training sets them anew.
+        """
+        self.insert_quantizers(placement).calibrate(_test_pictures(self.options["in_chans"]) if calibration is None else calibration)
+        return self  # type: ignore[return-value]
+
+    def insert_quantizers(self, placement: str = "default") -> QuantAetherNet:
+        """prepare_qat without its calibration: ranges are unknown, and until the first training batch nothing is rounded."""
+        state = self.fuse_model().state_dict()
+        self.become(QuantAetherNet, placement=placement, keep_norm="body_norm.weight" in state)
+        self.load_state_dict(state)
+        return self  # type: ignore[return-value]
+
+    def convert_to_quantized(self) -> QuantAetherNet:
+        raise ValueError("convert_to_quantized: call prepare_qat() first, and fine-tune.")
+
     def become(self, form: Type[AetherBase], **extra: Any) -> None:
         """Take another form, with fresh weights: the object stays the same, so that whoever holds it sees the new form."""
         like = next(self.parameters())
@@ -309,6 +331,10 @@ class AetherBase(nn.Module):
             other = other.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.__class__ = form  # as torch.nn.utils.parametrize does: a module's forward belongs to its class
         self._parameters, self._buffers, self._modules = other._parameters, other._buffers, other._modules
+        for name in ("keep_norm", "placement", "stored"):  # what a form knows besides the options
+            self.__dict__.pop(name, None)
+            if name in other.__dict__:
+                setattr(self, name, getattr(other, name))
 
     def map_state_dict(self, state_dict: Dict[str, Tensor], prefix: str = "") -> Dict[str, Tensor]:
         """Give this network the form of ``state_dict``; an older fused form is rewritten in place as the training form it equals.
@@ -316,15 +342,20 @@ class AetherBase(nn.Module):
         Every load_state_dict comes through here, so no value is ever taken for one of the other form. traiNNer-redux calls this by name
         before it compares keys.
         """
-        form = state_dict_form([name[len(prefix) :] for name in state_dict if name.startswith(prefix)])
+        names = [name[len(prefix) :] for name in state_dict if name.startswith(prefix)]
+        form = state_dict_form(names)
         if form == "older fused":
             _older_fused_to_training(state_dict, prefix, self.options["sk_kernel"])
-        if form == "fused":
-            keep_norm = prefix + "body_norm.weight" in state_dict
-            if not isinstance(self, FusedAetherNet) or keep_norm != isinstance(self.body_norm, nn.Conv2d):
-                self.become(FusedAetherNet, keep_norm=keep_norm)
-        elif form is not None and not isinstance(self, AetherNet):
-            self.become(AetherNet)
+            form = "training"
+        if isinstance(self, QuantAetherNet) and form in ("training", "fused"):
+            self._quantise_state_dict(state_dict, prefix, form)
+        elif form == "training":
+            if not isinstance(self, AetherNet):
+                self.become(AetherNet)
+        elif form is not None:
+            cls, extra = _form_class(form, names)
+            if type(self) is not cls or any(getattr(self, name) != value for name, value in extra.items()):
+                self.become(cls, **extra)
         return state_dict
 
     def _load_from_state_dict(self, state_dict: Dict[str, Tensor], prefix: str, *args: Any) -> None:
@@ -557,7 +588,7 @@ class CollapsedTail(nn.Module):
                     pad = [0, 0, 0, 0]
                     pad[2 * (3 - dim) + (side < 0)] = self.depth - 1
                     x = F.pad(x, pad)
-        weight, bias = getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias")
+        weight, bias = getattr(self, f"{name}_weight").to(x.dtype), getattr(self, f"{name}_bias").to(x.dtype)
         out = F.conv2d(x, weight, bias, padding=[0 if side else 2 for side in sides])
         for dim, side in zip((2, 3), sides):
             if side:
@@ -565,7 +596,7 @@ class CollapsedTail(nn.Module):
         return out
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.conv2d(x, self.weight, self.bias, padding=2)
+        out = F.conv2d(x, self.weight.to(x.dtype), self.bias.to(x.dtype), padding=2)
         for side, name in ((-1, "top"), (1, "bottom")):
             row = self._correction(x, name)
             row = _add_at_border(row, self._correction(x, f"{name}_left"), 3, -1)
@@ -583,9 +614,11 @@ class FusedAetherNet(AetherBase):
     Args: the options of AetherNet; ``keep_norm`` when the last norm could not be baked (see AetherNet.reparameterize).
     """
 
+    block: Type[FusedAetherBlock] = FusedAetherBlock
+
     def __init__(self, keep_norm: bool = False, **options: Any) -> None:
         super().__init__()
-        self.options = options
+        self.options, self.keep_norm = options, keep_norm
         self.scale = options["scale"]
         in_chans, channels, depths = options["in_chans"], options["embed_dim"], options["depths"]
         hidden, kernel = int(channels * options["mlp_ratio"]), options["lk_kernel"]
@@ -593,7 +626,7 @@ class FusedAetherNet(AetherBase):
         self.register_buffer("mean", torch.full((1, in_chans, 1, 1), 0.5))
         self.head = nn.Conv2d(in_chans, channels, 3, padding=1)
         self.stages = nn.ModuleList(
-            nn.Sequential(*(FusedAetherBlock(channels, hidden, kernel, *attention) for _ in range(depth))) for depth in depths
+            nn.Sequential(*(self.block(channels, hidden, kernel, *attention) for _ in range(depth))) for depth in depths
         )
         self.fusion_convs = nn.ModuleList(nn.Conv2d(channels, channels // len(depths), 1) for _ in depths)
         self.fusion = nn.Conv2d(channels, channels, 1)
@@ -616,12 +649,263 @@ class FusedAetherNet(AetherBase):
         return self
 
 
+# -------------------------------------------------------------------------------------------------------- quantised form
+
+
+class Quantizer(nn.Module):
+    """Fake quantisation: rounds a tensor to the 256 values that 8 bits hold, one scale for all of it. Any shape.
+
+    Reference: https://arxiv.org/abs/1712.05877. The range follows the first ``WATCH`` training batches (a moving average of their
+    largest value), then stays; before the first it is unknown and the tensor passes as it is. Its state is float parameters without
+    gradient, because frameworks average those and not every buffer, and a sum beside its count, because an average of both that starts
+    at zero still has the right quotient.
+
+    Args:
+        low: the smallest value, where a function has one (sigmoid, SiLU); None: symmetric about zero, as TensorRT wants it.
+    """
+
+    WATCH = 100
+    enabled = True
+    signed = False  # int8 about zero instead of uint8 about 128: the same values; which one is fast is the runtime's affair
+
+    def __init__(self, low: Optional[float] = None) -> None:
+        super().__init__()
+        self.low = low
+        self.range_sum = nn.Parameter(torch.zeros(1), requires_grad=False)
+        self.watched = nn.Parameter(torch.zeros(1), requires_grad=False)  # training batches so far, up to WATCH
+
+    @property
+    def largest(self) -> Tensor:
+        """The largest value (of ``low=None``: magnitude) that is represented."""
+        return self.range_sum / self.watched.clamp_min(1e-9)
+
+    @torch.no_grad()
+    def watch(self, x: Tensor) -> None:
+        seen = (x.detach().abs() if self.low is None else x.detach()).amax().float().clamp_min(1e-6)
+        average = torch.where(self.watched > 0, self.largest.lerp(seen, 0.1), seen)
+        count = (self.watched + 1).clamp(max=self.WATCH)
+        self.range_sum.copy_(torch.where(self.watched < self.WATCH, average * count, self.range_sum))
+        self.watched.copy_(count)
+
+    def scale_and_zero_point(self) -> Tuple[Tensor, Tensor]:
+        if self.low is None:
+            return self.largest / 127, torch.full_like(self.watched, 0 if self.signed else 128, dtype=torch.int32)
+        scale = (self.largest - self.low) / 255
+        return scale, (-self.low / scale).round().to(torch.int32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.enabled:
+            return x
+        if self.training:
+            self.watch(x)
+        scale, zero_point = self.scale_and_zero_point()
+        low, high = (-128, 127) if self.signed else (0, 255)
+        if torch.onnx.is_in_onnx_export():  # constants there: what a runtime would have to compute it doesn't see as a quantiser
+            return torch.fake_quantize_per_tensor_affine(x, float(scale), int(zero_point), low, high)
+        with torch.autocast(x.device.type, enabled=False):  # rounding to 256 values is exact in float32 only
+            rounded = torch.fake_quantize_per_tensor_affine(x.float(), scale.float().clamp_min(1e-12), zero_point, low, high)
+        return torch.where(self.watched > 0, rounded, x)
+
+
+class QuantConv2d(nn.Conv2d):
+    """Convolution with an 8-bit weight, one scale an output channel, and optional quantisers of what comes in and goes out."""
+
+    quant_in: nn.Module
+    quant_out: nn.Module
+
+    @classmethod
+    def like(cls, conv: nn.Conv2d, quant_in: Optional[Quantizer] = None, quant_out: Optional[Quantizer] = None) -> QuantConv2d:
+        kernel: Any = conv.kernel_size
+        padding: Any = conv.padding
+        made = cls(conv.in_channels, conv.out_channels, kernel, padding=padding, groups=conv.groups)
+        made.quant_in = quant_in or nn.Identity()
+        made.quant_out = quant_out or nn.Identity()
+        return made
+
+    def weight_scale(self) -> Tensor:
+        return self.weight.detach().float().abs().amax((1, 2, 3)).clamp_min(1e-12) / 127
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.weight_scale()
+        with torch.autocast(x.device.type, enabled=False):
+            weight = torch.fake_quantize_per_channel_affine(self.weight.float(), scale, torch.zeros_like(scale, dtype=torch.int32), 0, -127, 127)
+        return self.quant_out(self._conv_forward(self.quant_in(x), weight.to(self.weight.dtype), self.bias))
+
+
+class StoredConv2d(nn.Module):
+    """What a convolution of a quantised network becomes in the end: an int8 weight with its scales, or a half-precision weight."""
+
+    bias: Tensor
+    weight: Tensor
+    weight_scale: Optional[Tensor]
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.padding: Any = conv.padding
+        self.groups = conv.groups
+        self.quant_in: nn.Module = getattr(conv, "quant_in", nn.Identity())
+        self.quant_out: nn.Module = getattr(conv, "quant_out", nn.Identity())
+        weight, scale = conv.weight.detach().half(), None
+        if isinstance(conv, QuantConv2d):
+            scale = conv.weight_scale().view(-1, 1, 1, 1)
+            weight = (conv.weight.detach().float() / scale).round().clamp(-127, 127).to(torch.int8)
+        self.register_buffer("bias", _bias(conv).detach().float())
+        self.register_buffer("weight", weight)
+        self.register_buffer("weight_scale", scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.to(self.bias.dtype)
+        if self.weight_scale is not None:
+            weight = weight * self.weight_scale
+        return self.quant_out(F.conv2d(self.quant_in(x), weight, self.bias, padding=self.padding, groups=self.groups))
+
+
+class QuantAetherBlock(FusedAetherBlock):
+    """FusedAetherBlock whose 1x1 convolutions, and all between them, are 8-bit: (N, C, H, W) -> (N, C, H, W).
+
+    The depthwise convolution and the sum stay float: integer kernels of an 11x11 depthwise convolution are slower, and the stream that
+    runs through all blocks is where rounding would add up.
+    """
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.reparam_conv = QuantConv2d.like(self.reparam_conv, quant_out=Quantizer())
+        self.gate_conv = QuantConv2d.like(self.gate_conv, quant_out=Quantizer())
+        self.main_conv = QuantConv2d.like(self.main_conv, quant_out=Quantizer())
+        self.out_conv = QuantConv2d.like(self.out_conv, quant_in=Quantizer(), quant_out=Quantizer())
+        self.quant_sigmoid = Quantizer(low=0.0)
+        self.quant_silu = Quantizer(low=-0.2785)  # the minimum of SiLU
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.reparam_conv(x)
+        gate = self.gate_conv(out)
+        gate = self.quant_silu(gate * self.quant_sigmoid(torch.sigmoid(gate)))  # as the integer kernels do it
+        return self.spatial_attn(self.channel_attn(self.out_conv(gate * self.main_conv(out)))) + x
+
+
+class QuantAetherNet(FusedAetherNet):
+    """FusedAetherNet with fake quantisation, for quantisation-aware training; see prepare_qat and convert_to_quantized.
+
+    Args: those of FusedAetherNet, and
+        placement: "default" (the blocks) or "full" (the two 3x3 convolutions after them, through which the image itself runs, as well).
+        stored: weights are held as int8, or half precision where they are not quantised; nothing can be trained any more.
+    """
+
+    block = QuantAetherBlock
+
+    def __init__(self, placement: str = "default", stored: bool = False, **options: Any) -> None:
+        if placement not in PLACEMENTS:
+            raise ValueError(f"AetherNet: placement={placement!r} is not possible; allowed: {', '.join(PLACEMENTS)}.")
+        super().__init__(**options)
+        self.placement, self.stored = placement, False
+        if placement == "full":
+            self.body_conv = QuantConv2d.like(self.body_conv, quant_in=Quantizer(), quant_out=Quantizer())
+            before, activation = self.conv_before_upsample
+            assert isinstance(before, nn.Conv2d)
+            self.conv_before_upsample = nn.Sequential(QuantConv2d.like(before, quant_in=Quantizer(), quant_out=Quantizer()), activation)
+        if stored:
+            self.store()
+
+    def _quantise_state_dict(self, state_dict: Dict[str, Tensor], prefix: str, form: str) -> None:
+        """Rewrite the state dict of a float network as one of this network, in place, with ranges unknown."""
+        weights = {name[len(prefix) :]: state_dict.pop(name) for name in list(state_dict) if name.startswith(prefix)}
+        if form == "training":
+            weights = aether_from_state_dict(weights, self.options["img_range"]).fuse_model().state_dict()
+        if self.stored or self.keep_norm != ("body_norm.weight" in weights):
+            self.become(QuantAetherNet, placement=self.placement, keep_norm="body_norm.weight" in weights)
+        for name, quantizer in self.quantizers().items():
+            weights.update({f"{name}.{key}": torch.zeros_like(value) for key, value in quantizer.state_dict().items()})
+        state_dict.update({prefix + name: value for name, value in weights.items()})
+
+    def quantizers(self) -> Dict[str, Quantizer]:
+        return {name: module for name, module in self.named_modules() if isinstance(module, Quantizer)}
+
+    @torch.no_grad()
+    def calibrate(self, images: Iterable[Tensor]) -> None:
+        """Set every range to the largest value that ``images``, each (N, in_chans, H, W) in [0, 1], bring about. Takes no training."""
+        training, quantizers = self.training, list(self.quantizers().values())
+        largest = [torch.zeros_like(quantizer.watched) for quantizer in quantizers]
+        self.train()
+        for image in images:
+            for quantizer in quantizers:
+                quantizer.watched.zero_()
+            FusedAetherNet.forward(self, image.to(self.mean))
+            largest = [torch.maximum(most, quantizer.largest) for most, quantizer in zip(largest, quantizers)]
+        for most, quantizer in zip(largest, quantizers):
+            quantizer.range_sum.copy_(most)
+            quantizer.watched.fill_(1)
+        self.train(training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)
+        if self.training and torch.distributed.is_available() and torch.distributed.is_initialized():
+            with torch.no_grad():  # every process saw other images: one range for all
+                ranges: List[Tensor] = [quantizer.range_sum for quantizer in self.quantizers().values()]
+                mean = torch.cat(ranges)
+                torch.distributed.all_reduce(mean)
+                for value, new in zip(ranges, mean / torch.distributed.get_world_size()):
+                    value.copy_(new)
+        return out
+
+    def fuse_model(self) -> FusedAetherNet:
+        """Take the quantisers out again: a FusedAetherNet with these weights, in place."""
+        weights = {name: value.float() for name, value in self.state_dict().items() if not re.search(r"\.(range_sum|watched)$", name)}
+        for name in [name for name in weights if name.endswith(".weight_scale")]:
+            weights[name[: -len("_scale")]] *= weights.pop(name)
+        self.become(FusedAetherNet, keep_norm="body_norm.weight" in weights)
+        self.load_state_dict(weights)
+        return self
+
+    def for_target(self, target: str) -> QuantAetherNet:
+        """A copy with the quantisers that suit a runtime. ONNX Runtime on a CPU is fast in uint8, and only where a convolution's output is
+        rounded as well; TensorRT and OpenVINO fuse better with float in between, and want int8 about zero."""
+        other = copy.deepcopy(self)
+        for name, quantizer in other.quantizers().items():
+            quantizer.signed = target != "onnxruntime"
+            quantizer.enabled = target == "onnxruntime" or name.endswith(("quant_in", "reparam_conv.quant_out"))
+        return other
+
+    def store(self) -> None:
+        """Hold the weights as they will be shipped: int8 with scales, half precision where a convolution is not quantised."""
+        small = {conv for module in self.modules() if isinstance(module, (ChannelAttention, SpatialAttention)) for conv in module.modules()}
+        for module in [module for module in self.modules() if module not in small]:
+            for name, conv in list(module.named_children()):
+                if isinstance(conv, nn.Conv2d):
+                    setattr(module, name, StoredConv2d(conv))
+        self.tail.half()
+        self.requires_grad_(False)
+        self.stored = True
+
+    def convert_to_quantized(self) -> QuantAetherNet:
+        """A copy in evaluation mode that holds int8 weights: a file a third of the float one's size, nothing left to train.
+
+        Raises:
+            ValueError: no batch was seen in training and calibrate was not called.
+        """
+        if self.stored:
+            return self
+        if any(quantizer.watched == 0 for quantizer in self.quantizers().values()):
+            raise ValueError("convert_to_quantized: the ranges are unknown; train a batch, or call calibrate(images).")
+        other = copy.deepcopy(self).eval().float()
+        other.store()
+        return other
+
+
 # --------------------------------------------------------------------------------------------------------------- helpers
 
 
 def _bias(conv: nn.Conv2d) -> Tensor:
     assert conv.bias is not None  # for the type checker: these convolutions have one
     return conv.bias
+
+
+def _test_pictures(channels: int) -> Iterable[Tensor]:
+    """Pictures that ask much of a network: noise, edges, gradients, flat black and white. (1, channels, 64, 64) in [0, 1]."""
+    ramp = torch.linspace(0, 1, 64).expand(64, 64)
+    checks = (torch.arange(64).view(-1, 1) // 4 + torch.arange(64) // 4) % 2
+    noise = torch.rand(channels, 64, 64, generator=torch.Generator().manual_seed(0))
+    for picture in (ramp, ramp.t(), checks.float(), noise, noise.round(), ramp * 0, ramp * 0 + 1):
+        yield picture.expand(1, channels, 64, 64)
 
 
 def _state_of(module: nn.Module, prefix: str) -> Dict[str, Tensor]:
@@ -727,11 +1011,26 @@ def _init_as_interpolation(net: AetherNet) -> None:
 
 
 def state_dict_form(names: Sequence[str]) -> Optional[str]:
-    """The form that tensor names speak of: "training", "fused", "older fused" (only the kernels merged), or None."""
-    for form, tensor in (("training", "lk_conv"), ("fused", "reparam_conv"), ("older fused", "conv.fused_conv")):
-        if any(name.endswith(f".{tensor}.weight") for name in names):
-            return form
-    return None
+    """The form that tensor names speak of: "training", "fused", "older fused" (only the kernels merged), "quantised", "int8", or None."""
+    endings = {
+        "training": ".lk_conv.weight",
+        "older fused": ".conv.fused_conv.weight",
+        "int8": ".reparam_conv.weight_scale",
+        "quantised": ".reparam_conv.quant_out.range_sum",
+        "fused": ".reparam_conv.weight",
+    }
+    return next((form for form, ending in endings.items() if any(name.endswith(ending) for name in names)), None)
+
+
+def _form_class(form: str, names: Iterable[str]) -> Tuple[Type[AetherBase], Dict[str, Any]]:
+    """The class of a form, and the options that its tensor names tell."""
+    if form == "training":
+        return AetherNet, {}
+    extra: Dict[str, Any] = {"keep_norm": "body_norm.weight" in names}
+    if form == "fused":
+        return FusedAetherNet, extra
+    placement = "full" if "body_conv.quant_in.range_sum" in names else "default"
+    return QuantAetherNet, {**extra, "placement": placement, "stored": form == "int8"}
 
 
 def strip_prefixes(state_dict: Mapping[str, Tensor]) -> Dict[str, Tensor]:
@@ -774,8 +1073,8 @@ def aether_from_state_dict(state_dict: Mapping[str, Tensor], img_range: float = 
     options = _read_options(state, form)
     if form == "older fused":
         _older_fused_to_training(state, "", options["sk_kernel"])
-    extra = {"keep_norm": "body_norm.weight" in state} if form == "fused" else {}
-    cls: Type[AetherBase] = FusedAetherNet if form == "fused" else AetherNet
+        form = "training"
+    cls, extra = _form_class(form, state)
     if hasattr(torch.device, "__enter__"):  # PyTorch 2: compare shapes before any memory is taken for them
         with torch.device("meta"):
             _compare_shapes(cls(**options, img_range=img_range, **extra), state)
@@ -808,16 +1107,16 @@ def _read_options(state: Mapping[str, Tensor], form: str) -> Dict[str, Any]:
     gate, kernel = {
         "training": ("ffn.conv_gate", "conv.lk_conv"),
         "older fused": ("ffn.conv_gate", "conv.fused_conv"),
-        "fused": ("gate_conv", "reparam_conv"),
-    }[form]
-    embed_dim, in_chans = shape("head.weight" if form == "fused" else "conv_first.weight")[:2]
+    }.get(form, ("gate_conv", "reparam_conv"))
+    fused = form in ("fused", "quantised", "int8")
+    embed_dim, in_chans = shape("head.weight" if fused else "conv_first.weight")[:2]
     hidden, lk_kernel = shape(f"{block}{gate}.weight")[0], shape(f"{block}{kernel}.weight")[2]
     sk_kernel = shape(f"{block}conv.sk_conv.weight")[2] if form == "training" else min(3, lk_kernel)
     blocks = {tuple(map(int, found.groups())) for found in map(re.compile(r"stages\.(\d{1,4})\.(\d{1,4})\.").match, state) if found}
     depths = [max(j for i, j in blocks if i == stage) + 1 if stage in {i for i, _ in blocks} else 0 for stage in range(max(blocks)[0] + 1)]
     if 0 in depths or sum(depths) != len(blocks):
         raise ValueError(f"the blocks 'stages.i.j' have gaps: {len(blocks)} found, {sum(depths)} expected from the numbers.")
-    if form == "fused":
+    if fused:
         scale = math.isqrt(shape("tail.weight")[0] // max(1, in_chans))
     else:
         convs = sorted(name for name in state if re.fullmatch(r"upsample\.blocks\.\d+\.weight", name))
@@ -854,29 +1153,33 @@ def _compare_shapes(net: nn.Module, state: Mapping[str, Tensor]) -> None:
 # ---------------------------------------------------------------------------------------------------------------- export
 
 
-def export_onnx(model: AetherBase, scale: int, precision: str = "fp32", output_path: Optional[str] = None) -> str:
+def export_onnx(model: AetherBase, scale: int, precision: str = "fp32", output_path: Optional[str] = None, target: str = "onnxruntime") -> str:
     """Write the fused network as one ONNX file and return its path; the model itself is left as it was.
 
     Input ``input`` (N, in_chans, H, W) in [0, 1] and output ``output`` (N, in_chans, scale * H, scale * W), batch, height and width
-    dynamic, both in the precision named. Before the path is returned ONNX Runtime has run the file on two odd sizes and agreed with the
-    network. Needs the packages onnx and onnxruntime; fp16 a PyTorch
-    that computes half precision on the CPU, as today's do.
+    dynamic, both in the precision named, float32 for "int8". Before the path is returned ONNX Runtime has run the file on two odd sizes
+    and agreed with the network. Needs the packages onnx and onnxruntime; fp16 a PyTorch that computes half precision on the CPU.
 
     Args:
         scale: the model's scale, named again so that a mistaken export can't pass.
-        precision: "fp32" or "fp16".
+        precision: "fp32", "fp16", or "int8" for a network from prepare_qat: QuantizeLinear and DequantizeLinear around the quantised
+            convolutions, weights int8 with a scale for each output channel.
         output_path: default ``aether_x{scale}_{precision}.onnx`` in the current folder.
+        target: for "int8", whom the file is to be fast in: "onnxruntime" (on a CPU: uint8, everything between the convolutions too),
+            "tensorrt" or "openvino" (int8 about zero, only what goes into convolutions).
 
     Raises:
-        ValueError: scale or precision do not fit.
+        ValueError: scale, precision or target do not fit.
         RuntimeError: ONNX Runtime's output differs from the network's; nothing is left at output_path.
     """
     if scale != model.scale:
         raise ValueError(f"export_onnx: scale={scale} was asked for, the model has scale={model.scale}.")
-    if precision == "int8":
-        raise ValueError("export_onnx: precision='int8' needs a quantised network, which this version does not make yet; allowed: 'fp32', 'fp16'.")
-    if precision not in ("fp32", "fp16"):
-        raise ValueError(f"export_onnx: precision={precision!r} is not known; allowed: 'fp32', 'fp16'.")
+    if precision not in ("fp32", "fp16", "int8"):
+        raise ValueError(f"export_onnx: precision={precision!r} is not known; allowed: 'fp32', 'fp16', 'int8'.")
+    if precision == "int8" and not isinstance(model, QuantAetherNet):
+        raise ValueError("export_onnx: precision='int8' needs a quantised network: prepare_qat(), fine-tune, convert_to_quantized().")
+    if target not in TARGETS:
+        raise ValueError(f"export_onnx: target={target!r} is not known; allowed: {', '.join(map(repr, TARGETS))}.")
     import warnings
 
     import numpy as np
@@ -884,7 +1187,10 @@ def export_onnx(model: AetherBase, scale: int, precision: str = "fp32", output_p
 
     path = output_path or f"aether_x{scale}_{precision}.onnx"
     part = f"{path}.{os.getpid()}.part"
-    reference = model.fused().cpu().float()
+    if isinstance(model, QuantAetherNet) and precision == "int8":
+        reference: AetherBase = model.convert_to_quantized().cpu().for_target(target)
+    else:
+        reference = model.fused().cpu().float()
     net = copy.deepcopy(reference).half() if precision == "fp16" else reference
     image = torch.rand(1, model.options["in_chans"], 19, 23).to(net.mean.dtype)
     axes = {0: "batch", 2: "height", 3: "width"}
@@ -893,17 +1199,21 @@ def export_onnx(model: AetherBase, scale: int, precision: str = "fp32", output_p
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the tracing exporter: old and deprecated, and the one that writes one small file everywhere
             torch.onnx.export(net, (image,), part, input_names=["input"], output_names=["output"], opset_version=17,
-                              dynamic_axes={"input": axes, "output": axes}, **legacy)  # fmt: skip
+                              do_constant_folding=precision != "int8", dynamic_axes={"input": axes, "output": axes}, **legacy)  # fmt: skip
+        if precision == "int8":
+            _integer_convolutions(part, integer_bias=target != "tensorrt")
         session = onnxruntime.InferenceSession(part, providers=["CPUExecutionProvider"])
         for height, width in ((17, 31), (33, 13)):
             image = torch.rand(2, model.options["in_chans"], height, width).to(net.mean.dtype)
             with torch.no_grad():
                 expected = reference(image.float())
             output = torch.from_numpy(np.asarray(session.run(["output"], {"input": image.numpy()})[0])).float()
-            bound = (1e-4 if precision == "fp32" else 2e-2) * max(1.0, float(expected.abs().max()))
-            error = float((output - expected).abs().max())
-            if not error <= bound:
-                raise RuntimeError(f"export_onnx: ONNX Runtime differs from the network by {error:.3g} at {width}x{height}, allowed {bound:.3g}.")
+            error = (output - expected).abs()
+            # Integer kernels may round a value to the code next to it; what they must not do is compute another function.
+            largest = float(error.max() if precision != "int8" else error.mean())
+            bound = {"fp32": 1e-4, "fp16": 2e-2, "int8": 4e-3}[precision] * max(1.0, float(expected.abs().max()))
+            if not largest <= bound:
+                raise RuntimeError(f"export_onnx: ONNX Runtime differs from the network by {largest:.3g} at {width}x{height}, allowed {bound:.3g}.")
         os.replace(part, path)
     finally:
         if os.path.exists(part):
@@ -911,37 +1221,104 @@ def export_onnx(model: AetherBase, scale: int, precision: str = "fp32", output_p
     return path
 
 
+def _integer_convolutions(path: str, integer_bias: bool) -> None:
+    """Let the convolutions of an ONNX file between quantisers have int8 weights as runtimes look for them: DequantizeLinear of a constant.
+
+    As traced, each of those weights is ``Cast(int8) * scale``. That stays where a convolution computes in float: runtimes compute it once,
+    when they load the file.
+    """
+    import numpy as np
+    import onnx
+
+    model = onnx.load(path)
+    graph = model.graph
+    made = {output: node for node in graph.node for output in node.output}
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    for node in graph.node:  # values that the tracer wrote as nodes
+        if node.op_type == "Constant" and node.attribute[0].name == "value":
+            constants[node.output[0]] = node.attribute[0].t
+    for node in list(graph.node):
+        if node.op_type == "Cast" and node.input[0] in constants and not constants[node.input[0]].dims:  # a quantiser's scale or zero point
+            value = onnx.numpy_helper.to_array(constants[node.input[0]]).astype(onnx.helper.tensor_dtype_to_np_dtype(node.attribute[0].i))
+            constants[node.output[0]] = onnx.numpy_helper.from_array(value, node.output[0])
+            graph.initializer.append(constants[node.output[0]])
+            graph.node.remove(node)
+    nodes: List[Any] = []
+    for node in graph.node:
+        source = made.get(node.input[0]) if node.input else None
+        weight = made.get(node.input[1]) if node.op_type == "Conv" else None
+        if source is not None and source.op_type == "DequantizeLinear" and weight is not None and weight.op_type == "Mul":
+            cast = made[weight.input[0]]
+            scale = onnx.numpy_helper.to_array(constants[weight.input[1]]).reshape(-1)
+            name = node.input[1]
+            values = {f"{name}_scale": scale, f"{name}_zero_point": np.zeros(scale.shape, np.int8)}
+            nodes.append(onnx.helper.make_node("DequantizeLinear", [cast.input[0], *values], [f"{name}_float"], axis=0))
+            node.input[1] = f"{name}_float"
+            if integer_bias:
+                bias_scale = scale * onnx.numpy_helper.to_array(constants[source.input[1]])
+                bias = onnx.numpy_helper.to_array(constants[node.input[2]])
+                values[f"{name}_bias"] = np.clip(np.rint(bias / bias_scale), -(2**31) + 1, 2**31 - 1).astype(np.int32)
+                values.update({f"{name}_bias_scale": bias_scale, f"{name}_bias_zero_point": np.zeros(scale.shape, np.int32)})
+                names = [f"{name}_bias", f"{name}_bias_scale", f"{name}_bias_zero_point"]
+                nodes.append(onnx.helper.make_node("DequantizeLinear", names, [f"{name}_bias_float"], axis=0))
+                node.input[2] = f"{name}_bias_float"
+            graph.initializer.extend(onnx.numpy_helper.from_array(value, key) for key, value in values.items())
+        nodes.append(node)
+    used = {output.name for output in graph.output}
+    kept: List[Any] = []
+    for node in reversed(nodes):  # drop what nothing reads any more
+        if used.intersection(node.output):
+            used.update(node.input)
+            kept.append(node)
+    initializers = [tensor for tensor in graph.initializer if tensor.name in used]
+    for field, values_kept in ((graph.node, kept[::-1]), (graph.initializer, initializers)):
+        del field[:]
+        field.extend(values_kept)
+    onnx.checker.check_model(model, full_check=True)
+    onnx.save(model, path)
+
+
 # -------------------------------------------------------------------------------------------------------------- variants
 
-# The options are written out for the frameworks' documentation tools, which read signatures.
+
+def _build(options: Dict[str, Any]) -> AetherBase:
+    """An AetherNet, or with ``qat`` (true: the default placement, or "full") a network for quantisation-aware training."""
+    qat = options.pop("qat")
+    if not isinstance(qat, bool) and qat not in PLACEMENTS:
+        raise ValueError(f"AetherNet: qat={qat!r} is not possible; allowed: true, false, {', '.join(PLACEMENTS)}.")
+    net = AetherNet(**options)
+    return net.insert_quantizers("default" if qat is True else qat) if qat else net
+
+
+# The options are written out for the frameworks' documentation tools, which read signatures. They are AetherNet's, and qat, see _build.
 # fmt: off
 
 
 def aether_small(
     scale: int = 4, in_chans: int = 3, embed_dim: int = 96, depths: Sequence[int] = (4, 4, 4, 4), mlp_ratio: float = 2.0,
     lk_kernel: int = 11, sk_kernel: int = 3, drop: float = 0.0, drop_path_rate: float = 0.1, img_range: float = 1.0,
-    use_channel_attn: bool = False, use_spatial_attn: bool = False, batch_renorm: bool = False,
-) -> AetherNet:
-    """Small and fast, no attention: 1.5 million parameters at x4. Options as AetherNet."""
-    return AetherNet(**locals())
+    use_channel_attn: bool = False, use_spatial_attn: bool = False, batch_renorm: bool = False, qat: Union[bool, str] = False,
+) -> AetherBase:
+    """Small and fast, no attention: 1.5 million parameters at x4. Options: see above."""
+    return _build(locals())
 
 
 def aether_medium(
     scale: int = 4, in_chans: int = 3, embed_dim: int = 128, depths: Sequence[int] = (6, 6, 6, 6), mlp_ratio: float = 2.0,
     lk_kernel: int = 11, sk_kernel: int = 3, drop: float = 0.0, drop_path_rate: float = 0.1, img_range: float = 1.0,
-    use_channel_attn: bool = True, use_spatial_attn: bool = True, batch_renorm: bool = False,
-) -> AetherNet:
-    """Balanced, with channel and spatial attention: 3.7 million parameters at x4. Options as AetherNet."""
-    return AetherNet(**locals())
+    use_channel_attn: bool = True, use_spatial_attn: bool = True, batch_renorm: bool = False, qat: Union[bool, str] = False,
+) -> AetherBase:
+    """Balanced, with channel and spatial attention: 3.7 million parameters at x4. Options: see above."""
+    return _build(locals())
 
 
 def aether_large(
     scale: int = 4, in_chans: int = 3, embed_dim: int = 180, depths: Sequence[int] = (8, 8, 8, 8, 8), mlp_ratio: float = 2.0,
     lk_kernel: int = 11, sk_kernel: int = 3, drop: float = 0.0, drop_path_rate: float = 0.1, img_range: float = 1.0,
-    use_channel_attn: bool = True, use_spatial_attn: bool = True, batch_renorm: bool = False,
-) -> AetherNet:
-    """Highest quality: 10.6 million parameters at x4. Options as AetherNet."""
-    return AetherNet(**locals())
+    use_channel_attn: bool = True, use_spatial_attn: bool = True, batch_renorm: bool = False, qat: Union[bool, str] = False,
+) -> AetherBase:
+    """Highest quality: 10.6 million parameters at x4. Options: see above."""
+    return _build(locals())
 
 
 # fmt: on
@@ -950,7 +1327,7 @@ VARIANTS = (aether_small, aether_medium, aether_large)
 
 def variant_name(options: Mapping[str, Any]) -> str:
     """Name of the variant that has these options (training options aside), or a description of the network."""
-    aside = ("scale", "in_chans", "sk_kernel", "drop", "drop_path_rate", "img_range", "batch_renorm")
+    aside = ("scale", "in_chans", "sk_kernel", "drop", "drop_path_rate", "img_range", "batch_renorm", "qat")
     for variant in VARIANTS:
         defaults = {name: parameter.default for name, parameter in inspect.signature(variant).parameters.items() if name not in aside}
         if all(tuple(options[name]) == value if name == "depths" else options[name] == value for name, value in defaults.items()):
@@ -972,7 +1349,7 @@ def _register(framework: str) -> None:
             raise ImportError(f"{variant.__name__} is registered in {framework} already; keep one copy of this file in its archs folder: {__file__}")
 
         @functools.wraps(variant)
-        def build(*args: Any, _variant: Any = variant, **options: Any) -> AetherNet:
+        def build(*args: Any, _variant: Any = variant, **options: Any) -> AetherBase:
             if framework == "neosr" and not args and "scale" not in options:  # neosr passes no scale: a network asks for it
                 options["scale"] = importlib.import_module("neosr.archs.arch_util").net_opt()[0]
             net = _variant(*args, **options)
