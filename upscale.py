@@ -131,7 +131,9 @@ class OnnxNetwork:
         if provider not in onnxruntime.get_available_providers():
             raise UserError(f"--device cuda was given, but this ONNX Runtime has no {provider}: pip install onnxruntime-gpu, or pass --device cpu.")
         try:
-            self.session = onnxruntime.InferenceSession(str(path), providers=[provider])
+            options = onnxruntime.SessionOptions()
+            options.log_severity_level = 4  # what fails is said once, by this command
+            self.session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
             self.overlap = self._receptive_field(onnx.load(str(path)).graph)
         except Exception as error:
             raise UserError(f"{path} is not a readable ONNX file ({first_line(error)}); export it again (--model).") from None
@@ -140,6 +142,16 @@ class OnnxNetwork:
         if self.dtype is None or len(source.shape) != 4 or not isinstance(source.shape[1], int):
             raise UserError(f"{path} takes {source.type} {source.shape}, expected float (batch, channels, height, width); export it again (--model).")
         self.in_chans: int = source.shape[1]
+        sides = [side for side in source.shape[2:] if isinstance(side, int)]
+        if sides or len(self.session.get_inputs()) > 1:
+            raise UserError(f"{path} takes {[value.shape for value in self.session.get_inputs()]}, expected pictures of any size; export it with "
+                            "dynamic height and width (--model).")  # fmt: skip
+        try:
+            shape = self(torch.zeros(1, self.in_chans, 8, 8)).shape
+        except Exception as error:  # ONNX Runtime's are of many kinds
+            raise UserError(f"{path} does not run ({first_line(error)}); export it again (--model).") from None
+        if len(shape) != 4 or shape[:2] != (1, self.in_chans) or shape[2] != shape[3] or shape[2] < 8 or shape[2] % 8:
+            raise UserError(f"{path} turns 8x8 pixels into {tuple(shape)}, expected a network that upscales pictures (--model).")
 
     @staticmethod
     def _receptive_field(graph: Any) -> int:
@@ -160,8 +172,8 @@ def load_network(path: Path, device: str, fp16: bool) -> Tuple[Network, int, int
     if path.suffix.lower() == ".onnx":
         if fp16:
             raise UserError(f"--fp16 can't change {path}; export the network with precision fp16, or leave --fp16 out.")
-        if not path.is_file():
-            raise UserError(f"{path} does not exist; pass the network with --model.")
+        if not os.path.isfile(path):
+            raise UserError(f"{path} {'is not a file' if os.path.exists(path) else 'does not exist'}; pass the network with --model.")
         session = OnnxNetwork(path, device)
         return session, session.in_chans, session.overlap
     try:
@@ -210,6 +222,7 @@ class Picture:
                     raise UserError(f"{path} holds {image.n_frames} pictures, expected one; split it (--input).")
                 profile = image.info.get("icc_profile")
                 if ";16" in str(image.tile):  # Pillow's name of what the file stores, whatever it would make of it
+                    image.load()  # raises where the file is cut or damaged, which OpenCV fills with black
                     return cls._read_16_bit(path, image, profile)
                 image = ImageOps.exif_transpose(image)
                 if image.mode not in ("L", "LA", "RGB", "RGBA", "1", "P", "PA", "CMYK", "YCbCr"):
@@ -252,9 +265,10 @@ class Picture:
 
 
 def _opencv() -> Any:
-    os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")  # else it warns about valid files on the standard error
     try:
         import cv2
+
+        cv2.utils.logging.setLogLevel(0)  # else it writes about files, valid ones too, to the standard error
     except ImportError:
         raise UserError("a 16-bit picture needs the package opencv-python: pip install opencv-python, or pass 8-bit pictures (--input).") from None
     return cv2
@@ -294,10 +308,10 @@ def upscale_file(net: Network, in_chans: int, source: Path, target: Path, tile: 
         return torch.from_numpy(array).permute(2, 0, 1)[None]
 
     def bar(tiles: Iterator[Any], count: int) -> Iterator[Any]:
-        return iter(tqdm(tiles, total=count, desc=source.name, unit="tile", disable=None))
+        return iter(tqdm(tiles, total=count, desc=source.name, unit="tile", disable=None if sys.stderr else True))
 
     upscale_tiled(lambda crop: run(crop.to(like.device, like.dtype)), planes(pixels), tile, overlap, planes(upscaled[..., :channels]), bar)
-    part = target.with_name(f"{target.stem}.{os.getpid()}.part{target.suffix}")
+    part = target.with_name(f"{target.stem[:40]}.{os.getpid()}.part{target.suffix}")  # a longer name than target's may be too long
     try:
         part.write_bytes(Picture(upscaled, picture.alpha, picture.profile).encode(kind))
         os.replace(part, target)
@@ -306,7 +320,7 @@ def upscale_file(net: Network, in_chans: int, source: Path, target: Path, tile: 
     except Exception as error:  # Pillow and OpenCV: most often more pixels than the format allows
         raise UserError(f"{target} can't be written: {first_line(error)}; try an --output that ends in .png or .tif.") from None
     finally:
-        if part.exists():
+        if os.path.exists(part):
             part.unlink()
     print(f"Wrote {target} ({width * scale}x{height * scale})")
 
@@ -316,27 +330,33 @@ def upscale_file(net: Network, in_chans: int, source: Path, target: Path, tile: 
 
 def pairs(source: Path, target: Path, overwrite: bool) -> List[Tuple[Path, Path]]:
     """Every picture with the file that it becomes, after checks."""
-    if not source.exists():
+    if not os.path.exists(source):  # not source.exists(): before Python 3.14 that raises for a name that is too long
         raise UserError(f"{source} does not exist; pass a picture or a folder with --input.")
+    if not (source.is_dir() or source.is_file()):
+        raise UserError(f"{source} is neither a file nor a folder; pass a picture or a folder with --input.")
     if source.is_dir():
-        if target.is_file():
+        if os.path.isfile(target):
             raise UserError(f"{target} is a file, but {source} is a folder; pass a folder with --output.")
-        found = [(path, target / path.name) for path in sorted(source.iterdir()) if path.is_file() and path.suffix.lower() in FORMATS]
+        try:
+            names = sorted(os.listdir(source))
+        except OSError as error:
+            raise UserError(f"{source} can't be read: {error.strerror}; pass another folder with --input.") from None
+        found = [(source / name, target / name) for name in names if Path(name).suffix.lower() in FORMATS and (source / name).is_file()]
         if not found:
             raise UserError(f"{source} holds no picture; expected files that end in {', '.join(FORMATS)} (--input).")
     else:
-        found = [(source, target / source.name if target.is_dir() else target)]
+        found = [(source, target / source.name if os.path.isdir(target) else target)]
         if found[0][1].suffix.lower() not in FORMATS:
             raise UserError(f"{found[0][1]} ends in {found[0][1].suffix or 'nothing'!r}; expected one of {', '.join(FORMATS)} (--output).")
     folder = target if source.is_dir() else found[0][1].parent
-    if not folder.parent.is_dir() or not (folder.is_dir() or source.is_dir()):
+    if not os.path.isdir(folder.parent) or not (os.path.isdir(folder) or source.is_dir()):
         raise UserError(f"the folder {folder if not source.is_dir() else folder.parent} does not exist; make it or pass another --output.")
     for path, result in found:
-        if result.is_dir():
+        if os.path.isdir(result):
             raise UserError(f"{result} is a folder, expected a file name; pass another --output.")
-        if result.exists() and os.path.samefile(path, result):
+        if os.path.exists(result) and os.path.samefile(path, result):
             raise UserError(f"{result} is the input itself, which is never overwritten; pass another --output.")
-        if result.exists() and not overwrite:
+        if os.path.lexists(result) and not overwrite:  # a link to nothing is something too
             raise UserError(f"{result} exists; pass --overwrite to replace it, or another --output.")
     return found
 
@@ -356,7 +376,10 @@ def upscale(args: argparse.Namespace) -> None:
     todo = pairs(source, target, args.overwrite)
     net, in_chans, overlap = load_network(Path(args.model), args.device, args.fp16)
     if source.is_dir():
-        target.mkdir(exist_ok=True)
+        try:
+            target.mkdir(exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{target} can't be made: {error.strerror}; pass another --output.") from None
     failed: List[str] = []
     for path, result in todo:
         try:
