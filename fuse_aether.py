@@ -4,11 +4,15 @@
 
 Reads what neosr, traiNNer-redux and BasicSR write (.pth or .safetensors, EMA weights preferred), fuses in float64, writes float32, reads the
 written file back and compares it with the unfused network. Needs torch alone; safetensors only where such a file is named.
+
+With ``--onnx fp32,fp16,int8`` ONNX files are written beside the weights (needs onnx and onnxruntime). int8 comes from a checkpoint of
+quantisation-aware training, or from any other with ``--calibration FOLDER`` (pictures as large as the network's output; needs Pillow).
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 import os
 import statistics
@@ -32,9 +36,13 @@ else:
     sys.exit(f"fuse_aether.py: error: aether_arch.py is missing; it belongs into {ROOT / 'archs'} or beside this script.")
 
 from aether_arch import (  # noqa: E402
+    PLACEMENTS,
+    TARGETS,
     VARIANTS,
     AetherBase,
+    QuantAetherNet,
     aether_from_state_dict,
+    export_onnx,
     state_dict_form,
     strip_prefixes,
     variant_name,
@@ -42,6 +50,8 @@ from aether_arch import (  # noqa: E402
 
 ALLOWED_DIFFERENCE = 1e-3  # of one step of 1/255
 ENDINGS = (".pth", ".safetensors")
+PRECISIONS = ("fp32", "fp16", "int8")
+CALIBRATION_PICTURES, CALIBRATION_SIDE = 32, 128  # pictures at most, and low-resolution pixels of the middle of each
 PARAM_KEYS = ("params_ema", "params-ema", "params", "state_dict")  # in order of preference
 
 
@@ -139,6 +149,8 @@ def _never_updated(state: Mapping[str, Tensor]) -> bool:
 def build(path: Path, state: Mapping[str, Tensor], args: argparse.Namespace) -> AetherBase:
     """The unfused network in float64, after the checks that it is what the user says it is."""
     form = state_dict_form(list(state))
+    if form == "int8":
+        raise UserError(f"{path} holds int8 weights already, expected a training checkpoint; export it, or pass another (--model_path).")
     if form == "fused" or (form == "older fused" and not args.accept_older_fused):
         remedy = "it can be used as it is" if form == "fused" else "pass --accept_older_fused to bake the rest of it"
         raise UserError(f"{path} is fused already ({form} form), expected a training checkpoint; {remedy}, or pass another (--model_path).")
@@ -265,6 +277,102 @@ def parameters(net: AetherBase) -> int:
     return sum(value.numel() for value in net.parameters())
 
 
+# ------------------------------------------------------------------------------------------------------------------ ONNX
+
+
+def precisions(args: argparse.Namespace) -> List[str]:
+    """The ONNX files that are asked for, after the checks that need no weights."""
+    wanted = [name.strip() for name in args.onnx.split(",")] if args.onnx else []
+    unknown = [name for name in wanted if name not in PRECISIONS]
+    if unknown:
+        raise UserError(f"--onnx {unknown[0]!r} is not known; allowed, with commas between: {', '.join(PRECISIONS)}.")
+    wanted += ["int8"] if args.int8 and "int8" not in wanted else []
+    if wanted:
+        try:
+            import onnx  # noqa: F401
+            import onnxruntime  # noqa: F401
+        except ImportError as error:
+            raise UserError(f"--onnx needs the package {error.name}: pip install onnx onnxruntime, or leave it out.") from None
+    return wanted
+
+
+def onnx_path(target: Path, precision: str) -> Path:
+    """2x_NAME_fused.safetensors -> 2x_NAME_fp16.onnx, as the community names them."""
+    stem = target.stem[: -len("_fused")] if target.stem.endswith("_fused") else target.stem
+    return target.with_name(f"{stem}_{precision}.onnx")
+
+
+def calibration_pairs(folder: Path, net: AetherBase) -> List[Tuple[Tensor, Tensor]]:
+    """(low resolution, high resolution) of the middle of each picture: (1, 3, H, W) in [0, 1], reduced with Pillow's bicubic."""
+    try:
+        import numpy as np
+        from PIL import Image, UnidentifiedImageError
+    except ImportError as error:
+        raise UserError(f"--calibration needs the package {error.name}: pip install pillow numpy.") from None
+    if not folder.is_dir():
+        raise UserError(f"--calibration {folder} is not a folder; pass one with pictures.")
+    pairs: List[Tuple[Tensor, Tensor]] = []
+    side = CALIBRATION_SIDE * net.scale
+    for path in sorted(folder.rglob("*")):
+        if len(pairs) == CALIBRATION_PICTURES or not path.is_file():
+            continue
+        try:
+            with Image.open(path) as opened:
+                image = opened.convert("RGB" if net.options["in_chans"] == 3 else "L")
+        except (UnidentifiedImageError, OSError, Image.DecompressionBombError):
+            continue
+        left, top = max(0, (image.width - side) // 2), max(0, (image.height - side) // 2)
+        width, height = (min(side, size) // net.scale * net.scale for size in image.size)
+        image = image.crop((left, top, left + width, top + height))
+        if min(image.size) < 8 * net.scale:
+            continue
+        small = image.resize((image.width // net.scale, image.height // net.scale), Image.Resampling.BICUBIC)
+        arrays = [np.atleast_3d(np.asarray(each, dtype=np.float32)) / 255 for each in (small, image)]
+        pairs.append(tuple(torch.from_numpy(array).permute(2, 0, 1)[None].contiguous() for array in arrays))  # type: ignore[arg-type]
+    if not pairs:
+        raise UserError(f"--calibration {folder} holds no picture of {8 * net.scale} pixels or more that Pillow reads; pass another folder.")
+    return pairs
+
+
+@torch.no_grad()
+def quantise(unfused: AetherBase, source: Path, args: argparse.Namespace, say: Callable[[str], None]) -> QuantAetherNet:
+    """The network with int8 weights: from quantisation-aware training as it is, any other calibrated on pictures."""
+    if args.calibration is None:
+        if not isinstance(unfused, QuantAetherNet):
+            raise UserError(f"{source} was not trained with qat: true, so int8 needs pictures to find its ranges: pass --calibration FOLDER.")
+        if any(bool(quantizer.watched == 0) for quantizer in unfused.quantizers().values()):
+            raise UserError(f"{source} was saved before its first training step, so its ranges are unknown; pass --calibration FOLDER.")
+        return unfused.float().convert_to_quantized()
+    pairs = calibration_pairs(Path(args.calibration), unfused)
+    say(f"Calibrating on {len(pairs)} pictures")
+    net = unfused.fused().float().prepare_qat(args.placement, [low for low, _ in pairs])
+    float_net, stored = net.fused(), net.convert_to_quantized()
+    losses = [psnr(float_net(low), high) - psnr(stored(low), high) for low, high in pairs]
+    say(f"int8 against float, on these pictures: PSNR {-sum(losses) / len(losses):+.3f} dB in the mean, {-max(losses):+.3f} dB at worst")
+    return stored
+
+
+def psnr(output: Tensor, truth: Tensor) -> float:
+    """dB, of 8-bit pictures; 99 where they are equal."""
+    error = float((output.clamp(0, 1).mul(255).round() - truth.mul(255).round()).pow(2).mean())
+    return 10 * math.log10(255**2 / error) if error else 99.0
+
+
+def write_onnx(nets: Mapping[str, AetherBase], target: Path, args: argparse.Namespace) -> List[Path]:
+    """One file for each precision, beside ``target``; all of them or none."""
+    written: List[Path] = []
+    try:
+        for precision, net in nets.items():
+            path = onnx_path(target, precision)
+            export_onnx(net, net.scale, precision, str(path), args.target)
+            written.append(path)
+    except (RuntimeError, ValueError) as error:
+        for path in written:
+            path.unlink()
+        raise UserError(f"{target} as ONNX: {first_line(error)} Pass other weights, or leave --onnx out.") from None
+    return written
+
+
 # ------------------------------------------------------------------------------------------------------------------ main
 
 
@@ -275,11 +383,16 @@ def fuse(args: argparse.Namespace, say: Callable[[str], None] = print) -> None:
         raise UserError("--device cuda was given, but PyTorch finds no CUDA device; pass --device cpu.")
     if not (math.isfinite(args.img_range) and args.img_range > 0):
         raise UserError(f"--img_range {args.img_range} is not possible; expected a number above 0, 1.0 unless the network was trained with another.")
+    wanted = precisions(args)
     say(f"Reading {source}")
     state, chosen = read_state(source)
     check_output(target, source, args.overwrite)
+    for path in [onnx_path(target, precision) for precision in wanted]:
+        if path.exists() and not args.overwrite:
+            raise UserError(f"{path} exists; pass --overwrite to replace it, or another --output_path.")
     unfused = build(source, state, args)
     say(f"Weights: {chosen}")
+    nets = {name: quantise(copy.deepcopy(unfused), source, args, say) if name == "int8" else unfused for name in wanted}
     say("Fusing in float64")
     name, scale = variant_name(unfused.options), unfused.scale
     metadata = {"format": "pt", "architecture": name if name.startswith("aether") else "AetherNet", "scale": str(scale), "form": "fused"}
@@ -297,6 +410,9 @@ def fuse(args: argparse.Namespace, say: Callable[[str], None] = print) -> None:
         sizes = [source.stat().st_size / 2**20, part.stat().st_size / 2**20]
         counts = parameters(unfused), parameters(fused)
         ms = milliseconds([unfused, fused], args.device)
+        if nets:
+            say(f"Exporting {', '.join(nets)}")
+        files = write_onnx({name: net.cpu().float() for name, net in nets.items()}, target, args)
         os.replace(part, target)
     except OSError as error:
         raise UserError(f"{target} can't be written: {error.strerror or error}; free space or pass another --output_path.") from None
@@ -315,7 +431,8 @@ def fuse(args: argparse.Namespace, say: Callable[[str], None] = print) -> None:
     ):
         say(f"{label:<20}" + "".join(form.format(value) for value in pair))
     say(f"{ms[0] / ms[1]:.2f} times as fast; largest difference {difference:.1e} steps of 1/255 (allowed {ALLOWED_DIFFERENCE:g})")
-    say(f"Wrote {target}")
+    for path in (target, *files):
+        say(f"Wrote {path}")
 
 
 def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
@@ -326,6 +443,11 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser.add_argument("--upscale", type=int, choices=(2, 3, 4), help="checked (default: read from the weights)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--img_range", type=float, default=1.0, help="the training option of this name, which no checkpoint holds (default: 1.0)")
+    parser.add_argument("--onnx", metavar="LIST", help="ONNX files to write beside --output_path: fp32, fp16, int8, with commas between")
+    parser.add_argument("--int8", action="store_true", help="the same as int8 in --onnx")
+    parser.add_argument("--calibration", metavar="FOLDER", help="pictures for int8 without quantisation-aware training")
+    parser.add_argument("--placement", choices=PLACEMENTS, default=PLACEMENTS[0], help="quantisers of --calibration (default: %(default)s)")
+    parser.add_argument("--target", choices=TARGETS, default=TARGETS[0], help="whom the int8 file is to be fast in (default: %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace --output_path where it exists")
     parser.add_argument("--accept_older_fused", action="store_true", help="take a file whose kernels an older tool merged already")
     return parser.parse_args(argv)

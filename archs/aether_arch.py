@@ -704,7 +704,7 @@ class Quantizer(nn.Module):
             return torch.fake_quantize_per_tensor_affine(x, float(scale), int(zero_point), low, high)
         with torch.autocast(x.device.type, enabled=False):  # rounding to 256 values is exact in float32 only
             rounded = torch.fake_quantize_per_tensor_affine(x.float(), scale.float().clamp_min(1e-12), zero_point, low, high)
-        return torch.where(self.watched > 0, rounded, x)
+        return torch.where(self.watched > 0, rounded.to(x.dtype), x)
 
 
 class QuantConv2d(nn.Conv2d):
@@ -730,6 +730,38 @@ class QuantConv2d(nn.Conv2d):
         with torch.autocast(x.device.type, enabled=False):
             weight = torch.fake_quantize_per_channel_affine(self.weight.float(), scale, torch.zeros_like(scale, dtype=torch.int32), 0, -127, 127)
         return self.quant_out(self._conv_forward(self.quant_in(x), weight.to(self.weight.dtype), self.bias))
+
+
+class SplitConv2d(nn.Module):
+    """A 3x3 convolution as the sum of two 8-bit ones: the few large weights in the middle of the kernel, and all the others.
+
+    Where an image runs through a network some weights are near one and the rest near 1/50: in one set of 8-bit steps those all but
+    vanish. Splitting large values off is known from https://arxiv.org/abs/2208.07339.
+    """
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.quant_in, self.quant_out = Quantizer(), Quantizer()
+        self.fine = QuantConv2d.like(conv, quant_out=Quantizer())
+        self.coarse = QuantConv2d.like(nn.Conv2d(conv.in_channels, conv.out_channels, 1), quant_out=Quantizer())
+
+    @staticmethod
+    def split(weight: Tensor, bias: Tensor) -> Dict[str, Tensor]:
+        middle = (slice(None), slice(None), slice(1, 2), slice(1, 2))
+        usual = weight.abs().flatten(1).quantile(0.99, dim=1).view(-1, 1, 1, 1)
+        coarse = torch.where(weight[middle].abs() > 4 * usual, weight[middle], torch.zeros_like(weight[middle]))
+        fine = weight.clone()
+        fine[middle] -= coarse
+        return {"fine.weight": fine, "fine.bias": bias, "coarse.weight": coarse, "coarse.bias": torch.zeros_like(bias)}
+
+    @staticmethod
+    def join(parts: Mapping[str, Tensor]) -> Dict[str, Tensor]:
+        weight = F.pad(parts["coarse.weight"], (1, 1, 1, 1)) + parts["fine.weight"]
+        return {"weight": weight, "bias": parts["fine.bias"] + parts["coarse.bias"]}
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.quant_in(x)
+        return self.quant_out(self.fine(x) + self.coarse(x))
 
 
 class StoredConv2d(nn.Module):
@@ -763,8 +795,8 @@ class StoredConv2d(nn.Module):
 class QuantAetherBlock(FusedAetherBlock):
     """FusedAetherBlock whose 1x1 convolutions, and all between them, are 8-bit: (N, C, H, W) -> (N, C, H, W).
 
-    The depthwise convolution and the sum stay float: integer kernels of an 11x11 depthwise convolution are slower, and the stream that
-    runs through all blocks is where rounding would add up.
+    The depthwise convolution computes in float, integer kernels of 11x11 are slower; so does the sum, because rounding would add up in the
+    stream that runs through all blocks.
     """
 
     def __init__(self, *args: Any) -> None:
@@ -787,7 +819,8 @@ class QuantAetherNet(FusedAetherNet):
     """FusedAetherNet with fake quantisation, for quantisation-aware training; see prepare_qat and convert_to_quantized.
 
     Args: those of FusedAetherNet, and
-        placement: "default" (the blocks) or "full" (the two 3x3 convolutions after them, through which the image itself runs, as well).
+        placement: "default" (the 1x1 convolutions of the blocks and all between them) or "full" (also the two 3x3 convolutions after the
+            blocks, where the image itself runs through: faster, and less exact).
         stored: weights are held as int8, or half precision where they are not quantised; nothing can be trained any more.
     """
 
@@ -799,10 +832,10 @@ class QuantAetherNet(FusedAetherNet):
         super().__init__(**options)
         self.placement, self.stored = placement, False
         if placement == "full":
-            self.body_conv = QuantConv2d.like(self.body_conv, quant_in=Quantizer(), quant_out=Quantizer())
             before, activation = self.conv_before_upsample
             assert isinstance(before, nn.Conv2d)
-            self.conv_before_upsample = nn.Sequential(QuantConv2d.like(before, quant_in=Quantizer(), quant_out=Quantizer()), activation)
+            self.body_conv = QuantConv2d.like(self.body_conv, quant_in=Quantizer(), quant_out=Quantizer())
+            self.conv_before_upsample = nn.Sequential(SplitConv2d(before), activation)
         if stored:
             self.store()
 
@@ -811,6 +844,10 @@ class QuantAetherNet(FusedAetherNet):
         weights = {name[len(prefix) :]: state_dict.pop(name) for name in list(state_dict) if name.startswith(prefix)}
         if form == "training":
             weights = aether_from_state_dict(weights, self.options["img_range"]).fuse_model().state_dict()
+        if self.placement == "full":
+            before = "conv_before_upsample.0."
+            parts = SplitConv2d.split(weights.pop(before + "weight"), weights.pop(before + "bias"))
+            weights.update({before + name: value for name, value in parts.items()})
         if self.stored or self.keep_norm != ("body_norm.weight" in weights):
             self.become(QuantAetherNet, placement=self.placement, keep_norm="body_norm.weight" in weights)
         for name, quantizer in self.quantizers().items():
@@ -852,6 +889,10 @@ class QuantAetherNet(FusedAetherNet):
         weights = {name: value.float() for name, value in self.state_dict().items() if not re.search(r"\.(range_sum|watched)$", name)}
         for name in [name for name in weights if name.endswith(".weight_scale")]:
             weights[name[: -len("_scale")]] *= weights.pop(name)
+        before = "conv_before_upsample.0."
+        if before + "fine.weight" in weights:
+            joined = SplitConv2d.join({name[len(before) :]: weights.pop(name) for name in list(weights) if name.startswith(before)})
+            weights.update({before + name: value for name, value in joined.items()})
         self.become(FusedAetherNet, keep_norm="body_norm.weight" in weights)
         self.load_state_dict(weights)
         return self
@@ -1053,7 +1094,7 @@ def _older_fused_to_training(state: Dict[str, Tensor], prefix: str, sk_kernel: i
         norm = name[: -len("weight")]
         state[norm + "weight"], state[norm + "bias"] = (state[norm + part].reshape(1, -1, 1, 1) for part in ("weight", "bias"))
         state[norm + "running_mean"] = torch.zeros_like(state[norm + "weight"])
-        state[norm + "running_var"] = torch.ones_like(state[norm + "weight"]) - DeploymentNorm.eps
+        state[norm + "running_var"] = torch.ones_like(state[norm + "weight"], dtype=torch.float32) - DeploymentNorm.eps
 
 
 def aether_from_state_dict(state_dict: Mapping[str, Tensor], img_range: float = 1.0) -> AetherBase:
@@ -1247,7 +1288,8 @@ def _integer_convolutions(path: str, integer_bias: bool) -> None:
     for node in graph.node:
         source = made.get(node.input[0]) if node.input else None
         weight = made.get(node.input[1]) if node.op_type == "Conv" else None
-        if source is not None and source.op_type == "DequantizeLinear" and weight is not None and weight.op_type == "Mul":
+        depthwise = any(attribute.name == "group" and attribute.i > 1 for attribute in node.attribute)
+        if source is not None and source.op_type == "DequantizeLinear" and weight is not None and weight.op_type == "Mul" and not depthwise:
             cast = made[weight.input[0]]
             scale = onnx.numpy_helper.to_array(constants[weight.input[1]]).reshape(-1)
             name = node.input[1]

@@ -18,9 +18,6 @@ HERE = Path(__file__).resolve().parent
 FOLDERS = ("traiNNer-redux", "neosr", "basicsr")  # inside them, files named as templates are owned by this script
 SCALES = (2, 3, 4)
 
-# The network option that turns quantisation-aware training on, for example "qat: true". None: no such templates are written.
-QAT_OPTION = None
-
 
 class Size(NamedTuple):
     batch: int  # images a step on one card
@@ -51,15 +48,17 @@ KINDS: Dict[str, Kind] = {
     "gan": Kind("perceptual and GAN losses, from a fidelity model", False, True, False, *FINETUNE),
     "otf_fidelity": Kind("fidelity, degraded on the fly, from scratch", True, False, False, *FIDELITY),
     "otf_gan": Kind("perceptual and GAN losses, degraded on the fly, from its fidelity model", True, True, False, *FINETUNE),
+    "qat": Kind("quantisation-aware fine-tuning of a fidelity model", False, False, True, 40_000, [20_000, 30_000], 1_000, 0.01),
 }
-if QAT_OPTION is not None:
-    KINDS["qat"] = Kind("quantisation-aware fine-tuning of a fidelity model", False, False, True, 40_000, [20_000, 30_000], 1_000, 0.01)
 
 FINETUNE_RATE = "1e-4"  # from trained weights: a fifth of the first rate keeps what they know
+QAT_RATE = "2e-5"  # the weights are right already and only settle on the 8-bit steps
+WHY_QAT_EMA = "a short average: the ranges follow the first 100 batches, and the average of both starts over"
+WHY_QAT_AMP = "rounding to 8 bits is exact in fp32 only; 40 000 iterations are short"
 
 
 def rate_of(kind: Kind, size: Size) -> str:
-    return FINETUNE_RATE if kind.gan or kind.qat else size.rate
+    return QAT_RATE if kind.qat else FINETUNE_RATE if kind.gan else size.rate
 
 
 def parent_of(name: str) -> str:
@@ -69,15 +68,19 @@ def parent_of(name: str) -> str:
 
 WHY_RATE = "norms, biases and gates are not to shrink: no weight decay"
 WHY_WARMUP = "Adam's first steps move every weight by the whole learning rate, whatever the gradient: small ones keep what the network is"
-# neosr (and traiNNer-redux with its warmup_iter) lowers the rate after the first step: that one is taken at the full rate.
-WHY_LATE_WARMUP = "neosr takes the very first step at the full rate: the loss jumps there, and is back after some hundred steps"
+# neosr's warmup_iter (and traiNNer-redux's) lowers the rate after the first step only: that one is taken at the full rate, which throws a
+# new network far off. A cosine that starts low, and falls again in its second half, has no such step.
+WHY_ONE_CYCLE = "the rate starts here, peaks at eta_min of the scheduler half-way, and ends here; warmup_iter would take a first step at the peak"
 WHY_EMA = "averages about the last 1000 steps; the norms' statistics are averaged or copied with the weights"
 WHY_RENORM = "for a batch of 4 to 8: validation then sees what training saw, see docs/small_batch.md"
-SMALLER = "and at 8 or 4 set batch_renorm"
+SMALLER = ", and at 8 or 4 set batch_renorm"
 
 
-def renorm(size: Size, line: str, comment: str) -> str:
-    """The option's line, commented out where the template's batch is large enough without it."""
+def network_option(kind: Kind, size: Size, indent: str, equals: str) -> str:
+    """The one option that the kind or the batch asks for; commented out where the template's batch is large enough without it."""
+    if kind.qat:
+        return f"{indent}qat{equals}true  # quantisers in the blocks; 'full': in the two 3x3 convolutions after them as well, docs/int8.md"
+    line, comment = f"{indent}batch_renorm{equals}true", f"{indent}{'# ' if indent else '#'}batch_renorm{equals}true"
     return f"{line if size.batch <= 8 else comment}  # {WHY_RENORM}"
 
 
@@ -110,16 +113,18 @@ jpeg_prob2: 1.0
 jpeg_range2: [75, 95]
 queue_size: 192  # a multiple of the batch size
 """
+    amp = "use_amp: true\namp_bf16: false  # fp16 with loss scaling. bf16 rounds validation images by up to 3 steps of 255; the norms compute in fp32"
+    if kind.qat:
+        amp = f"use_amp: false  # {WHY_QAT_AMP}"
     dataset = "realesrgandataset" if kind.otf else "pairedimagedataset"
     lq = "" if kind.otf else "\n    dataroot_lq: [datasets/train/dataset1/lr]  # the same file names; no LR images? see docs/traiNNer-redux.md"
-    qat = f"  {QAT_OPTION}\n" if kind.qat else ""
     discriminator = "\nnetwork_d:\n  type: dunet\n" if kind.gan else ""
     pretrain = "# pretrain_network_g: another AetherNet of this size, .pth or .safetensors"
     if kind.gan or kind.qat:
         pretrain = f"pretrain_network_g: {parent}"
     ema = f"ema_decay: 0.999  # {WHY_EMA}"
     if kind.qat:
-        ema = "ema_decay: 0  # averaged quantiser ranges lag behind the weights"
+        ema = f"ema_decay: 0.99  # {WHY_QAT_EMA}"
     elif not kind.gan:
         ema += "\n  ema_power: 0.75  # a shorter average at the start of a training from scratch"
     optim_d = """
@@ -150,8 +155,7 @@ queue_size: 192  # a multiple of the batch size
 ####################
 name: {name}
 scale: {scale}
-use_amp: true
-amp_bf16: false  # fp16 with loss scaling. bf16 rounds validation images by up to 3 steps of 255; the norms compute in fp32 either way
+{amp}
 use_channels_last: true
 use_compile: false  # works without graph breaks; worth its start-up time in a long training
 num_gpu: auto
@@ -168,7 +172,7 @@ datasets:
     use_hflip: true
     use_rot: true
     num_worker_per_gpu: 8
-    batch_size_per_gpu: {size.batch}  # out of memory: halve it before lq_size, {SMALLER}
+    batch_size_per_gpu: {size.batch}  # out of memory: halve it before lq_size{'' if kind.qat else SMALLER}
     accum_iter: 1
   val:
     name: Val Dataset
@@ -181,7 +185,7 @@ datasets:
 ####################
 network_g:
   type: aether_{size_name}
-{qat}{renorm(size, "  batch_renorm: true", "  # batch_renorm: true")}
+{network_option(kind, size, "  ", ": ")}
 {discriminator}
 ##############################
 # Pretrain and Resume Paths
@@ -344,14 +348,15 @@ def neosr_train(size_name: str, scale: int, kind_name: str) -> str:
     size, kind = SIZES[size_name], KINDS[kind_name]
     parent = f"experiments/train_aether_{size_name}_x{scale}_{parent_of(kind_name)}/models/net_g_latest.pth"
     lq = "" if kind.otf else "\ndataroot_lq = 'datasets/train/lq/'  # the same file names"
-    qat = f"{QAT_OPTION.replace(': ', ' = ')}\n" if kind.qat and QAT_OPTION else ""
+    amp = "use_amp = true\nbfloat16 = true  # RTX 3000 and newer; false: fp16. The norms compute in fp32 either way"
+    if kind.qat:
+        amp = f"use_amp = false  # {WHY_QAT_AMP}"
     discriminator = '\n[network_d]\ntype = "unet"\n' if kind.gan else ""
     pretrain = f"pretrain_network_g = '{parent}'" if kind.gan or kind.qat else "#pretrain_network_g = 'another AetherNet of this size.pth'"
-    warmup = f"\nwarmup_iter = {kind.warmup}  # {WHY_LATE_WARMUP}"
     optim_d = """
 [train.optim_d]
 type = "adamw"
-lr = 1e-4
+lr = 1e-6
 betas = [ 0.9, 0.99 ]
 weight_decay = 0
 """ if kind.gan else ""  # fmt: skip
@@ -375,14 +380,13 @@ loss_weight = 1.0
 """  # fmt: skip
     ema = f"ema = 0.999  # {WHY_EMA}"
     if kind.qat:
-        ema = "ema = 0.9  # a short average: quantiser ranges lag in a long one"
+        ema = f"ema = 0.99  # {WHY_QAT_EMA}"
     return f"""# AetherNet {size_name} x{scale}: {kind.title}. Generated by generate_options.py; copy it, then edit the copy.
 
 name = "train_aether_{size_name}_x{scale}_{kind_name}"
 model_type = "{"otf" if kind.otf else "image"}"
 scale = {scale}
-use_amp = true
-bfloat16 = true  # RTX 3000 and newer; false: fp16. The norms compute in fp32 either way
+{amp}
 fast_matmul = true
 #compile = true  # works without graph breaks
 #manual_seed = 1024
@@ -391,7 +395,7 @@ fast_matmul = true
 type = "{"otf" if kind.otf else "paired"}"
 dataroot_gt = 'datasets/train/gt/'{lq}
 patch_size = {LQ_SIZE}  # low-resolution pixels; the receptive field is larger than 48
-batch_size = {size.batch}  # out of memory: halve it before patch_size, {SMALLER}
+batch_size = {size.batch}  # out of memory: halve it before patch_size{'' if kind.qat else SMALLER}
 #accumulate = 1
 #dataset_enlarge_ratio = 100  # with few images
 {NEOSR_DEGRADATIONS if kind.otf else ""}
@@ -412,22 +416,22 @@ val_freq = 5000
 
 [network_g]
 type = "aether_{size_name}"
-{qat}{renorm(size, "batch_renorm = true", "#batch_renorm = true")}
+{network_option(kind, size, "", " = ")}
 {discriminator}
 [train]
-{ema}{warmup}
+{ema}
 grad_clip = true
 
 [train.optim_g]
 type = "adamw"
-lr = {rate_of(kind, size)}
+lr = 1e-6  # {WHY_ONE_CYCLE}
 betas = [ 0.9, 0.99 ]
 weight_decay = 0  # {WHY_RATE}
 {optim_d}
 [train.scheduler]
-type = "multisteplr"
-milestones = {kind.milestones}
-gamma = 0.5
+type = "cosineannealing"
+T_max = {kind.iterations // 2}  # half of total_iter
+eta_min = {rate_of(kind, size)}
 {losses}
 [logger]
 total_iter = {kind.iterations}
@@ -507,7 +511,6 @@ queue_size: 192  # a multiple of the batch size
     betap_range2: [1, 2]
     final_sinc_prob: 0.8
 """
-    qat = f"  {QAT_OPTION}\n" if kind.qat else ""
     source = "    dataroot_lq: datasets/train/lq  # the same file names"
     if kind.otf:
         source = "    meta_info: datasets/train/meta_info.txt  # a file name of dataroot_gt a line"
@@ -543,7 +546,7 @@ queue_size: 192  # a multiple of the batch size
   net_d_iters: 1
   net_d_init_iters: 0
 """ if kind.gan else ""  # fmt: skip
-    ema = "ema_decay: 0.9  # a short average: quantiser ranges lag in a long one" if kind.qat else f"ema_decay: 0.999  # {WHY_EMA}"
+    ema = f"ema_decay: 0.99  # {WHY_QAT_EMA}" if kind.qat else f"ema_decay: 0.999  # {WHY_EMA}"
     return f"""# AetherNet {size_name} x{scale}: {kind.title}. Generated by generate_options.py; copy it, then edit the copy.
 
 # general settings
@@ -567,7 +570,7 @@ datasets:
     use_hflip: true
     use_rot: true
     num_worker_per_gpu: 6
-    batch_size_per_gpu: {size.batch}  # out of memory: halve it before gt_size, {SMALLER}
+    batch_size_per_gpu: {size.batch}  # out of memory: halve it before gt_size{'' if kind.qat else SMALLER}
     dataset_enlarge_ratio: 1  # 100 with few images
     prefetch_mode: ~
 
@@ -583,7 +586,7 @@ datasets:
 network_g:
   type: aether_{size_name}
   scale: {scale}
-{qat}{renorm(size, "  batch_renorm: true", "  # batch_renorm: true")}
+{network_option(kind, size, "  ", ": ")}
 {discriminator}
 # path
 path:

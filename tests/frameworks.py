@@ -212,7 +212,7 @@ class Neosr(Framework):
         "bfloat16": False,
         "datasets": {"train": {"use_hflip": False, "use_rot": False}},
         "network_g": TINY,
-        "train": {"warmup_iter": 5},
+        "train": {"optim_g": {"lr": 2e-4}},
     }
 
     def changes(self, folder: Path, batch: int, side: int, scale: int, iterations: int, saved_at: int) -> Dict[str, Any]:
@@ -222,9 +222,13 @@ class Neosr(Framework):
                 "train": {**train, "num_worker_per_gpu": 1, "batch_size": batch, "pin_memory": False},
                 "val": {"dataroot_gt": str(folder / "val_hr"), "dataroot_lq": str(folder / "val_lr"), "pin_memory": False},
             },
+            "train": {"scheduler": {"T_max": iterations // 2}},
             "val": {"val_freq": saved_at},
             "logger": {"total_iter": iterations, "print_freq": 1, "save_checkpoint_freq": saved_at, "use_tb_logger": False},
         }
+
+    def rest(self, iterations: int) -> Dict[str, Any]:
+        return {"T_max": iterations // 2}
 
     def longer(self, iterations: int, decay: float) -> Dict[str, Any]:
         train = {"ema": decay, "scheduler": self.rest(iterations)}

@@ -72,8 +72,8 @@ def test_every_template_of_a_size_and_scale_trains(framework: Framework, images:
     folder = ROOT / "options" / Path(framework.template).parent
     templates = sorted(path for path in folder.glob(f"*{size}_x{scale}_*") if path.stem.lower() not in ("test", "onnx"))
     kinds = {path.stem.split(f"_x{scale}_")[1]: path for path in templates}
-    order = sorted(kinds, key=lambda kind: ("gan" in kind, "otf" in kind.lower()))
-    assert len(order) == (2 if scale == 3 else 4)
+    order = sorted(kinds, key=lambda kind: (kind == "qat", "gan" in kind, "otf" in kind.lower()))
+    assert len(order) == (3 if scale == 3 else 5)
     assert order[0] == "fidelity"
     saved = None
     for kind in order:
@@ -81,7 +81,7 @@ def test_every_template_of_a_size_and_scale_trains(framework: Framework, images:
         iterations = 20 if first else 2
         batch, side = (2, SIDE // 2) if first and isinstance(framework, Redux) else (BATCH, SIDE)
         name = f"{size}_x{scale}_{kind}"
-        changes = extra(framework, images, kind, scale, saved if "gan" in kind else None, amp=first)
+        changes = extra(framework, images, kind, scale, saved if "gan" in kind or kind == "qat" else None, amp=first)
         options = framework.unedited(name, str(kinds[kind].relative_to(ROOT / "options")), images, batch, side, scale, iterations, **changes)
         output = framework.run(options, timeout=600)
         losses = framework.losses(name)

@@ -43,7 +43,7 @@ def test_a_template_that_was_edited_by_hand_is_noticed(tmp_path: Path) -> None:
 
 
 def test_there_is_a_training_template_for_every_framework_size_scale_and_kind() -> None:
-    kinds = ("fidelity", "gan", "otf_fidelity", "otf_gan")
+    kinds = ("fidelity", "gan", "otf_fidelity", "otf_gan", "qat")
     for files, folder in ((YAML, "basicsr"), (REDUX, "traiNNer-redux"), (TOML, "neosr")):
         names = {path.stem.lower() for path in files if "train" in path.as_posix().split(folder, 1)[1]}
         expected = [(size, scale, kind) for size in ("small", "medium", "large") for scale in (2, 3, 4) for kind in kinds]

@@ -29,9 +29,9 @@ CHANGES: Dict[str, Any] = {
 CPU: Dict[str, Any] = {"num_gpu": 0, "amp_bf16": True}  # fast on CPUs with AMX; fp16 is fast on none
 
 
-def schedule(iterations: int) -> Dict[str, Any]:
+def schedule(iterations: int, scheduler: Dict[str, Any]) -> Dict[str, Any]:
     """The template's schedule, shortened."""
-    return {"total_iter": iterations, "warmup_iter": -1, "scheduler": {"total_iters": iterations, "warmup_iters": iterations // 50}}
+    return {"total_iter": iterations, "scheduler": {**scheduler, "total_iters": iterations, "warmup_iters": iterations // 50}}
 
 
 def options(stage: str, data: Path, iterations: int, pretrained: Path | None) -> Dict[str, Any]:
@@ -44,10 +44,7 @@ def options(stage: str, data: Path, iterations: int, pretrained: Path | None) ->
         result["network_g"]["batch_renorm"] = True
     if pretrained:
         result["path"]["pretrain_network_g"] = str(pretrained)
-    if stage == "float":
-        result["train"].update(schedule(iterations))
-    else:
-        result["train"]["total_iter"] = iterations
+    result["train"].update(schedule(iterations, result["train"]["scheduler"]))
     result["logger"].update(save_checkpoint_freq=max(1, iterations // 20), use_tb_logger=False)
     return result
 
