@@ -13,11 +13,18 @@ from __future__ import annotations
 
 import argparse
 import copy
+import io
+import json
 import math
 import os
+import pickletools
+import re
+import signal
 import statistics
 import sys
+import threading
 import time
+import warnings
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -50,6 +57,8 @@ from aether_arch import (  # noqa: E402
 
 ALLOWED_DIFFERENCE = 1e-3  # of one step of 1/255
 ENDINGS = (".pth", ".safetensors")
+GLOBALS = re.compile(r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch \w+Storage")  # a state dict's
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 PRECISIONS = ("fp32", "fp16", "int8")
 CALIBRATION_PICTURES, CALIBRATION_SIDE = 32, 128  # pictures at most, and low-resolution pixels of the middle of each
 PARAM_KEYS = ("params_ema", "params-ema", "params", "state_dict")  # in order of preference
@@ -64,7 +73,7 @@ class UserError(Exception):
 
 def read_state(path: Path) -> Tuple[Dict[str, Tensor], str]:
     """The network's tensors in a checkpoint and a line that says which weights they are. Runs no code from the file."""
-    if not path.exists():
+    if not os.path.exists(path):  # not path.exists(): before Python 3.14 that raises for a name that is too long
         raise UserError(f"{path} does not exist; pass the checkpoint with --model_path.")
     if not path.is_file():
         raise UserError(f"{path} is not a file; pass one checkpoint with --model_path.")
@@ -103,18 +112,42 @@ def _read_safetensors(path: Path) -> Any:
 
 def _read_pth(path: Path) -> Any:
     try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:  # PyTorch stores, it does not compress: more inside than outside is no checkpoint
-                if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
-                    raise UserError(f"{path} is a compressed archive, expected a checkpoint as torch.save writes it (--model_path).")
-        return torch.load(str(path), map_location="cpu", weights_only=True)
+        with path.open("rb") as file:  # at once, so that what was looked at is what is loaded
+            content = io.BytesIO(file.read())
+        _check_pickles(path, content)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(content, map_location="cpu", weights_only=True)
     except (UserError, MemoryError):
         raise
     except Exception as error:
-        reason = first_line(error)
-        if "global" in str(error).lower() and "weights_only" in str(error).lower():
-            reason = "it asks to run code on loading, which is refused"
+        # Not PyTorch's own words: they speak of its inside, and advise to let the code run.
+        reason = error.strerror if isinstance(error, OSError) else "it is damaged, or something else"
         raise UserError(f"{path} is not a readable checkpoint: {reason}; copy it again or pass another (--model_path).") from None
+
+
+def _check_pickles(path: Path, content: io.BytesIO) -> None:
+    """Refuse what is no plain state dict before PyTorch sees it.
+
+    Without running code, PyTorch still makes what a pickle asks for: bytearray(2**40), a text encoded over and over, a set for every byte.
+    """
+    streams = [content] * 5  # before PyTorch 1.6: five pickles, one after another, then the raw weights
+    if zipfile.is_zipfile(content):
+        with zipfile.ZipFile(content) as archive:  # PyTorch stores, it does not compress: more inside than outside is no checkpoint
+            entries = archive.infolist()
+            if sum(max(entry.file_size, entry.compress_size) for entry in entries) > len(content.getbuffer()):
+                raise UserError(f"{path} is a compressed archive, expected a checkpoint as torch.save writes it (--model_path).")
+            streams = [io.BytesIO(archive.read(entry)) for entry in entries if entry.filename.endswith(".pkl")]
+    content.seek(0)
+    for stream in streams:
+        begin = stream.tell()
+        for opcode, argument, position in pickletools.genops(stream):
+            if opcode.name in ("GLOBAL", "INST", "STACK_GLOBAL", "EMPTY_SET") and not GLOBALS.fullmatch(str(argument)):
+                raise UserError(f"{path} is not a readable checkpoint: it asks to run code on loading ({str(argument)[:40]!r}), which is refused; "
+                                "pass another (--model_path).")  # fmt: skip
+            if (position or 0) - begin > 2**20:
+                raise UserError(f"{path} is not a readable checkpoint: it holds more than weights; pass another (--model_path).")
+    content.seek(0)
 
 
 def first_line(error: BaseException) -> str:
@@ -127,13 +160,14 @@ def _checked(path: Path, content: Mapping[Any, Any]) -> Dict[str, Tensor]:
     for name, value in content.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise UserError(f"{path}: entry {str(name)[:80]!r} is a {type(value).__name__}, expected a state dict of tensors (--model_path).")
-        if value.layout != torch.strided or not value.is_floating_point():
-            raise UserError(f"{path}: tensor {name!r} is {value.dtype} {value.layout}, expected dense floating-point weights (--model_path).")
+        if value.layout != torch.strided or value.dtype not in DTYPES or value.is_nested or value.device.type != "cpu":
+            kind = f"{value.dtype} {'nested' if value.is_nested else value.layout} on {value.device}"
+            raise UserError(f"{path}: tensor {name[:80]!r} is {kind}, expected dense floating-point weights (--model_path).")
         size -= value.numel() * value.element_size()
         if size < 0:
             raise UserError(f"{path}: the tensors claim more than the file holds, expected a plain checkpoint (--model_path).")
         if not bool(torch.isfinite(value).all()):
-            raise UserError(f"{path}: tensor {name!r} holds NaN or Inf; training has diverged, so pass an earlier checkpoint (--model_path).")
+            raise UserError(f"{path}: tensor {name[:80]!r} holds NaN or Inf; training has diverged, so pass an earlier checkpoint (--model_path).")
     return strip_prefixes(content)
 
 
@@ -178,11 +212,21 @@ def write_state(state: Mapping[str, Tensor], path: Path, metadata: Dict[str, str
     """Flat state dict to .pth or .safetensors by the ending of ``path`` (".part" aside)."""
     state = OrderedDict((name, value.detach().float().cpu().clone().contiguous()) for name, value in state.items())
     if path.name.endswith(".safetensors"):
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
-        save_file(state, str(path), metadata)
-    else:
-        torch.save(state, str(path))
+        content = save(state, metadata)
+        size = int.from_bytes(content[:8], "little")  # of the header, whose metadata the library writes in an order of chance
+        header = json.loads(content[8 : 8 + size])
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        content = content[:8] + json.dumps(header, separators=(",", ":")).encode().ljust(size) + content[8 + size :]
+    else:  # to memory first: to a path, torch.save writes that path's name into the file, and a full disk is no OSError
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        content = buffer.getvalue()
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def check_output(path: Path, source: Path, overwrite: bool) -> None:
@@ -193,13 +237,14 @@ def check_output(path: Path, source: Path, overwrite: bool) -> None:
             import safetensors.torch  # noqa: F401
         except ImportError:
             raise UserError(f"{path} needs the package safetensors: pip install safetensors, or write a .pth file (--output_path).") from None
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         raise UserError(f"the folder {path.parent} does not exist; make it or pass another --output_path.")
-    if path.exists() and os.path.samefile(path, source):
+    exists = os.path.lexists(path)  # not path.exists(): a link to nothing is something too
+    if os.path.exists(path) and os.path.samefile(path, source):
         raise UserError(f"{path} is the input itself, which is never overwritten; pass another --output_path.")
-    if path.is_dir():
+    if os.path.isdir(path):
         raise UserError(f"{path} is a folder, expected a file name; pass another --output_path.")
-    if path.exists() and not overwrite:
+    if exists and not overwrite:
         raise UserError(f"{path} exists; pass --overwrite to replace it, or another --output_path.")
 
 
@@ -396,11 +441,16 @@ def fuse(args: argparse.Namespace, say: Callable[[str], None] = print) -> None:
     say("Fusing in float64")
     name, scale = variant_name(unfused.options), unfused.scale
     metadata = {"format": "pt", "architecture": name if name.startswith("aether") else "AetherNet", "scale": str(scale), "form": "fused"}
-    part = target.with_name(f"{target.stem}.{os.getpid()}.part{target.suffix}")
+    part = target.with_name(f"{target.stem[:40]}.{os.getpid()}.part{target.suffix}")  # a longer name than target's may be too long
     try:
         write_state(unfused.fused().state_dict(), part, metadata)
         say("Verifying: the written file against the unfused network, in float64")
-        fused = aether_from_state_dict(read_state(part)[0])
+        try:
+            written = read_state(part)[0]
+        except UserError:
+            raise UserError(f"{source}: the fused weights are not finite in float32, these are too extreme. "
+                            f"Nothing was written; pass another checkpoint (--model_path).") from None  # fmt: skip
+        fused = aether_from_state_dict(written)
         difference = largest_difference(unfused, fused, args.device)
         if not difference <= ALLOWED_DIFFERENCE:
             raise UserError(f"{source}: the fused network differs by {difference:.2g} steps of 1/255, allowed {ALLOWED_DIFFERENCE:g}; "
@@ -412,12 +462,13 @@ def fuse(args: argparse.Namespace, say: Callable[[str], None] = print) -> None:
         ms = milliseconds([unfused, fused], args.device)
         if nets:
             say(f"Exporting {', '.join(nets)}")
+        check_output(target, source, args.overwrite)  # again: something else may have written it by now
         files = write_onnx({name: net.cpu().float() for name, net in nets.items()}, target, args)
         os.replace(part, target)
     except OSError as error:
         raise UserError(f"{target} can't be written: {error.strerror or error}; free space or pass another --output_path.") from None
     finally:
-        if part.exists():
+        if os.path.exists(part):
             part.unlink()
     say("")
     say(f"{name} x{scale}")
@@ -455,14 +506,32 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
 
 def exit_code(program: str, action: Callable[[], None], stopped: str) -> int:
     """Run a command's action: 0, or 2 after one line for what the user can mend, or 130 where the user stopped it."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a name that the terminal's encoding lacks is no reason to fail
+            stream.reconfigure(errors="backslashreplace")
+
+    def error_line(message: object) -> int:
+        for line in str(message).split(f"\n{program}: error: "):
+            print(f"{program}: error: " + "".join(c if c.isprintable() else repr(c)[1:-1] for c in line), file=sys.stderr)
+        return 2
+
+    old = None
+    if threading.current_thread() is threading.main_thread():  # elsewhere Python allows none
+        old = signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that a polite kill leaves no temporary file either
     try:
         action()
     except UserError as error:
-        print(f"{program}: error: {error}", file=sys.stderr)
-        return 2
+        return error_line(error)
     except KeyboardInterrupt:
         print(f"{program}: stopped; {stopped}", file=sys.stderr)
         return 130
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        return error_line("there is not enough memory; close other programs, or pass --device cpu.")
+    finally:
+        if old is not None:
+            signal.signal(signal.SIGTERM, old)
     return 0
 
 

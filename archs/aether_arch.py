@@ -859,17 +859,21 @@ class QuantAetherNet(FusedAetherNet):
 
     @torch.no_grad()
     def calibrate(self, images: Iterable[Tensor]) -> None:
-        """Set every range to the largest value that ``images``, each (N, in_chans, H, W) in [0, 1], bring about. Takes no training."""
+        """Set every range to the largest value that the middle one of ``images`` brings about, each (N, in_chans, H, W) in [0, 1].
+
+        Takes no training. The median, because one picture of many drives some layer ten times as far as all the others do, and a range
+        that held this would leave a few steps for everything else: what is beyond is clipped.
+        """
         training, quantizers = self.training, list(self.quantizers().values())
-        largest = [torch.zeros_like(quantizer.watched) for quantizer in quantizers]
+        largest = []
         self.train()
         for image in images:
             for quantizer in quantizers:
                 quantizer.watched.zero_()
             FusedAetherNet.forward(self, image.to(self.mean))
-            largest = [torch.maximum(most, quantizer.largest) for most, quantizer in zip(largest, quantizers)]
-        for most, quantizer in zip(largest, quantizers):
-            quantizer.range_sum.copy_(most)
+            largest.append(torch.cat([quantizer.largest for quantizer in quantizers]))
+        for middle, quantizer in zip(torch.stack(largest).median(0).values, quantizers):
+            quantizer.range_sum.fill_(float(middle))
             quantizer.watched.fill_(1)
         self.train(training)
 
@@ -1084,13 +1088,18 @@ def _older_fused_to_training(state: Dict[str, Tensor], prefix: str, sk_kernel: i
 
     Its norms hold scale and shift already; running statistics beside them are stale and would normalise a second time.
     """
-    for name in [name for name in state if name.startswith(prefix) and name.endswith(".conv.fused_conv.weight")]:
+    fused = [name for name in state if name.startswith(prefix) and name.endswith(".conv.fused_conv.weight")]
+    norms = [name for name in state if re.fullmatch(re.escape(prefix) + r"(stages\.\d+\.\d+\.)?norm\.weight", name)]
+    missing = [name for name in (name[: -len("weight")] + "bias" for name in fused + norms) if name not in state]
+    if missing:
+        raise ValueError(f"an AetherNet in older fused form, but {missing[0]!r} is missing.")
+    for name in fused:
         block = name[: -len("fused_conv.weight")]
         weight, bias = state.pop(name), state.pop(block + "fused_conv.bias")
         state[block + "lk_conv.weight"], state[block + "lk_bias"] = weight, bias
         state[block + "sk_conv.weight"] = weight.new_zeros(weight.shape[0], 1, sk_kernel, sk_kernel)
         state[block + "sk_bias"] = torch.zeros_like(bias)
-    for name in [name for name in state if re.fullmatch(re.escape(prefix) + r"(stages\.\d+\.\d+\.)?norm\.weight", name)]:
+    for name in norms:
         norm = name[: -len("weight")]
         state[norm + "weight"], state[norm + "bias"] = (state[norm + part].reshape(1, -1, 1, 1) for part in ("weight", "bias"))
         state[norm + "running_mean"] = torch.zeros_like(state[norm + "weight"])
@@ -1128,7 +1137,7 @@ def aether_from_state_dict(state_dict: Mapping[str, Tensor], img_range: float = 
 def _describe_foreign(state: Mapping[str, Tensor]) -> str:
     if any(name.startswith("layers.") for name in state) and any(".dwconv." in name or ".ffn." in name or ".conv." in name for name in state):
         return "this is AetherNet's first layout (v1, tensors 'layers.*'): another network, which this file does not hold."
-    return f"not an AetherNet: no tensor 'stages.0.0.conv.lk_conv.weight' among {len(state)}; the first is {next(iter(state), None)!r}."
+    return f"not an AetherNet: no tensor 'stages.0.0.conv.lk_conv.weight' among {len(state)}; the first is {next(iter(state), '')[:80]!r}."
 
 
 def _read_options(state: Mapping[str, Tensor], form: str) -> Dict[str, Any]:
@@ -1141,6 +1150,9 @@ def _read_options(state: Mapping[str, Tensor], form: str) -> Dict[str, Any]:
             raise ValueError(f"{name!r} has {state[name].dim()} dimensions, expected 4.")
         return tuple(state[name].shape)
 
+    empty = [name for name, value in state.items() if value.numel() == 0]
+    if empty:
+        raise ValueError(f"tensor {empty[0]!r} holds no value; its shape is {tuple(state[empty[0]].shape)}.")
     for name, version in (("num_batches_tracked", "v3 or v4"), ("scale", "1.1.0"), ("scale_tensor", "3.x")):
         if any(key == name or key.endswith("." + name) for key in state):
             raise ValueError(f"this is the layout of AetherNet {version} (tensor {name!r}): the same names, another function.")
@@ -1155,6 +1167,8 @@ def _read_options(state: Mapping[str, Tensor], form: str) -> Dict[str, Any]:
     sk_kernel = shape(f"{block}conv.sk_conv.weight")[2] if form == "training" else min(3, lk_kernel)
     blocks = {tuple(map(int, found.groups())) for found in map(re.compile(r"stages\.(\d{1,4})\.(\d{1,4})\.").match, state) if found}
     depths = [max(j for i, j in blocks if i == stage) + 1 if stage in {i for i, _ in blocks} else 0 for stage in range(max(blocks)[0] + 1)]
+    if len(state) < 8 * len(blocks):  # before modules are made for them
+        raise ValueError(f"not a whole AetherNet: {len(state)} tensors for {len(blocks)} blocks.")
     if 0 in depths or sum(depths) != len(blocks):
         raise ValueError(f"the blocks 'stages.i.j' have gaps: {len(blocks)} found, {sum(depths)} expected from the numbers.")
     if fused:
@@ -1185,7 +1199,7 @@ def _compare_shapes(net: nn.Module, state: Mapping[str, Tensor]) -> None:
     expected = net.state_dict()
     missing, unexpected = sorted(set(expected) - set(state)), sorted(set(state) - set(expected))
     wrong = [name for name in expected if name in state and state[name].shape != expected[name].shape]
-    problems = [f"{kind}: {len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+    problems = [f"{kind}: {len(names)} ({', '.join(name[:80] for name in names[:3])}{', ...' if len(names) > 3 else ''})"
                 for kind, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", wrong)) if names]  # fmt: skip
     if problems:
         raise ValueError("not a whole AetherNet; tensors " + "; ".join(problems) + ".")
@@ -1279,6 +1293,8 @@ def _integer_convolutions(path: str, integer_bias: bool) -> None:
         if node.op_type == "Constant" and node.attribute[0].name == "value":
             constants[node.output[0]] = node.attribute[0].t
     for node in list(graph.node):
+        if node.op_type == "Identity" and node.input[0] in constants:  # the tracer's word for two equal tensors
+            constants[node.output[0]] = constants[node.input[0]]
         if node.op_type == "Cast" and node.input[0] in constants and not constants[node.input[0]].dims:  # a quantiser's scale or zero point
             value = onnx.numpy_helper.to_array(constants[node.input[0]]).astype(onnx.helper.tensor_dtype_to_np_dtype(node.attribute[0].i))
             constants[node.output[0]] = onnx.numpy_helper.from_array(value, node.output[0])
@@ -1294,7 +1310,7 @@ def _integer_convolutions(path: str, integer_bias: bool) -> None:
             scale = onnx.numpy_helper.to_array(constants[weight.input[1]]).reshape(-1)
             name = node.input[1]
             values = {f"{name}_scale": scale, f"{name}_zero_point": np.zeros(scale.shape, np.int8)}
-            nodes.append(onnx.helper.make_node("DequantizeLinear", [cast.input[0], *values], [f"{name}_float"], axis=0))
+            nodes.append(onnx.helper.make_node("DequantizeLinear", [constants[cast.input[0]].name, *values], [f"{name}_float"], axis=0))
             node.input[1] = f"{name}_float"
             if integer_bias:
                 bias_scale = scale * onnx.numpy_helper.to_array(constants[source.input[1]])

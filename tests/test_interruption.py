@@ -31,39 +31,6 @@ MAINS = {"fuse_aether.py": fuse_aether.main, "upscale.py": upscale.main}
 fuse_aether.milliseconds = lambda *arguments: [1.0, 1.0]  # type: ignore[assignment]  # takes most of a run and is not looked at here
 
 
-# Defects that these tests found and that a patch to fuse_aether.py and archs/aether_arch.py mends: to be deleted with it.
-AWAITED = (
-    "test_a_full_disk_leaves_nothing",
-    "test_any_name_that_the_disk_takes_is_read_and_written['new\\\\nline'-.pth]",
-    "test_any_name_that_the_disk_takes_is_read_and_written['new\\\\nline'-.safetensors]",
-    "test_any_name_that_the_disk_takes_is_read_and_written['esc\\\\x1b[31m'-.pth]",
-    "test_any_name_that_the_disk_takes_is_read_and_written['esc\\\\x1b[31m'-.safetensors]",
-    "test_a_name_that_the_disk_does_not_take_is_an_error[256]",
-    "test_a_name_that_the_disk_does_not_take_is_an_error[5000]",
-    "test_unreadable_files_and_read_only_folders_are_said",
-    "test_a_link_as_output_is_replaced_and_what_it_points_to_stays",
-    "test_a_disk_that_fills_up_at_any_byte_leaves_nothing[.pth-2000]",
-    "test_a_disk_that_fills_up_at_any_byte_leaves_nothing[.pth-20000]",
-    "test_a_disk_that_fills_up_at_any_byte_leaves_nothing[.pth-30000]",
-    "test_a_disk_that_fills_up_at_any_byte_leaves_nothing[.safetensors-2000]",
-    "test_a_disk_that_fills_up_at_any_byte_leaves_nothing[.safetensors-20000]",
-    "test_a_disk_that_fills_up_at_any_byte_leaves_nothing[.safetensors-30000]",
-    "test_a_kill_at_any_line_leaves_the_old_output_or_a_whole_new_one[fuse_aether.py-SIGKILL]",
-    "test_a_kill_at_any_line_leaves_the_old_output_or_a_whole_new_one[fuse_aether.py-SIGTERM]",
-    "test_a_kill_at_any_line_leaves_the_old_output_or_a_whole_new_one[fuse_aether.py-SIGINT]",
-    "test_a_kill_at_any_line_leaves_the_old_output_or_a_whole_new_one[upscale.py-SIGTERM]",
-    "test_runs_at_once_onto_one_output_leave_one_whole_output[fuse_aether.py]",
-    "test_the_same_input_gives_the_same_bytes_in_any_run_with_any_threads[fuse_aether.py]",
-    "test_an_output_that_appears_while_the_run_works_is_not_overwritten_unasked",
-    "test_a_terminal_that_lacks_a_letter_does_not_matter",
-)
-
-
-@pytest.fixture(autouse=True)
-def _awaited(request: pytest.FixtureRequest) -> None:
-    if request.node.name in AWAITED or request.node.name.endswith("aaa'-.safetensors]"):
-        request.applymarker(pytest.mark.xfail(strict=True, reason="found here, the patch is reported"))
-
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread() -> Iterator[None]:

@@ -58,43 +58,6 @@ FILES = {
 }
 
 
-# Defects that these tests found and that a patch to fuse_aether.py and archs/aether_arch.py mends: to be deleted with it.
-AWAITED = (
-    "test_no_payload_runs[old__.pth]",
-    "test_archives_of_code_are_not_opened",
-    "test_the_upscaler_refuses_broken_models_alike",
-    "test_a_file_cut_at_any_of_200_places_is_refused[net.pth]",
-    "test_bytes_after_the_end_or_in_place_of_the_file_hurt_nobody[net.pth]",
-    "test_bytes_after_the_end_or_in_place_of_the_file_hurt_nobody[old.pth]",
-    "test_flipped_bits_end_in_an_error_or_in_a_verified_file[net.pth]",
-    "test_flipped_bits_end_in_an_error_or_in_a_verified_file[old.pth]",
-    "test_a_file_that_claims_more_than_it_holds_is_refused_in_little_memory[bytearray]",
-    "test_a_file_that_claims_more_than_it_holds_is_refused_in_little_memory[bytearray of terabytes]",
-    "test_a_file_that_claims_more_than_it_holds_is_refused_in_little_memory[bytearray, old]",
-    "test_a_file_that_claims_more_than_it_holds_is_refused_in_little_memory[sets]",
-    "test_a_file_that_claims_more_than_it_holds_is_refused_in_little_memory[lists]",
-    "test_a_file_that_claims_more_than_it_holds_is_refused_in_little_memory[empty tensor of many]",
-    "test_a_file_that_claims_more_than_it_holds_is_refused_in_little_memory[many blocks]",
-    "test_every_number_type_but_plain_floats_is_refused_by_name",
-    "test_tensors_that_hold_no_plain_values_are_refused",
-    "test_names_of_tensors_cannot_write_to_the_terminal[a\\nb]",
-    "test_names_of_tensors_cannot_write_to_the_terminal[\\x1b[31mred]",
-    "test_names_of_tensors_cannot_write_to_the_terminal[name2]",
-    "test_names_of_tensors_cannot_write_to_the_terminal[\\u202egnp.exe]",
-    "test_names_of_tensors_cannot_write_to_the_terminal[\\x00]",
-    "test_what_overflows_float32_is_refused_with_the_name_of_the_input[weight]",
-    "test_what_overflows_float32_is_refused_with_the_name_of_the_input[conv_last.weight]",
-    "test_what_overflows_float32_is_refused_with_the_name_of_the_input[error_comp]",
-    "test_what_overflows_float32_is_refused_with_the_name_of_the_input[lk_bias]",
-    "test_what_overflows_float32_is_refused_with_the_name_of_the_input[running_mean]",
-)
-
-
-@pytest.fixture(autouse=True)
-def _awaited(request: pytest.FixtureRequest) -> None:
-    if request.node.name in AWAITED:
-        request.applymarker(pytest.mark.xfail(strict=True, reason="found here, the patch is reported"))
-
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread() -> Iterator[None]:

@@ -1,0 +1,221 @@
+"""The quantised form: fake quantisation, its state, int8 weights and the int8 ONNX file, with real ONNX Runtime sessions."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from pathlib import Path
+from typing import Any, Dict, List
+
+import aether_arch
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from aether_arch import AetherNet, FusedAetherNet, QuantAetherNet, Quantizer, aether_from_state_dict, aether_medium, aether_small, export_onnx
+from conftest import randomize
+
+TINY: Dict[str, Any] = {"embed_dim": 16, "depths": (1, 2), "scale": 2}
+
+
+def float_net(**options: Any) -> AetherNet:
+    return randomize(AetherNet(**{**TINY, **options})).eval()  # type: ignore[return-value]
+
+
+@pytest.fixture(params=["default", "full"])
+def placement(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def image() -> torch.Tensor:
+    return torch.rand(2, 3, 20, 24, generator=torch.Generator().manual_seed(3))
+
+
+def quantised(placement: str, **options: Any) -> QuantAetherNet:
+    images = [torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    net = float_net(**options)
+    net.prepare_qat(placement, images)
+    assert isinstance(net, QuantAetherNet)
+    return net.eval()
+
+
+@torch.no_grad()
+def test_rounding_changes_the_output_a_little_and_taking_it_out_changes_nothing(placement: str, image: torch.Tensor) -> None:
+    fused = float_net().fused()
+    net = quantised(placement)
+    scale = float(fused(image).std())
+    assert 1e-4 * scale < float((net(image) - fused(image)).abs().mean()) < 0.2 * scale
+    back = copy.deepcopy(net).fuse_model()
+    assert type(back) is FusedAetherNet
+    assert torch.allclose(back(image), fused(image), atol=1e-5 * scale)
+
+
+def test_a_quantiser_holds_256_values_and_passes_gradients_inside_its_range() -> None:
+    quantizer = Quantizer()
+    x = torch.linspace(-1, 1, 2001, requires_grad=True)
+    quantizer(x)
+    out = quantizer.eval()(2 * x)
+    assert len(out.detach().unique()) <= 256
+    out.sum().backward()
+    assert x.grad is not None
+    assert float(x.grad[1000]) == 2
+    assert float(x.grad[0]) == 0
+
+
+def test_an_unknown_range_rounds_nothing_and_an_average_of_the_state_keeps_the_range() -> None:
+    quantizer = Quantizer()
+    x = torch.randn(100)
+    assert torch.equal(quantizer.eval()(x), x)
+    averaged = copy.deepcopy(quantizer)
+    quantizer.train()
+    for _ in range(5):  # as BasicSR averages: parameters, from zero on
+        quantizer(x)
+        for kept, value in zip(averaged.parameters(), quantizer.parameters()):
+            kept.data.mul_(0.9).add_(value.data, alpha=0.1)
+    assert torch.allclose(averaged.largest, quantizer.largest)
+
+
+def test_the_range_stands_still_after_the_first_batches() -> None:
+    quantizer = Quantizer()
+    for _ in range(Quantizer.WATCH):
+        quantizer(torch.ones(3))
+    quantizer(torch.full((3,), 50.0))
+    assert float(quantizer.largest) == pytest.approx(1.0)
+
+
+@torch.no_grad()
+def test_int8_weights_compute_what_fake_quantisation_does_and_take_a_third(placement: str, image: torch.Tensor) -> None:
+    net = quantised(placement, embed_dim=32)
+    stored, fused = net.convert_to_quantized(), net.fused()
+    # Half-precision weights move some values over to the next of 256 steps: less than the rounding itself does.
+    assert (stored(image) - net(image)).abs().mean() < 0.5 * (net(image) - fused(image)).abs().mean()
+    size = [sum(value.numel() * value.element_size() for value in each.state_dict().values()) for each in (stored, fused)]
+    assert size[0] < 0.45 * size[1], "a real width is nearer to a quarter"
+    assert {value.dtype for value in stored.state_dict().values()} == {torch.int8, torch.float16, torch.float32}
+    again = aether_from_state_dict(stored.state_dict())
+    assert torch.equal(again(image), stored(image))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", ["training", "fused"])
+def test_a_float_checkpoint_loads_strictly_into_a_network_made_with_qat(form: str, placement: str, image: torch.Tensor) -> None:
+    options = {**TINY, "qat": True if placement == "default" else "full"}
+    source = float_net(use_channel_attn=False, use_spatial_attn=False)
+    state = source.fused().state_dict() if form == "fused" else source.state_dict()
+    net = aether_small(**options)
+    net.load_state_dict(state, strict=True)
+    assert isinstance(net, QuantAetherNet)
+    error = (net.eval()(image) - source(image)).abs().mean() / source(image).std()
+    assert error < 0.02, "before the first batch only weights are rounded"
+
+
+def test_traiNNer_redux_finds_the_keys_it_compares_after_map_state_dict() -> None:
+    net, state = aether_small(**TINY, qat=True), dict(float_net(use_channel_attn=False, use_spatial_attn=False).state_dict())
+    net.map_state_dict(state)
+    assert set(state) == set(net.state_dict())
+
+
+def test_training_moves_weights_and_ranges_and_the_state_survives_a_file(placement: str, image: torch.Tensor, tmp_path: Path) -> None:
+    net = quantised(placement).train()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    optimizer = torch.optim.Adam([value for value in net.parameters() if value.requires_grad], 1e-3)
+    for _ in range(3):
+        optimizer.zero_grad()
+        net(image).square().mean().backward()
+        assert all(value.grad is not None for value in net.parameters() if value.requires_grad), "DDP stops at parameters without gradient"
+        optimizer.step()
+    moved = [name for name, value in net.state_dict().items() if not torch.equal(value, before[name])]
+    assert any(name.endswith("gate_conv.weight") for name in moved)
+    assert any(name.endswith("range_sum") for name in moved)
+    torch.save({"params_ema": net.state_dict()}, tmp_path / "qat.pth")
+    again = aether_from_state_dict(torch.load(tmp_path / "qat.pth", weights_only=True)["params_ema"])
+    assert isinstance(again, QuantAetherNet)
+    assert again.placement == placement
+    with torch.no_grad():
+        assert torch.equal(again(image), net.eval()(image))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_training_step_under_autocast_is_finite_and_close(dtype: torch.dtype, image: torch.Tensor) -> None:
+    net = quantised("default").train()
+    expected = net(image)
+    with torch.autocast("cpu", dtype):
+        output = net(image)
+    output.float().square().mean().backward()
+    assert all(bool(value.grad.isfinite().all()) for value in net.parameters() if value.grad is not None)
+    assert float((output.float() - expected).abs().mean()) < 0.1 * float(expected.std())
+
+
+def test_it_compiles_without_graph_breaks() -> None:
+    net = quantised("full", depths=(1, 1)).train()
+    explained = torch._dynamo.explain(net)(torch.rand(2, 3, 12, 12))
+    assert explained.graph_break_count == 0
+
+
+def optimised(path: Path, folder: Path) -> List[str]:
+    """Operators that ONNX Runtime really runs."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(folder / "optimised.onnx")
+    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return [node.op_type for node in onnx.load(folder / "optimised.onnx").graph.node]
+
+
+@pytest.mark.parametrize(("placement", "each", "others"), [("default", 3, 0), ("full", 3, 3)])
+def test_onnx_runtime_computes_the_quantised_convolutions_in_integers(placement: str, each: int, others: int, tmp_path: Path) -> None:
+    net = quantised(placement)
+    path = Path(export_onnx(net, 2, "int8", str(tmp_path / "net.onnx")))
+    counts = Counter(optimised(path, tmp_path))
+    assert counts["QLinearConv"] == 3 * each + others  # gate, main and out of three blocks; body, and the two halves of what follows it
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("target", aether_arch.TARGETS)
+def test_the_int8_file_agrees_with_the_stored_network(target: str, placement: str, tmp_path: Path) -> None:
+    net = quantised(placement)
+    stored = net.convert_to_quantized().for_target(target)
+    path = export_onnx(net, 2, "int8", str(tmp_path / "net.onnx"), target)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    image = torch.rand(1, 3, 31, 18, generator=torch.Generator().manual_seed(5))
+    output = np.asarray(session.run(["output"], {"input": image.numpy()})[0])
+    expected = stored(image).numpy()
+    # Random weights: what counts is that it is the same function, not how often two roundings fall to different sides.
+    assert np.abs(output - expected).mean() < 0.02 * expected.std()
+    weights = [tensor for tensor in onnx.load(path).graph.initializer if tensor.data_type == onnx.TensorProto.INT8 and len(tensor.dims) == 4]
+    assert len(weights) >= 12
+
+
+def test_tensorrt_gets_what_it_allows(placement: str, tmp_path: Path) -> None:
+    model = onnx.load(export_onnx(quantised(placement), 2, "int8", str(tmp_path / "net.onnx"), "tensorrt"))
+    constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    constants.update({n.output[0]: onnx.numpy_helper.to_array(n.attribute[0].t) for n in model.graph.node if n.op_type == "Constant"})
+    pairs = [node for node in model.graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    assert pairs
+    for node in pairs:
+        zero_point = constants[node.input[2]]
+        assert zero_point.dtype == np.int8, "symmetric int8, and no int32 biases"
+        assert not zero_point.any()
+
+
+def test_the_seeds_block_for_quantisation_runs_word_for_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = aether_medium(scale=4, embed_dim=16, depths=(1, 1))
+    model.prepare_qat()
+    model.eval()
+    quantized_model = model.convert_to_quantized()
+    path = export_onnx(quantized_model, scale=4, precision="int8")
+    assert (tmp_path / path).is_file()
+
+
+def test_what_can_not_be_quantised_is_said() -> None:
+    with pytest.raises(ValueError, match="prepare_qat"):
+        export_onnx(float_net(), 2, "int8")
+    with pytest.raises(ValueError, match="prepare_qat"):
+        float_net().convert_to_quantized()
+    with pytest.raises(ValueError, match="ranges are unknown"):
+        aether_small(**TINY, qat=True).convert_to_quantized()
+    with pytest.raises(ValueError, match="target='cpu'"):
+        export_onnx(quantised("default"), 2, "int8", target="cpu")
+    with pytest.raises(ValueError, match="qat='yes'"):
+        aether_small(**TINY, qat="yes")
