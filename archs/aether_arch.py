@@ -2,15 +2,17 @@
 
 One file, needs only torch (1.13 or newer, Python 3.8 or newer). Copy it unchanged into ``neosr/archs/``, ``traiNNer/archs/`` or
 ``basicsr/archs/`` and it registers ``aether_small``, ``aether_medium`` and ``aether_large`` there; imported alone it imports no
-framework. A network has one of two forms, each a class of its own:
+framework. A network has one of three forms, each a class of its own:
 
     AetherNet       the training form: two depthwise branches, norms with running statistics, separate reconstruction layers
     FusedAetherNet  the same function as plain convolutions, activations, attention and additions
+    QuantAetherNet  the fused form with fake quantisation, for quantisation-aware training and INT8
 
-``model.fuse_model()`` turns the first into the second; ``eval()`` and ``train()`` never do. Loading a state dict gives the network
-the form of the file.
+``model.fuse_model()`` turns the first into the second, ``model.prepare_qat()`` into the third; ``eval()`` and ``train()`` never do.
+Loading a state dict gives the network the form of the file.
 
-In this order: blocks, training form, fused form, helpers (options, initialisation), reading a state dict, export, variants, registration.
+In this order: blocks, training form, fused form, quantised form, helpers (options, initialisation), reading a state dict, export, variants,
+registration.
 
 Source: https://github.com/phhofm (AetherNet by Philip Hofmann). Licence: MIT.
 """
