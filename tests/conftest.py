@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Iterator
 
+import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,3 +40,12 @@ def small_net(scale: int = 2, **options: Any) -> aether_arch.AetherNet:
     """A small network of every part, with random statistics, in float64 and evaluation mode."""
     options = {"embed_dim": 24, "depths": (1, 2), **options}
     return randomize(aether_arch.AetherNet(scale=scale, **options)).double().eval()
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Networks as small as these are many times slower with more, where other work wants the same cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

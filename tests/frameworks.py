@@ -262,6 +262,20 @@ def released_neosr(folder: Path) -> Framework:
     return ReleasedNeosr(folder)
 
 
+FRAMEWORKS = ("BasicSR", "neosr 0.1.0", "traiNNer-redux", "neosr")
+
+
+def framework_named(name: str, folder: Path) -> Framework:
+    """One of FRAMEWORKS, ready to run in ``folder``; skips the test where it can't be had."""
+    if name == "BasicSR":
+        return BasicSR(folder)
+    if name == "neosr 0.1.0":
+        return released_neosr(folder)
+    if name == "neosr":
+        return checkout(Neosr, "NEOSR_ROOT", folder)
+    return checkout(Redux, "TRAINNER_REDUX_ROOT", folder)
+
+
 def load(path: Path) -> Dict[str, torch.Tensor]:
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from aether_arch import aether_from_state_dict
 from conftest import ROOT
-from frameworks import BasicSR, Framework, Neosr, Redux, checkout, load, output_of, released_neosr
+from frameworks import FRAMEWORKS, BasicSR, Framework, Neosr, Redux, framework_named, load, output_of
 from PIL import Image
 from skimage import data as photographs
 
@@ -26,14 +26,9 @@ pytestmark = pytest.mark.slow
 BATCH, SIDE, LARGEST = 4, 32, 4
 
 
-@pytest.fixture(scope="module", params=["BasicSR", "neosr 0.1.0", "traiNNer-redux", "neosr"])
+@pytest.fixture(scope="module", params=FRAMEWORKS)
 def framework(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Framework:
-    folder = tmp_path_factory.mktemp("framework")
-    if request.param == "BasicSR":
-        return BasicSR(folder)
-    if request.param == "neosr 0.1.0":
-        return released_neosr(folder)
-    return checkout(Neosr, "NEOSR_ROOT", folder) if request.param == "neosr" else checkout(Redux, "TRAINNER_REDUX_ROOT", folder)
+    return framework_named(request.param, tmp_path_factory.mktemp("framework"))
 
 
 @pytest.fixture(scope="module", params=[2, 3, 4])

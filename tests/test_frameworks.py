@@ -20,20 +20,17 @@ import torch
 from aether_arch import DeploymentNorm, aether_from_state_dict
 from conftest import ROOT
 from frameworks import (
+    FRAMEWORKS,
     IMAGES,
     ITERATIONS,
     SAVED_AT,
     SCALE,
     SIDE,
-    BasicSR,
     Framework,
-    Neosr,
-    Redux,
-    checkout,
+    framework_named,
     load,
     output_of,
     pixels_of,
-    released_neosr,
 )
 from PIL import Image
 from skimage import data as photographs
@@ -59,16 +56,9 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=["BasicSR", "neosr 0.1.0", "traiNNer-redux", "neosr"])
+@pytest.fixture(scope="module", params=FRAMEWORKS)
 def framework(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Framework:
-    folder = tmp_path_factory.mktemp("framework")
-    if request.param == "BasicSR":
-        return BasicSR(folder)
-    if request.param == "neosr 0.1.0":
-        return released_neosr(folder)
-    if request.param == "neosr":
-        return checkout(Neosr, "NEOSR_ROOT", folder)
-    return checkout(Redux, "TRAINNER_REDUX_ROOT", folder)
+    return framework_named(request.param, tmp_path_factory.mktemp("framework"))
 
 
 @pytest.fixture(scope="module")

@@ -30,15 +30,7 @@ ENDINGS = (".pth", ".safetensors")
 MAINS = {"fuse_aether.py": fuse_aether.main, "upscale.py": upscale.main}
 fuse_aether.milliseconds = lambda *arguments: [1.0, 1.0]  # type: ignore[assignment]  # takes most of a run and is not looked at here
 
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Networks as small as these are many times slower with more, where other work wants the same cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
