@@ -597,8 +597,11 @@ class CollapsedTail(nn.Module):
                 out = out[_border(dim, side, 1)]
         return out
 
+    def convolve(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight.to(x.dtype), self.bias.to(x.dtype), padding=2)
+
     def forward(self, x: Tensor) -> Tensor:
-        out = F.conv2d(x, self.weight.to(x.dtype), self.bias.to(x.dtype), padding=2)
+        out = self.convolve(x)
         for side, name in ((-1, "top"), (1, "bottom")):
             row = self._correction(x, name)
             row = _add_at_border(row, self._correction(x, f"{name}_left"), 3, -1)
@@ -627,9 +630,7 @@ class FusedAetherNet(AetherBase):
         attention = (options["use_channel_attn"], options["use_spatial_attn"])
         self.register_buffer("mean", torch.full((1, in_chans, 1, 1), 0.5))
         self.head = nn.Conv2d(in_chans, channels, 3, padding=1)
-        self.stages = nn.ModuleList(
-            nn.Sequential(*(self.block(channels, hidden, kernel, *attention) for _ in range(depth))) for depth in depths
-        )
+        self.stages = nn.ModuleList(nn.Sequential(*(self.block(channels, hidden, kernel, *attention) for _ in range(depth))) for depth in depths)
         self.fusion_convs = nn.ModuleList(nn.Conv2d(channels, channels // len(depths), 1) for _ in depths)
         self.fusion = nn.Conv2d(channels, channels, 1)
         self.body_norm = nn.Conv2d(channels, channels, 1, groups=channels) if keep_norm else nn.Identity()
@@ -664,36 +665,41 @@ class Quantizer(nn.Module):
 
     Args:
         low: the smallest value, where a function has one (sigmoid, SiLU); None: symmetric about zero, as TensorRT wants it.
+        low_ratio: in place of ``low``, where it is a fraction of the largest value (LeakyReLU).
+        high: the largest value, where it is known (a picture); else it is watched.
     """
 
     WATCH = 100
     enabled = True
     signed = False  # int8 about zero instead of uint8 about 128: the same values; which one is fast is the runtime's affair
 
-    def __init__(self, low: Optional[float] = None) -> None:
+    def __init__(self, low: Optional[float] = None, low_ratio: Optional[float] = None, high: Optional[float] = None) -> None:
         super().__init__()
-        self.low = low
+        self.low, self.low_ratio, self.high = low, low_ratio, high
         self.range_sum = nn.Parameter(torch.zeros(1), requires_grad=False)
         self.watched = nn.Parameter(torch.zeros(1), requires_grad=False)  # training batches so far, up to WATCH
 
     @property
     def largest(self) -> Tensor:
-        """The largest value (of ``low=None``: magnitude) that is represented."""
+        """The largest value (in a symmetric range: magnitude) that is represented."""
         return self.range_sum / self.watched.clamp_min(1e-9)
 
     @torch.no_grad()
     def watch(self, x: Tensor) -> None:
-        seen = (x.detach().abs() if self.low is None else x.detach()).amax().float().clamp_min(1e-6)
+        seen = (x.abs() if self.low is None else x).amax().float().clamp_min(1e-6)
+        if self.high is not None:
+            seen = torch.full_like(seen, self.high)
         average = torch.where(self.watched > 0, self.largest.lerp(seen, 0.1), seen)
         count = (self.watched + 1).clamp(max=self.WATCH)
         self.range_sum.copy_(torch.where(self.watched < self.WATCH, average * count, self.range_sum))
         self.watched.copy_(count)
 
     def scale_and_zero_point(self) -> Tuple[Tensor, Tensor]:
-        if self.low is None:
+        if self.signed or (self.low is None and self.low_ratio is None):
             return self.largest / 127, torch.full_like(self.watched, 0 if self.signed else 128, dtype=torch.int32)
-        scale = (self.largest - self.low) / 255
-        return scale, (-self.low / scale).round().to(torch.int32)
+        low = self.largest * self.low_ratio if self.low_ratio is not None else torch.full_like(self.watched, self.low or 0.0)
+        scale = (self.largest - low) / 255
+        return scale, (-low / scale).round().to(torch.int32)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:
@@ -766,6 +772,23 @@ class SplitConv2d(nn.Module):
         return self.quant_out(self.fine(x) + self.coarse(x))
 
 
+class QuantTail(CollapsedTail):
+    """CollapsedTail whose one convolution is 8-bit and writes the picture itself, in steps of 1/255; borders are corrected in float."""
+
+    def __init__(self, channels: int, out_channels: int, scale: int) -> None:
+        super().__init__(channels, out_channels, scale)
+        del self.weight, self.bias
+        self.quant_in = Quantizer(low_ratio=-0.01)  # what LeakyReLU leaves below zero
+        conv = nn.Conv2d(channels, out_channels * scale**2, 5, padding=2)
+        self.conv = QuantConv2d.like(conv, quant_out=Quantizer(low=0.0, high=1.0))
+
+    def convolve(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.quant_in(x))
+
+
 class StoredConv2d(nn.Module):
     """What a convolution of a quantised network becomes in the end: an int8 weight with its scales, or a half-precision weight."""
 
@@ -797,8 +820,8 @@ class StoredConv2d(nn.Module):
 class QuantAetherBlock(FusedAetherBlock):
     """FusedAetherBlock whose 1x1 convolutions, and all between them, are 8-bit: (N, C, H, W) -> (N, C, H, W).
 
-    The depthwise convolution computes in float, integer kernels of 11x11 are slower; so does the sum, because rounding would add up in the
-    stream that runs through all blocks.
+    The depthwise convolution computes in float: integer kernels of 11x11 are slower. So does the sum, in the default placement: rounding
+    adds up in the stream that runs through all blocks.
     """
 
     def __init__(self, *args: Any) -> None:
@@ -809,20 +832,21 @@ class QuantAetherBlock(FusedAetherBlock):
         self.out_conv = QuantConv2d.like(self.out_conv, quant_in=Quantizer(), quant_out=Quantizer())
         self.quant_sigmoid = Quantizer(low=0.0)
         self.quant_silu = Quantizer(low=-0.2785)  # the minimum of SiLU
+        self.quant_sum: nn.Module = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.reparam_conv(x)
         gate = self.gate_conv(out)
         gate = self.quant_silu(gate * self.quant_sigmoid(torch.sigmoid(gate)))  # as the integer kernels do it
-        return self.spatial_attn(self.channel_attn(self.out_conv(gate * self.main_conv(out)))) + x
+        return self.quant_sum(self.spatial_attn(self.channel_attn(self.out_conv(gate * self.main_conv(out)))) + x)
 
 
 class QuantAetherNet(FusedAetherNet):
     """FusedAetherNet with fake quantisation, for quantisation-aware training; see prepare_qat and convert_to_quantized.
 
     Args: those of FusedAetherNet, and
-        placement: "default" (the 1x1 convolutions of the blocks and all between them) or "full" (also the two 3x3 convolutions after the
-            blocks, where the image itself runs through: faster, and less exact).
+        placement: "default" (the 1x1 convolutions of the blocks with all between them, and the 3x3 one after them) or "full" (everything but
+            the first convolution and the depthwise ones, with the streams that the image itself runs through: faster, and less exact).
         stored: weights are held as int8, or half precision where they are not quantised; nothing can be trained any more.
     """
 
@@ -833,11 +857,20 @@ class QuantAetherNet(FusedAetherNet):
             raise ValueError(f"AetherNet: placement={placement!r} is not possible; allowed: {', '.join(PLACEMENTS)}.")
         super().__init__(**options)
         self.placement, self.stored = placement, False
-        if placement == "full":
+        full = placement == "full"
+        self.quant_head = Quantizer() if full else nn.Identity()
+        self.quant_body = Quantizer() if full else nn.Identity()
+        self.body_conv = QuantConv2d.like(self.body_conv, quant_in=None if full and not self.keep_norm else Quantizer(), quant_out=Quantizer())
+        if full:
+            for block in self.stages.modules():
+                if isinstance(block, QuantAetherBlock):
+                    block.quant_sum = Quantizer()
             before, activation = self.conv_before_upsample
             assert isinstance(before, nn.Conv2d)
-            self.body_conv = QuantConv2d.like(self.body_conv, quant_in=Quantizer(), quant_out=Quantizer())
+            self.fusion_convs = nn.ModuleList(QuantConv2d.like(conv, quant_out=Quantizer()) for conv in self.fusion_convs)  # type: ignore[arg-type]
+            self.fusion = QuantConv2d.like(self.fusion, quant_in=Quantizer(), quant_out=Quantizer())
             self.conv_before_upsample = nn.Sequential(SplitConv2d(before), activation)
+            self.tail = QuantTail(options["embed_dim"], options["in_chans"], self.scale)
         if stored:
             self.store()
 
@@ -850,6 +883,7 @@ class QuantAetherNet(FusedAetherNet):
             before = "conv_before_upsample.0."
             parts = SplitConv2d.split(weights.pop(before + "weight"), weights.pop(before + "bias"))
             weights.update({before + name: value for name, value in parts.items()})
+            weights.update({f"tail.conv.{name}": weights.pop(f"tail.{name}") for name in ("weight", "bias")})
         if self.stored or self.keep_norm != ("body_norm.weight" in weights):
             self.become(QuantAetherNet, placement=self.placement, keep_norm="body_norm.weight" in weights)
         for name, quantizer in self.quantizers().items():
@@ -872,15 +906,25 @@ class QuantAetherNet(FusedAetherNet):
         for image in images:
             for quantizer in quantizers:
                 quantizer.watched.zero_()
-            FusedAetherNet.forward(self, image.to(self.mean))
+            self.network(image.to(self.mean))
             largest.append(torch.cat([quantizer.largest for quantizer in quantizers]))
         for middle, quantizer in zip(torch.stack(largest).median(0).values, quantizers):
             quantizer.range_sum.fill_(float(middle))
             quantizer.watched.fill_(1)
         self.train(training)
 
+    def network(self, x: Tensor) -> Tensor:
+        shallow = self.quant_head(self.head(x - self.mean))
+        out, features = shallow, []
+        for stage, fusion_conv in zip(self.stages, self.fusion_convs):
+            out = stage(out)
+            features.append(fusion_conv(out))
+        body = self.quant_body(self.fusion(torch.cat(features, 1)) + shallow)
+        body = self.body_conv(self.body_norm(body)) + body
+        return self.tail(self.conv_before_upsample(body))
+
     def forward(self, x: Tensor) -> Tensor:
-        out = super().forward(x)
+        out = self.network(x)
         if self.training and torch.distributed.is_available() and torch.distributed.is_initialized():
             with torch.no_grad():  # every process saw other images: one range for all
                 ranges: List[Tensor] = [quantizer.range_sum for quantizer in self.quantizers().values()]
@@ -895,10 +939,11 @@ class QuantAetherNet(FusedAetherNet):
         weights = {name: value.float() for name, value in self.state_dict().items() if not re.search(r"\.(range_sum|watched)$", name)}
         for name in [name for name in weights if name.endswith(".weight_scale")]:
             weights[name[: -len("_scale")]] *= weights.pop(name)
-        before = "conv_before_upsample.0."
-        if before + "fine.weight" in weights:
+        if self.placement == "full":
+            before = "conv_before_upsample.0."
             joined = SplitConv2d.join({name[len(before) :]: weights.pop(name) for name in list(weights) if name.startswith(before)})
             weights.update({before + name: value for name, value in joined.items()})
+            weights.update({f"tail.{name}": weights.pop(f"tail.conv.{name}") for name in ("weight", "bias")})
         self.become(FusedAetherNet, keep_norm="body_norm.weight" in weights)
         self.load_state_dict(weights)
         return self
@@ -909,7 +954,7 @@ class QuantAetherNet(FusedAetherNet):
         other = copy.deepcopy(self)
         for name, quantizer in other.quantizers().items():
             quantizer.signed = target != "onnxruntime"
-            quantizer.enabled = target == "onnxruntime" or name.endswith(("quant_in", "reparam_conv.quant_out"))
+            quantizer.enabled = target == "onnxruntime" or name.endswith(("quant_in", "reparam_conv.quant_out", "quant_body"))
         return other
 
     def store(self) -> None:
@@ -919,7 +964,8 @@ class QuantAetherNet(FusedAetherNet):
             for name, conv in list(module.named_children()):
                 if isinstance(conv, nn.Conv2d):
                     setattr(module, name, StoredConv2d(conv))
-        self.tail.half()
+        for parameter in self.tail.parameters(recurse=False):
+            parameter.data = parameter.data.half()
         self.requires_grad_(False)
         self.stored = True
 
@@ -1076,7 +1122,7 @@ def _form_class(form: str, names: Iterable[str]) -> Tuple[Type[AetherBase], Dict
     extra: Dict[str, Any] = {"keep_norm": "body_norm.weight" in names}
     if form == "fused":
         return FusedAetherNet, extra
-    placement = "full" if "body_conv.quant_in.range_sum" in names else "default"
+    placement = "full" if "fusion.quant_in.range_sum" in names else "default"
     return QuantAetherNet, {**extra, "placement": placement, "stored": form == "int8"}
 
 
@@ -1174,7 +1220,7 @@ def _read_options(state: Mapping[str, Tensor], form: str) -> Dict[str, Any]:
     if 0 in depths or sum(depths) != len(blocks):
         raise ValueError(f"the blocks 'stages.i.j' have gaps: {len(blocks)} found, {sum(depths)} expected from the numbers.")
     if fused:
-        scale = math.isqrt(shape("tail.weight")[0] // max(1, in_chans))
+        scale = math.isqrt(shape("tail.conv.weight" if "tail.conv.weight" in state else "tail.weight")[0] // max(1, in_chans))
     else:
         convs = sorted(name for name in state if re.fullmatch(r"upsample\.blocks\.\d+\.weight", name))
         scale = 2 ** len(convs)
@@ -1258,7 +1304,7 @@ def export_onnx(model: AetherBase, scale: int, precision: str = "fp32", output_p
             torch.onnx.export(net, (image,), part, input_names=["input"], output_names=["output"], opset_version=17,
                               do_constant_folding=precision != "int8", dynamic_axes={"input": axes, "output": axes}, **legacy)  # fmt: skip
         if precision == "int8":
-            _integer_convolutions(part, integer_bias=target != "tensorrt")
+            _integer_convolutions(part, target)
         session = onnxruntime.InferenceSession(part, providers=["CPUExecutionProvider"])
         for height, width in ((17, 31), (33, 13)):
             image = torch.rand(2, model.options["in_chans"], height, width).to(net.mean.dtype)
@@ -1278,11 +1324,12 @@ def export_onnx(model: AetherBase, scale: int, precision: str = "fp32", output_p
     return path
 
 
-def _integer_convolutions(path: str, integer_bias: bool) -> None:
+def _integer_convolutions(path: str, target: str) -> None:
     """Let the convolutions of an ONNX file between quantisers have int8 weights as runtimes look for them: DequantizeLinear of a constant.
 
     As traced, each of those weights is ``Cast(int8) * scale``. That stays where a convolution computes in float: runtimes compute it once,
-    when they load the file.
+    when they load the file. ONNX Runtime makes an integer convolution of any that stands between quantisers; LeakyRelu with a slope of 1,
+    the identity, keeps the depthwise ones from it (and is computed with them).
     """
     import numpy as np
     import onnx
@@ -1314,7 +1361,7 @@ def _integer_convolutions(path: str, integer_bias: bool) -> None:
             values = {f"{name}_scale": scale, f"{name}_zero_point": np.zeros(scale.shape, np.int8)}
             nodes.append(onnx.helper.make_node("DequantizeLinear", [constants[cast.input[0]].name, *values], [f"{name}_float"], axis=0))
             node.input[1] = f"{name}_float"
-            if integer_bias:
+            if target != "tensorrt":
                 bias_scale = scale * onnx.numpy_helper.to_array(constants[source.input[1]])
                 bias = onnx.numpy_helper.to_array(constants[node.input[2]])
                 values[f"{name}_bias"] = np.clip(np.rint(bias / bias_scale), -(2**31) + 1, 2**31 - 1).astype(np.int32)
@@ -1324,6 +1371,10 @@ def _integer_convolutions(path: str, integer_bias: bool) -> None:
                 node.input[2] = f"{name}_bias_float"
             graph.initializer.extend(onnx.numpy_helper.from_array(value, key) for key, value in values.items())
         nodes.append(node)
+        if depthwise and source is not None and source.op_type == "DequantizeLinear" and target == "onnxruntime":
+            name = node.output[0]
+            node.output[0] = f"{name}_float"
+            nodes.append(onnx.helper.make_node("LeakyRelu", [f"{name}_float"], [name], alpha=1.0))
     used = {output.name for output in graph.output}
     kept: List[Any] = []
     for node in reversed(nodes):  # drop what nothing reads any more

@@ -46,7 +46,9 @@ def test_rounding_changes_the_output_a_little_and_taking_it_out_changes_nothing(
     fused = float_net().fused()
     net = quantised(placement)
     scale = float(fused(image).std())
-    assert 1e-4 * scale < float((net(image) - fused(image)).abs().mean()) < 0.2 * scale
+    low, high = (0, 1) if placement == "full" else (-99, 99)  # full writes a picture of 8 bits
+    difference = net(image).clamp(low, high) - fused(image).clamp(low, high)
+    assert 1e-4 * scale < float(difference.abs().mean()) < 0.2 * scale
     back = copy.deepcopy(net).fuse_model()
     assert type(back) is FusedAetherNet
     assert torch.allclose(back(image), fused(image), atol=1e-5 * scale)
@@ -162,12 +164,13 @@ def optimised(path: Path, folder: Path) -> List[str]:
     return [node.op_type for node in onnx.load(folder / "optimised.onnx").graph.node]
 
 
-@pytest.mark.parametrize(("placement", "each", "others"), [("default", 3, 0), ("full", 3, 3)])
+@pytest.mark.parametrize(("placement", "each", "others"), [("default", 3, 1), ("full", 3, 7)])
 def test_onnx_runtime_computes_the_quantised_convolutions_in_integers(placement: str, each: int, others: int, tmp_path: Path) -> None:
     net = quantised(placement)
     path = Path(export_onnx(net, 2, "int8", str(tmp_path / "net.onnx")))
     counts = Counter(optimised(path, tmp_path))
-    assert counts["QLinearConv"] == 3 * each + others  # gate, main and out of three blocks; body, and the two halves of what follows it
+    assert counts["QLinearConv"] == 3 * each + others  # of three blocks gate, main and out; the 3x3 after them
+    assert counts["Conv"] >= 3  # the depthwise ones: not left to ONNX Runtime, which would make slow integer ones of them
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """Train the released weights in traiNNer-redux, from the template in options/, with one command; again to go on where it stopped.
 
-    python training/train.py --traiNNer-redux CHECKOUT --data FOLDER [--iterations N] [--stage float|qat]
+    python training/train.py --traiNNer-redux CHECKOUT --data FOLDER [--iterations N] [--stage float|qat|qat_full]
 
 FOLDER is what training/prepare_pictures.py wrote. The options are those of the template of that stage with the changes listed in
 CHANGES; both end up in CHECKOUT/experiments/NAME. archs/aether_arch.py is copied into the checkout. Without CUDA traiNNer-redux is
@@ -26,6 +26,7 @@ CHANGES: Dict[str, Any] = {
     "lq_size": 32,
     "batch_size_per_gpu": 8,
 }
+SHORT_QAT_RATE = 5e-5  # the template's 2e-5 is for forty thousand iterations, this for some hundred
 CPU: Dict[str, Any] = {"num_gpu": 0, "amp_bf16": True}  # fast on CPUs with AMX; fp16 is fast on none
 
 
@@ -35,13 +36,16 @@ def schedule(iterations: int, scheduler: Dict[str, Any]) -> Dict[str, Any]:
 
 
 def options(stage: str, data: Path, iterations: int, pretrained: Path | None) -> Dict[str, Any]:
-    suffix = {"float": "fidelity", "qat": "qat"}[stage]
+    suffix = "fidelity" if stage == "float" else "qat"
     result = yaml.safe_load((TEMPLATES / f"AetherNet_small_x2_{suffix}.yml").read_text(encoding="utf-8"))
     result["name"] = f"2x_AetherNet_small_wallpapers_{stage}"
     result["manual_seed"] = 0
     result["datasets"]["train"].update(CHANGES, dataroot_gt=[str(data / "gt")], dataroot_lq=[str(data / "lq")], num_worker_per_gpu=1)
     if CHANGES["batch_size_per_gpu"] <= 8 and stage == "float":
         result["network_g"]["batch_renorm"] = True
+    if stage != "float":
+        result["network_g"]["qat"] = "full" if stage == "qat_full" else True
+        result["train"]["optim_g"]["lr"] = SHORT_QAT_RATE
     if pretrained:
         result["path"]["pretrain_network_g"] = str(pretrained)
     result["train"].update(schedule(iterations, result["train"]["scheduler"]))
@@ -54,14 +58,14 @@ def main() -> None:
     parser.add_argument("--traiNNer-redux", dest="checkout", type=Path, required=True, help="a checkout of traiNNer-redux")
     parser.add_argument("--python", default=sys.executable, help="the Python that has what traiNNer-redux needs (default: this one)")
     parser.add_argument("--data", type=Path, required=True, help="folder that training/prepare_pictures.py wrote")
-    parser.add_argument("--stage", choices=("float", "qat"), default="float")
+    parser.add_argument("--stage", choices=("float", "qat", "qat_full"), default="float")
     parser.add_argument("--iterations", type=int, default=10000)
     parser.add_argument("--pretrained", type=Path, help="weights to start from; the qat stage needs them")
     args = parser.parse_args()
     if not (args.data / "gt").is_dir():
         parser.error(f"there is no {args.data / 'gt'}; training/prepare_pictures.py writes it")
-    if args.stage == "qat" and not args.pretrained:
-        parser.error("--stage qat needs --pretrained: the float training's net_g_ema_latest.safetensors")
+    if args.stage != "float" and not args.pretrained:
+        parser.error("--stage qat and qat_full need --pretrained: the float training's net_g_ema_latest.safetensors")
     shutil.copy(ROOT / "archs" / "aether_arch.py", args.checkout / "traiNNer" / "archs")
     result = options(args.stage, args.data.resolve(), args.iterations, args.pretrained and args.pretrained.resolve())
     path = args.checkout / f"{result['name']}.yml"
