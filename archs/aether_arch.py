@@ -531,7 +531,7 @@ class CollapsedTail(nn.Module):
 
     def __init__(self, channels: int, out_channels: int, scale: int) -> None:
         super().__init__()
-        self.scale = scale
+        self.scale, self.stored = scale, False
         self.depth = self.depth_at(scale)
         outputs = out_channels * scale**2
         self.weight = nn.Parameter(torch.zeros(outputs, channels, 5, 5))
@@ -590,12 +590,22 @@ class CollapsedTail(nn.Module):
                     pad = [0, 0, 0, 0]
                     pad[2 * (3 - dim) + (side < 0)] = self.depth - 1
                     x = F.pad(x, pad)
-        weight, bias = getattr(self, f"{name}_weight").to(x.dtype), getattr(self, f"{name}_bias").to(x.dtype)
+        weight, bias = (getattr(self, f"{name}_{part}").to(x.dtype) for part in ("weight", "bias"))
+        if self.stored:
+            weight = weight * getattr(self, f"{name}_weight_scale")
         out = F.conv2d(x, weight, bias, padding=[0 if side else 2 for side in sides])
         for dim, side in zip((2, 3), sides):
             if side:
                 out = out[_border(dim, side, 1)]
         return out
+
+    def store(self) -> None:
+        """Hold the corrections as int8, which at the border is exact enough; the one convolution, where it is held here, as half."""
+        self.stored = True
+        for name in self.BORDERS:
+            _store_int8(self, f"{name}_weight", getattr(self, f"{name}_weight"))
+        for value in self.parameters(recurse=False):
+            value.data = value.data.half()
 
     def convolve(self, x: Tensor) -> Tensor:
         return F.conv2d(x, self.weight.to(x.dtype), self.bias.to(x.dtype), padding=2)
@@ -730,11 +740,8 @@ class QuantConv2d(nn.Conv2d):
         made.quant_out = quant_out or nn.Identity()
         return made
 
-    def weight_scale(self) -> Tensor:
-        return self.weight.detach().float().abs().amax((1, 2, 3)).clamp_min(1e-12) / 127
-
     def forward(self, x: Tensor) -> Tensor:
-        scale = self.weight_scale()
+        scale = _int8_scale(self.weight)
         with torch.autocast(x.device.type, enabled=False):
             weight = torch.fake_quantize_per_channel_affine(self.weight.float(), scale, torch.zeros_like(scale, dtype=torch.int32), 0, -127, 127)
         return self.quant_out(self._conv_forward(self.quant_in(x), weight.to(self.weight.dtype), self.bias))
@@ -802,13 +809,12 @@ class StoredConv2d(nn.Module):
         self.groups = conv.groups
         self.quant_in: nn.Module = getattr(conv, "quant_in", nn.Identity())
         self.quant_out: nn.Module = getattr(conv, "quant_out", nn.Identity())
-        weight, scale = conv.weight.detach().half(), None
-        if isinstance(conv, QuantConv2d):
-            scale = conv.weight_scale().view(-1, 1, 1, 1)
-            weight = (conv.weight.detach().float() / scale).round().clamp(-127, 127).to(torch.int8)
         self.register_buffer("bias", _bias(conv).detach().float())
-        self.register_buffer("weight", weight)
-        self.register_buffer("weight_scale", scale)
+        self.register_buffer("weight_scale", None)
+        if isinstance(conv, QuantConv2d):
+            _store_int8(self, "weight", conv.weight)
+        else:
+            self.register_buffer("weight", conv.weight.detach().half())
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight.to(self.bias.dtype)
@@ -937,7 +943,7 @@ class QuantAetherNet(FusedAetherNet):
     def fuse_model(self) -> FusedAetherNet:
         """Take the quantisers out again: a FusedAetherNet with these weights, in place."""
         weights = {name: value.float() for name, value in self.state_dict().items() if not re.search(r"\.(range_sum|watched)$", name)}
-        for name in [name for name in weights if name.endswith(".weight_scale")]:
+        for name in [name for name in weights if name.endswith("weight_scale")]:
             weights[name[: -len("_scale")]] *= weights.pop(name)
         if self.placement == "full":
             before = "conv_before_upsample.0."
@@ -964,8 +970,7 @@ class QuantAetherNet(FusedAetherNet):
             for name, conv in list(module.named_children()):
                 if isinstance(conv, nn.Conv2d):
                     setattr(module, name, StoredConv2d(conv))
-        for parameter in self.tail.parameters(recurse=False):
-            parameter.data = parameter.data.half()
+        self.tail.store()
         self.requires_grad_(False)
         self.stored = True
 
@@ -990,6 +995,19 @@ class QuantAetherNet(FusedAetherNet):
 def _bias(conv: nn.Conv2d) -> Tensor:
     assert conv.bias is not None  # for the type checker: these convolutions have one
     return conv.bias
+
+
+def _int8_scale(weight: Tensor) -> Tensor:
+    """One step for each output channel, (out_channels,)."""
+    return weight.detach().float().abs().amax((1, 2, 3)).clamp_min(1e-12) / 127
+
+
+def _store_int8(module: nn.Module, name: str, weight: Tensor) -> None:
+    """Give ``module`` the buffers ``name``, int8, and ``name``_scale."""
+    scale = _int8_scale(weight).view(-1, 1, 1, 1)
+    for key, value in ((name, (weight.detach().float() / scale).round().to(torch.int8)), (f"{name}_scale", scale)):
+        module._parameters.pop(key, None)
+        module.register_buffer(key, value)
 
 
 def _test_pictures(channels: int) -> Iterable[Tensor]:
