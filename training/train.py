@@ -26,7 +26,6 @@ CHANGES: Dict[str, Any] = {
     "lq_size": 32,
     "batch_size_per_gpu": 8,
 }
-SHORT_QAT_RATE = 5e-5  # the template's 2e-5 is for forty thousand iterations, this for some hundred
 CPU: Dict[str, Any] = {"num_gpu": 0, "amp_bf16": True}  # fast on CPUs with AMX; fp16 is fast on none
 
 
@@ -45,7 +44,6 @@ def options(stage: str, data: Path, iterations: int, pretrained: Path | None) ->
         result["network_g"]["batch_renorm"] = True
     if stage != "float":
         result["network_g"]["qat"] = "full" if stage == "qat_full" else True
-        result["train"]["optim_g"]["lr"] = SHORT_QAT_RATE
     if pretrained:
         result["path"]["pretrain_network_g"] = str(pretrained)
     result["train"].update(schedule(iterations, result["train"]["scheduler"]))
