@@ -7,6 +7,11 @@ written file back and compares it with the unfused network. Needs torch alone; s
 
 With ``--onnx fp32,fp16,int8`` ONNX files are written beside the weights (needs onnx and onnxruntime). int8 comes from a checkpoint of
 quantisation-aware training, or from any other with ``--calibration FOLDER`` (pictures as large as the network's output; needs Pillow).
+
+What half precision could not hold is rescaled inside the network, exactly. ``--check-fp16`` prints every layer's headroom, and fp16 and bf16
+against fp32; alone, without --output_path, it writes nothing and takes fused weights too:
+
+    python fuse_aether.py --model_path 2x_MyModel_fused.safetensors --check-fp16
 """
 
 from __future__ import annotations
@@ -28,7 +33,7 @@ import warnings
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -47,7 +52,11 @@ from aether_arch import (  # noqa: E402
     TARGETS,
     VARIANTS,
     AetherBase,
+    ChannelAttention,
+    FusedAetherBlock,
+    FusedAetherNet,
     QuantAetherNet,
+    SpatialAttention,
     aether_from_state_dict,
     export_onnx,
     state_dict_form,
@@ -61,6 +70,9 @@ GLOBALS = re.compile(r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 PRECISIONS = ("fp32", "fp16", "int8")
 CALIBRATION_PICTURES, CALIBRATION_SIDE = 32, 128  # pictures at most, and low-resolution pixels of the middle of each
+HALF_MAX = torch.finfo(torch.float16).max
+SPARE_BITS = 3  # headroom below which is rescaled: a picture may drive a layer further than the hard ones do
+RUNAWAY = 10.0  # times as large an output as for most pictures
 PARAM_KEYS = ("params_ema", "params-ema", "params", "state_dict")  # in order of preference
 
 
@@ -185,7 +197,7 @@ def build(path: Path, state: Mapping[str, Tensor], args: argparse.Namespace) -> 
     form = state_dict_form(list(state))
     if form == "int8":
         raise UserError(f"{path} holds int8 weights already, expected a training checkpoint; export it, or pass another (--model_path).")
-    if form == "fused" or (form == "older fused" and not args.accept_older_fused):
+    if (form == "fused" and args.output_path) or (form == "older fused" and not args.accept_older_fused):
         remedy = "it can be used as it is" if form == "fused" else "pass --accept_older_fused to bake the rest of it"
         raise UserError(f"{path} is fused already ({form} form), expected a training checkpoint; {remedy}, or pass another (--model_path).")
     try:
@@ -322,6 +334,226 @@ def parameters(net: AetherBase) -> int:
     return sum(value.numel() for value in net.parameters())
 
 
+# -------------------------------------------------------------------------------------------------------- half precision
+
+
+class Group(NamedTuple):
+    """Values inside the network that can be scaled together: by the tensors that make them, and back by those that use them."""
+
+    values: List[str]  # as largest_values names them
+    made_by: List[str]
+    used_by: List[str]
+
+
+def hard_pictures(channels: int, side: int = 24) -> Dict[str, Tensor]:
+    """Pictures that drive a network far: flat, saturated, periodic, ramps, noise. (1, channels, H, W) in [0, 1]."""
+    y, x = torch.arange(side).view(-1, 1), torch.arange(side)
+    noise = torch.rand(channels, side, side, generator=torch.Generator().manual_seed(0))
+    pictures = {"black": noise * 0, "white": noise * 0 + 1, "noise": noise, "black and white noise": noise.round()}
+    pictures.update({"ramp": x / (side - 1), "falling ramp": 1 - (x + y) / (2 * side - 2)})
+    for channel in range(channels if channels > 1 else 0):
+        only = (torch.arange(channels) == channel).float().view(-1, 1, 1)
+        pictures.update({f"channel {channel} alone": only, f"all but channel {channel}": 1 - only})
+    for pixels in (1, 2, 4, 8):
+        pictures[f"{pixels} px stripes"] = (x // pixels % 2).float()
+        pictures[f"{pixels} px checkerboard"] = ((x // pixels + y // pixels) % 2).float()
+    pictures = {name: picture.expand(1, channels, side, side) for name, picture in pictures.items()}
+    return {**pictures, "noise, 1x1": noise[None, :, :1, :1], "noise, 21x3": noise[None, :, :3, :21]}
+
+
+@torch.no_grad()
+def largest_values(net: AetherBase, picture: Tensor) -> Dict[str, float]:
+    """Largest magnitude of what every module gets ("NAME.in") and gives ("NAME.out") for a picture; infinity where something is not finite."""
+    found: Dict[str, float] = {}
+
+    def watch(name: str) -> Callable[[Any, Any, Any], None]:
+        def hook(module: Any, inputs: Any, output: Any) -> None:
+            for end, value in (("in", inputs[0]), ("out", output)):
+                largest = float(value.abs().max())
+                found[f"{name}.{end}"] = math.inf if math.isnan(largest) else largest
+
+        return hook
+
+    hooks = [module.register_forward_hook(watch(name)) for name, module in net.named_modules()]
+    try:
+        net(picture)
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return found
+
+
+def layers(net: FusedAetherNet) -> List[Tuple[str, str, str]]:
+    """(module, part, name in largest_values) of all that half precision must hold, in the order of the data.
+
+    Not what goes into a sigmoid: infinity there is as good as 20.
+    """
+    rows = [("head", "output", "head.out")]
+    for name, block in net.named_modules():
+        if isinstance(block, FusedAetherBlock):
+            parts = {"depthwise": "reparam_conv.out", "gate": "gate_conv.out", "main": "main_conv.out"}
+            parts.update({"product": "out_conv.in", "output": "out_conv.out"})
+            if isinstance(block.channel_attn, ChannelAttention):
+                parts["attention"] = "channel_attn.fc.0.out"
+            rows += [(name, part, f"{name}.{key}") for part, key in {**parts, "sum": "out"}.items()]
+    rows += [(f"fusion_convs.{stage}", "output", f"fusion_convs.{stage}.out") for stage in range(len(net.fusion_convs))]
+    rows += [("fusion", "output", "fusion.out"), ("fusion", "sum", "body_norm.in")]
+    rows += [("body_norm", "output", "body_norm.out")] if net.keep_norm else []
+    rows += [("body_conv", "output", "body_conv.out"), ("body_conv", "sum", "conv_before_upsample.in")]
+    return rows + [("conv_before_upsample", "output", "conv_before_upsample.0.out"), ("tail", "output", "tail.out")]
+
+
+def groups(net: FusedAetherNet) -> Dict[str, Group]:
+    """All that can be scaled, in the order of the data. The gate can't, SiLU(2x) is not 2 SiLU(x), nor can the output, which is the picture.
+
+    The stream is what the blocks add to: it keeps one scale from the first convolution to the last sum.
+    """
+
+    def both(*convs: str) -> List[str]:
+        return [f"{conv}.{tensor}" for conv in convs for tensor in ("weight", "bias")]
+
+    fusions = [f"fusion_convs.{stage}" for stage in range(len(net.fusion_convs))]
+    stream = Group(
+        ["head.out", "fusion.out", "body_norm.in", "body_conv.out", "conv_before_upsample.in"],
+        both("head", "fusion", "body_conv"),
+        [f"{user}.weight" for user in (*fusions, "body_norm" if net.keep_norm else "body_conv", "conv_before_upsample.0")],
+    )
+    found = {"stream": stream}
+    for name, block in net.named_modules():
+        if not isinstance(block, FusedAetherBlock):
+            continue
+        reparam, gate, main, out = (f"{name}.{conv}_conv" for conv in ("reparam", "gate", "main", "out"))
+        stream.values.extend([f"{out}.out", f"{name}.out"])
+        stream.made_by.extend(both(out))
+        stream.used_by.append(f"{reparam}.weight")
+        found[f"{name} depthwise"] = Group([f"{reparam}.out"], both(reparam), [f"{gate}.weight", f"{main}.weight"])
+        found[f"{name} product"] = Group([f"{main}.out", f"{out}.in"], both(main), [f"{out}.weight"])
+        if isinstance(block.channel_attn, ChannelAttention):
+            squeeze, excite = (f"{name}.channel_attn.fc.{layer}" for layer in (0, 2))
+            stream.used_by.append(f"{squeeze}.weight")
+            found[f"{name} attention"] = Group([f"{squeeze}.out"], [f"{squeeze}.weight"], [f"{excite}.weight"])
+        if isinstance(block.spatial_attn, SpatialAttention):
+            stream.used_by.append(f"{name}.spatial_attn.conv.weight")
+    found["fusion_convs"] = Group([f"{conv}.out" for conv in fusions], both(*fusions), ["fusion.weight"])
+    if net.keep_norm:
+        found["body_norm"] = Group(["body_norm.out"], both("body_norm"), ["body_conv.weight"])
+    tail = [f"tail.{name}" for name, _ in net.tail.named_parameters() if name.endswith("weight")]
+    found["conv_before_upsample"] = Group(["conv_before_upsample.0.out"], both("conv_before_upsample.0"), tail)
+    return found
+
+
+@torch.no_grad()
+def rescale_(net: FusedAetherNet, largest: Mapping[str, float]) -> Dict[str, int]:
+    """Scale what half precision would not hold by powers of two, in place: the same function, bit for bit in float32.
+
+    Returns the exponents by group; a network that needs nothing stays untouched.
+    """
+    tensors, exponents = dict(net.named_parameters()), {}
+    for name, group in groups(net).items():
+        values, weights = [largest[value] for value in group.values], [float(tensors[tensor].abs().max()) for tensor in group.made_by]
+        needed = max(max(values) * 2**SPARE_BITS, *weights) / HALF_MAX
+        if needed > 1:
+            exponents[name] = math.ceil(math.log2(needed))
+            for tensor in group.made_by:
+                tensors[tensor].mul_(2.0 ** -exponents[name])
+            for tensor in group.used_by:
+                tensors[tensor].mul_(2.0 ** exponents[name])
+    return exponents
+
+
+@torch.no_grad()
+def fit_half_precision(net: FusedAetherNet, source: Path, args: argparse.Namespace, say: Callable[[str], None]) -> None:
+    """Rescale the fused network, in place, until half precision holds every layer's values on hard pictures, and report it.
+
+    Pictures on which the network itself runs away, far from its training data, don't count: a scale that suits them would drown the others.
+
+    Raises:
+        UserError: no rescaling helps, and half precision was asked for.
+    """
+    asked = args.check_fp16 or "fp16" in precisions(args)
+    pictures = {name: picture.to(args.device) for name, picture in hard_pictures(net.options["in_chans"]).items()}
+    probe = copy.deepcopy(net).float().to(args.device)
+    plain = copy.deepcopy(probe)
+    measured = {name: largest_values(probe, picture) for name, picture in pictures.items()}
+    outputs = {name: found[".out"] for name, found in measured.items()}
+    bound = min(HALF_MAX, RUNAWAY * max(1.0, statistics.median(outputs.values())))
+    lost = [name for name, output in outputs.items() if not output <= bound]
+    sound = [picture for name, picture in pictures.items() if name not in lost]
+    if lost:
+        say(f"Note: on {len(lost)} of {len(pictures)} hard pictures the network runs away, in float32 too: {', '.join(lost[:3])}"
+            + (", ..." if len(lost) > 3 else ""))  # fmt: skip
+    if not sound:
+        if asked:
+            raise UserError(f"{source}: on no hard picture is the output below {HALF_MAX:g}, half precision's largest number; leave fp16 out, "
+                            "or pass another checkpoint (--model_path).")  # fmt: skip
+        return
+    before = after = largest_of([measured[name] for name in pictures if name not in lost])
+    exponents = rescale_(net, before)
+    if exponents:
+        probe.load_state_dict(net.state_dict())
+        after = largest_of([largest_values(probe, picture) for picture in sound])
+        first = ", ".join(f"{name} 2^-{bits}" for name, bits in list(exponents.items())[:3])
+        say(f"Rescaled for half precision, the same function: {first}" + (f" and {len(exponents) - 3} more" if len(exponents) > 3 else ""))
+    if args.check_fp16:
+        if exponents:
+            print_headroom(net, "before rescaling", before, say)
+        print_headroom(net, "rescaled" if exponents else "as it is", after, say)
+        say("")
+        if exponents:
+            say(f"fp16 against fp32, before rescaling: {agreement(plain, plain, torch.float16, sound)}")
+        for name, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16)):
+            say(f"{name} against fp32: {agreement(plain, probe, dtype, sound)}")
+    beyond = {f"{module} {part}": after[key] for module, part, key in layers(net)}
+    beyond.update({name: float(value.abs().max()) for name, value in net.named_parameters()})
+    beyond = {name: value for name, value in beyond.items() if not value <= HALF_MAX}
+    if beyond:
+        name = next(iter(beyond))
+        message = f"half precision holds {HALF_MAX:g} at most, {name} reaches {beyond[name]:.3g}, and no rescaling helps"
+        if asked:
+            raise UserError(f"{source}: {message}; leave fp16 out, or pass another checkpoint (--model_path).")
+        say(f"Note: {message}; use these weights in float32 or bfloat16")
+
+
+def largest_of(measured: List[Dict[str, float]]) -> Dict[str, float]:
+    return {key: max(found[key] for found in measured) for key in measured[0]}
+
+
+def print_headroom(net: FusedAetherNet, title: str, largest: Mapping[str, float], say: Callable[[str], None]) -> None:
+    """A line for every block and every other layer: largest value, and how many times it may double."""
+
+    def bits(value: float) -> float:
+        return math.log2(HALF_MAX / max(value, 2.0**-24))
+
+    rows: Dict[str, Dict[str, float]] = {}
+    for module, part, key in layers(net):
+        rows.setdefault(module, {})[part] = largest[key]
+    say("")
+    say(f"{'fp16, ' + title:<22}{'largest':>10}{'headroom, bits':>16}")
+    for module, parts in rows.items():
+        each = "".join(f"  {part} {bits(value):.1f}" for part, value in parts.items()) if len(parts) > 1 else ""
+        say(f"{module:<22}{max(parts.values()):>10.4g}{bits(max(parts.values())):>16.1f}{each}")
+
+
+@torch.no_grad()
+def agreement(net: AetherBase, other: AetherBase, dtype: torch.dtype, pictures: List[Tensor]) -> str:
+    """PSNR of ``other`` computed in ``dtype`` against ``net`` in float32, in words; the peak is 1, or the largest output above."""
+    low = copy.deepcopy(other).to(dtype)
+    expected = [net(picture) for picture in pictures]
+    try:
+        outputs = [low(picture.to(dtype)).float() for picture in pictures]
+    except RuntimeError as error:
+        if "not implemented" not in str(error):
+            raise
+        return "not compared, this PyTorch does not compute it on a CPU (newer ones do): pass --device cuda"
+    peak = max(1.0, *(float(picture.abs().max()) for picture in expected))
+    errors = [float(((output - picture) / peak).pow(2).mean()) for output, picture in zip(outputs, expected)]
+    lost = sum(not math.isfinite(error) for error in errors)
+    if lost:
+        return f"not finite on {lost} of {len(pictures)} hard pictures"
+    mean, worst = (-10 * math.log10(max(error, 1e-12)) for error in (statistics.mean(errors), max(errors)))
+    return f"{mean:.1f} dB over {len(pictures)} hard pictures, {worst:.1f} dB on the worst"
+
+
 # ------------------------------------------------------------------------------------------------------------------ ONNX
 
 
@@ -423,7 +655,7 @@ def write_onnx(nets: Mapping[str, AetherBase], target: Path, args: argparse.Name
 
 def fuse(args: argparse.Namespace, say: Callable[[str], None] = print) -> None:
     """What the command does; raises UserError, and then no output exists."""
-    source, target = Path(args.model_path), Path(args.output_path)
+    source = Path(args.model_path)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda was given, but PyTorch finds no CUDA device; pass --device cpu.")
     if not (math.isfinite(args.img_range) and args.img_range > 0):
@@ -431,6 +663,11 @@ def fuse(args: argparse.Namespace, say: Callable[[str], None] = print) -> None:
     wanted = precisions(args)
     say(f"Reading {source}")
     state, chosen = read_state(source)
+    if args.output_path is None:
+        net = build(source, state, args).fused()
+        say(f"Weights: {chosen}")
+        return fit_half_precision(net, source, args, say)
+    target = Path(args.output_path)
     check_output(target, source, args.overwrite)
     for path in [onnx_path(target, precision) for precision in wanted]:
         if path.exists() and not args.overwrite:
@@ -439,11 +676,13 @@ def fuse(args: argparse.Namespace, say: Callable[[str], None] = print) -> None:
     say(f"Weights: {chosen}")
     nets = {name: quantise(copy.deepcopy(unfused), source, args, say) if name == "int8" else unfused for name in wanted}
     say("Fusing in float64")
+    net = unfused.fused()
+    fit_half_precision(net, source, args, say)
     name, scale = variant_name(unfused.options), unfused.scale
     metadata = {"format": "pt", "architecture": name if name.startswith("aether") else "AetherNet", "scale": str(scale), "form": "fused"}
     part = target.with_name(f"{target.stem[:40]}.{os.getpid()}.part{target.suffix}")  # a longer name than target's may be too long
     try:
-        write_state(unfused.fused().state_dict(), part, metadata)
+        write_state(net.state_dict(), part, metadata)
         say("Verifying: the written file against the unfused network, in float64")
         try:
             written = read_state(part)[0]
@@ -463,7 +702,8 @@ def fuse(args: argparse.Namespace, say: Callable[[str], None] = print) -> None:
         if nets:
             say(f"Exporting {', '.join(nets)}")
         check_output(target, source, args.overwrite)  # again: something else may have written it by now
-        files = write_onnx({name: net.cpu().float() for name, net in nets.items()}, target, args)
+        nets = {precision: (net if precision == "int8" else fused).cpu().float() for precision, net in nets.items()}
+        files = write_onnx(nets, target, args)
         os.replace(part, target)
     except OSError as error:
         raise UserError(f"{target} can't be written: {error.strerror or error}; free space or pass another --output_path.") from None
@@ -489,7 +729,7 @@ def fuse(args: argparse.Namespace, say: Callable[[str], None] = print) -> None:
 def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--model_path", required=True, help="the unfused checkpoint, .pth or .safetensors")
-    parser.add_argument("--output_path", required=True, help="the fused weights to write, .pth or .safetensors")
+    parser.add_argument("--output_path", help="the fused weights to write, .pth or .safetensors")
     parser.add_argument("--model_type", choices=[variant.__name__ for variant in VARIANTS], help="checked (default: read from the weights)")
     parser.add_argument("--upscale", type=int, choices=(2, 3, 4), help="checked (default: read from the weights)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
@@ -499,9 +739,13 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser.add_argument("--calibration", metavar="FOLDER", help="pictures for int8 without quantisation-aware training")
     parser.add_argument("--placement", choices=PLACEMENTS, default=PLACEMENTS[0], help="quantisers of --calibration (default: %(default)s)")
     parser.add_argument("--target", choices=TARGETS, default=TARGETS[0], help="whom the int8 file is to be fast in (default: %(default)s)")
+    parser.add_argument("--check-fp16", action="store_true", help="print each layer's headroom in half precision; needs no --output_path")
     parser.add_argument("--overwrite", action="store_true", help="replace --output_path where it exists")
     parser.add_argument("--accept_older_fused", action="store_true", help="take a file whose kernels an older tool merged already")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.output_path is None and (args.onnx or args.int8 or not args.check_fp16):
+        parser.error("the following arguments are required: --output_path")
+    return args
 
 
 def exit_code(program: str, action: Callable[[], None], stopped: str) -> int:
