@@ -462,19 +462,23 @@ def rescale_(net: FusedAetherNet, largest: Mapping[str, float]) -> Dict[str, int
 
 
 @torch.no_grad()
-def fit_half_precision(net: FusedAetherNet, source: Path, args: argparse.Namespace, say: Callable[[str], None]) -> None:
+def fit_half_precision(
+    net: FusedAetherNet, source: Path, say: Callable[[str], None], device: str = "cpu", asked: bool = True, table: bool = False
+) -> None:
     """Rescale the fused network, in place, until half precision holds every layer's values on hard pictures, and report it.
 
     Pictures on which the network itself runs away, far from its training data, don't count: a scale that suits them would drown the others.
 
+    Args:
+        asked: someone wants half precision; if not, what can't be helped is a note and no error.
+        table: print each layer's headroom, and how far the lower precisions agree with float32.
+
     Raises:
         UserError: no rescaling helps, and half precision was asked for.
     """
-    asked = args.check_fp16 or "fp16" in precisions(args)
-    pictures = {name: picture.to(args.device) for name, picture in hard_pictures(net.options["in_chans"]).items()}
-    probe = copy.deepcopy(net).float().to(args.device)
-    plain = copy.deepcopy(probe)
-    measured = {name: largest_values(probe, picture) for name, picture in pictures.items()}
+    pictures = {name: picture.to(device) for name, picture in hard_pictures(net.options["in_chans"]).items()}
+    plain = rescaled = copy.deepcopy(net).float().to(device)
+    measured = {name: largest_values(plain, picture) for name, picture in pictures.items()}
     outputs = {name: found[".out"] for name, found in measured.items()}
     bound = min(HALF_MAX, RUNAWAY * max(1.0, statistics.median(outputs.values())))
     lost = [name for name, output in outputs.items() if not output <= bound]
@@ -490,11 +494,11 @@ def fit_half_precision(net: FusedAetherNet, source: Path, args: argparse.Namespa
     before = after = largest_of([measured[name] for name in pictures if name not in lost])
     exponents = rescale_(net, before)
     if exponents:
-        probe.load_state_dict(net.state_dict())
-        after = largest_of([largest_values(probe, picture) for picture in sound])
+        rescaled = copy.deepcopy(net).float().to(device)
+        after = largest_of([largest_values(rescaled, picture) for picture in sound])
         first = ", ".join(f"{name} 2^-{bits}" for name, bits in list(exponents.items())[:3])
         say(f"Rescaled for half precision, the same function: {first}" + (f" and {len(exponents) - 3} more" if len(exponents) > 3 else ""))
-    if args.check_fp16:
+    if table:
         if exponents:
             print_headroom(net, "before rescaling", before, say)
         print_headroom(net, "rescaled" if exponents else "as it is", after, say)
@@ -502,7 +506,7 @@ def fit_half_precision(net: FusedAetherNet, source: Path, args: argparse.Namespa
         if exponents:
             say(f"fp16 against fp32, before rescaling: {agreement(plain, plain, torch.float16, sound)}")
         for name, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16)):
-            say(f"{name} against fp32: {agreement(plain, probe, dtype, sound)}")
+            say(f"{name} against fp32: {agreement(plain, rescaled, dtype, sound)}")
     beyond = {f"{module} {part}": after[key] for module, part, key in layers(net)}
     beyond.update({name: float(value.abs().max()) for name, value in net.named_parameters()})
     beyond = {name: value for name, value in beyond.items() if not value <= HALF_MAX}
@@ -666,7 +670,7 @@ def fuse(args: argparse.Namespace, say: Callable[[str], None] = print) -> None:
     if args.output_path is None:
         net = build(source, state, args).fused()
         say(f"Weights: {chosen}")
-        return fit_half_precision(net, source, args, say)
+        return fit_half_precision(net, source, say, args.device, table=True)
     target = Path(args.output_path)
     check_output(target, source, args.overwrite)
     for path in [onnx_path(target, precision) for precision in wanted]:
@@ -677,7 +681,7 @@ def fuse(args: argparse.Namespace, say: Callable[[str], None] = print) -> None:
     nets = {name: quantise(copy.deepcopy(unfused), source, args, say) if name == "int8" else unfused for name in wanted}
     say("Fusing in float64")
     net = unfused.fused()
-    fit_half_precision(net, source, args, say)
+    fit_half_precision(net, source, say, args.device, args.check_fp16 or "fp16" in wanted, args.check_fp16)
     name, scale = variant_name(unfused.options), unfused.scale
     metadata = {"format": "pt", "architecture": name if name.startswith("aether") else "AetherNet", "scale": str(scale), "form": "fused"}
     part = target.with_name(f"{target.stem[:40]}.{os.getpid()}.part{target.suffix}")  # a longer name than target's may be too long

@@ -22,7 +22,7 @@ from aether_arch import PLACEMENTS, aether_from_state_dict, export_onnx, variant
 from evaluate import evaluate, markdown, upscaler  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
-from fuse_aether import calibration_pairs, read_state  # noqa: E402
+from fuse_aether import calibration_pairs, fit_half_precision, read_state  # noqa: E402
 
 
 def main() -> None:
@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path, required=True, help="pictures, such as the gt folder of training/prepare_pictures.py")
     args = parser.parse_args()
     fused = aether_from_state_dict(read_state(args.checkpoint)[0]).fused()
+    fit_half_precision(fused, args.checkpoint, print)
     args.folder.mkdir(parents=True, exist_ok=True)
     path = args.folder / f"{args.name}_fp16.safetensors"
     state = {name: value.half().contiguous() for name, value in fused.state_dict().items()}
