@@ -72,6 +72,7 @@ PRECISIONS = ("fp32", "fp16", "int8")
 CALIBRATION_PICTURES, CALIBRATION_SIDE = 32, 128  # pictures at most, and low-resolution pixels of the middle of each
 HALF_MAX = torch.finfo(torch.float16).max
 SPARE_BITS = 3  # headroom below which is rescaled: a picture may drive a layer further than the hard ones do
+TINY = 2.0**-10  # where the largest value is below, most of the others are below fp16's smallest normal number
 RUNAWAY = 10.0  # times as large an output as for most pictures
 PARAM_KEYS = ("params_ema", "params-ema", "params", "state_dict")  # in order of preference
 
@@ -446,19 +447,27 @@ def groups(net: FusedAetherNet) -> Dict[str, Group]:
 def rescale_(net: FusedAetherNet, largest: Mapping[str, float]) -> Dict[str, int]:
     """Scale what half precision would not hold by powers of two, in place: the same function, bit for bit in float32.
 
-    Returns the exponents by group; a network that needs nothing stays untouched.
+    Down what comes near its largest number; up what it would drown in its smallest, and what makes up for that with weights beyond it.
+    Returns the powers by group; a network that needs nothing stays untouched.
     """
-    tensors, exponents = dict(net.named_parameters()), {}
+    tensors, powers = dict(net.named_parameters()), {}
     for name, group in groups(net).items():
-        values, weights = [largest[value] for value in group.values], [float(tensors[tensor].abs().max()) for tensor in group.made_by]
-        needed = max(max(values) * 2**SPARE_BITS, *weights) / HALF_MAX
-        if needed > 1:
-            exponents[name] = math.ceil(math.log2(needed))
+        value = max(largest[key] for key in group.values)
+        made, used = (max(float(tensors[tensor].abs().max()) for tensor in part) for part in (group.made_by, group.used_by))
+        filled = max(value * 2**SPARE_BITS, made) / HALF_MAX
+        wanted = max(used / HALF_MAX, 1 / value if 0 < value < TINY else 0.0)
+        power = 0
+        if 1 < filled < math.inf:
+            power = -math.ceil(math.log2(filled))
+        elif wanted > 1 and 0 < filled <= 1:
+            power = min(math.ceil(math.log2(wanted)), math.floor(-math.log2(filled)))
+        if power:
+            powers[name] = power
             for tensor in group.made_by:
-                tensors[tensor].mul_(2.0 ** -exponents[name])
+                tensors[tensor].mul_(2.0**power)
             for tensor in group.used_by:
-                tensors[tensor].mul_(2.0 ** exponents[name])
-    return exponents
+                tensors[tensor].mul_(2.0**-power)
+    return powers
 
 
 @torch.no_grad()
@@ -492,18 +501,18 @@ def fit_half_precision(
                             "or pass another checkpoint (--model_path).")  # fmt: skip
         return
     before = after = largest_of([measured[name] for name in pictures if name not in lost])
-    exponents = rescale_(net, before)
-    if exponents:
+    powers = rescale_(net, before)
+    if powers:
         rescaled = copy.deepcopy(net).float().to(device)
         after = largest_of([largest_values(rescaled, picture) for picture in sound])
-        first = ", ".join(f"{name} 2^-{bits}" for name, bits in list(exponents.items())[:3])
-        say(f"Rescaled for half precision, the same function: {first}" + (f" and {len(exponents) - 3} more" if len(exponents) > 3 else ""))
+        first = ", ".join(f"{name} 2^{power}" for name, power in list(powers.items())[:3])
+        say(f"Rescaled for half precision, the same function: {first}" + (f" and {len(powers) - 3} more" if len(powers) > 3 else ""))
     if table:
-        if exponents:
+        if powers:
             print_headroom(net, "before rescaling", before, say)
-        print_headroom(net, "rescaled" if exponents else "as it is", after, say)
+        print_headroom(net, "rescaled" if powers else "as it is", after, say)
         say("")
-        if exponents:
+        if powers:
             say(f"fp16 against fp32, before rescaling: {agreement(plain, plain, torch.float16, sound)}")
         for name, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16)):
             say(f"{name} against fp32: {agreement(plain, rescaled, dtype, sound)}")

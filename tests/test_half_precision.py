@@ -25,7 +25,7 @@ NETWORKS: Dict[str, Dict[str, Any]] = {
     "spatial": {"scale": 4, "use_channel_attn": False, "img_range": 255.0, "depths": (1, 1, 2)},
     "norm kept": {"scale": 2},
 }
-BIG = 2.0**17
+BIG, SMALL = 2.0**17, 2.0**-22
 
 
 def fused_net(name: str) -> FusedAetherNet:
@@ -49,9 +49,9 @@ def pictures_of(net: aether_arch.AetherBase) -> Dict[str, torch.Tensor]:
 def test_the_rescaled_network_gives_the_same_bits(name: str, dtype: torch.dtype) -> None:
     net = fused_net(name).to(dtype)
     other = fused_net(name).to(dtype)
-    exponents = rescale_(other, everything_too_large())
-    assert list(exponents) == list(groups(net))
-    assert min(exponents.values()) >= 5 + SPARE_BITS
+    powers = rescale_(other, everything_too_large())
+    assert list(powers) == list(groups(net))
+    assert max(powers.values()) <= -5 - SPARE_BITS
     with torch.no_grad():
         for title, picture in pictures_of(net).items():
             assert torch.equal(net(picture), other(picture)), title
@@ -62,82 +62,83 @@ def test_every_value_of_a_group_shrinks_by_its_power_of_two_and_no_other(name: s
     net = fused_net(name)
     picture = pictures_of(net)["noise"]
     before = largest_values(net, picture)
-    exponents = rescale_(net, everything_too_large())
+    powers = rescale_(net, everything_too_large())
     after = largest_values(net, picture)
     expected = {key: group for group, members in groups(net).items() for key in members.values}
     for module, part, key in layers(net):
-        assert after[key] == before[key] * 2.0 ** -exponents.get(expected.get(key, ""), 0), (module, part)
+        assert after[key] == before[key] * 2.0 ** powers.get(expected.get(key, ""), 0), (module, part)
     assert {part for _, part, key in layers(net) if key not in expected} == {"gate", "output"}
     assert [module for module, part, key in layers(net) if key not in expected and part == "output"] == ["tail"]
 
 
 @torch.no_grad()
-def scale_stream(net: AetherNet) -> None:
+def scale_stream(net: AetherNet, by: float) -> None:
     """The same function (but for eps) with a stream of thousands."""
     for tensor in (*net.conv_first.parameters(), net.norm.weight, net.norm.bias, net.norm.running_mean, net.conv_after_body.bias):
-        tensor.mul_(BIG)
+        tensor.mul_(by)
     for tensor in (net.quant_fusion_layer.error_comp, net.quant_fusion_layer.fusion_conv.bias, *(conv.bias for conv in net.fusion_convs)):
-        tensor.mul_(BIG)
-    net.norm.running_var.mul_(BIG**2)
-    net.conv_before_upsample[0].weight.div_(BIG)
+        tensor.mul_(by)
+    net.norm.running_var.mul_(by**2)
+    net.conv_before_upsample[0].weight.div_(by)
     for stage in net.stages:
         for block in stage:
-            block.norm.running_mean.mul_(BIG).sub_((BIG - 1) * (block.conv.lk_bias + block.conv.sk_bias).view(1, -1, 1, 1))
-            block.norm.running_var.mul_(BIG**2)
-            block.ffn.conv_out.weight.mul_(BIG)
-            block.ffn.conv_out.bias.mul_(BIG)
-            block.channel_attn.fc[0].weight.div_(BIG)
-            block.spatial_attn.conv.weight.div_(BIG)
+            block.norm.running_mean.mul_(by).sub_((by - 1) * (block.conv.lk_bias + block.conv.sk_bias).view(1, -1, 1, 1))
+            block.norm.running_var.mul_(by**2)
+            block.ffn.conv_out.weight.mul_(by)
+            block.ffn.conv_out.bias.mul_(by)
+            block.channel_attn.fc[0].weight.div_(by)
+            block.spatial_attn.conv.weight.div_(by)
 
 
 @torch.no_grad()
-def scale_last_block(net: AetherNet) -> None:
+def scale_last_block(net: AetherNet, by: float) -> None:
     """One block adds thousands to a stream that only the last fusion convolution reads."""
     block = net.stages[-1][-1]
-    block.ffn.conv_out.weight.mul_(BIG)
-    block.channel_attn.fc[0].weight.div_(BIG)
-    block.spatial_attn.conv.weight.div_(BIG)
-    net.fusion_convs[-1].weight.div_(BIG)
+    block.ffn.conv_out.weight.mul_(by)
+    block.channel_attn.fc[0].weight.div_(by)
+    block.spatial_attn.conv.weight.div_(by)
+    net.fusion_convs[-1].weight.div_(by)
 
 
 @torch.no_grad()
-def scale_products(net: AetherNet) -> None:
+def scale_products(net: AetherNet, by: float) -> None:
     for stage in net.stages:
         for block in stage:
-            block.ffn.conv_main.weight.mul_(BIG)
-            block.ffn.conv_main.bias.mul_(BIG)
-            block.ffn.conv_out.weight.div_(BIG)
+            block.ffn.conv_main.weight.mul_(by)
+            block.ffn.conv_main.bias.mul_(by)
+            block.ffn.conv_out.weight.div_(by)
 
 
 @torch.no_grad()
-def scale_norms(net: AetherNet) -> None:
+def scale_norms(net: AetherNet, by: float) -> None:
     for stage in net.stages:
         for block in stage:
-            block.norm.weight.mul_(BIG)
-            block.norm.bias.mul_(BIG)
-            block.ffn.conv_gate.weight.div_(BIG)
-            block.ffn.conv_main.weight.div_(BIG)
+            block.norm.weight.mul_(by)
+            block.norm.bias.mul_(by)
+            block.ffn.conv_gate.weight.div_(by)
+            block.ffn.conv_main.weight.div_(by)
 
 
 @torch.no_grad()
-def scale_tail(net: AetherNet) -> None:
-    net.conv_before_upsample[0].weight.mul_(BIG)
-    net.conv_before_upsample[0].bias.mul_(BIG)
-    net.upsample.blocks[0].weight.div_(BIG)
+def scale_tail(net: AetherNet, by: float) -> None:
+    net.conv_before_upsample[0].weight.mul_(by)
+    net.conv_before_upsample[0].bias.mul_(by)
+    net.upsample.blocks[0].weight.div_(by)
 
 
-ADVERSARIES = [scale_stream, scale_last_block, scale_products, scale_norms, scale_tail]
+ADVERSARIES = [(action, BIG) for action in (scale_stream, scale_last_block, scale_products, scale_norms, scale_tail)]
+ADVERSARIES += [(action, SMALL) for action in (scale_products, scale_norms, scale_tail)]
 
 
-def adversary(action: Callable[[AetherNet], None]) -> AetherNet:
+def adversary(action: Callable[[AetherNet, float], None], by: float = BIG) -> AetherNet:
     net = small_net(2)
-    action(net)
+    action(net, by)
     return net
 
 
-@pytest.mark.parametrize("action", ADVERSARIES)
-def test_weights_that_overflow_in_half_precision_do_not_once_rescaled(action: Callable[[AetherNet], None]) -> None:
-    net, rescaled = (adversary(action).fused().float() for _ in range(2))
+@pytest.mark.parametrize(("action", "by"), ADVERSARIES)
+def test_weights_that_half_precision_does_not_hold_are_fine_once_rescaled(action: Callable[[AetherNet, float], None], by: float) -> None:
+    net, rescaled = (adversary(action, by).fused().float() for _ in range(2))
     pictures = list(pictures_of(net).values())
     plain = agreement(net, net, torch.float16, pictures)
     assert plain.startswith("not finite"), plain
@@ -219,14 +220,14 @@ def test_check_fp16_prints_every_layer_and_the_agreement_and_writes_nothing(tmp_
 
 
 @torch.no_grad()
-def open_gate_too_far(net: AetherNet) -> None:
+def open_gate_too_far(net: AetherNet, by: float) -> None:
     """A gate beyond half precision in a block that adds next to nothing: float32 is content."""
-    net.stages[0][0].ffn.conv_gate.bias.fill_(1e6)
-    net.stages[0][0].ffn.conv_out.weight.div_(1e7)
+    net.stages[0][0].ffn.conv_gate.bias.fill_(by)
+    net.stages[0][0].ffn.conv_out.weight.div_(10 * by)
 
 
 def test_what_no_rescaling_helps_is_an_error_where_half_precision_is_asked_for_and_else_a_note(tmp_path: Path, capsys: Any) -> None:
-    source, target = saved(adversary(open_gate_too_far), tmp_path / "a.pth"), tmp_path / "b.pth"
+    source, target = saved(adversary(open_gate_too_far, 1e6), tmp_path / "a.pth"), tmp_path / "b.pth"
     assert run("--model_path", source, "--output_path", target) == 0
     assert "Note: half precision holds 65504 at most, stages.0.0 gate reaches 1" in capsys.readouterr().out
     target.unlink()
@@ -259,6 +260,17 @@ def test_a_network_that_runs_away_on_every_picture_is_an_error_where_half_precis
     assert "hard pictures the network runs away" in capsys.readouterr().out
     assert run("--model_path", source, "--check-fp16") == 2
     assert "on no hard picture is the output below 65504" in capsys.readouterr().err
+
+
+def test_an_attention_that_float32_itself_saturates_is_a_note(tmp_path: Path, capsys: Any) -> None:
+    net = small_net(2)
+    with torch.no_grad():
+        squeeze, _, excite, _ = net.stages[0][0].channel_attn.fc
+        squeeze.weight.fill_(3e38)
+        excite.weight.fill_(1.0)
+        net.stages[0][0].ffn.conv_out.bias.fill_(9.0)
+    assert run("--model_path", saved(net, tmp_path / "a.pth"), "--output_path", tmp_path / "b.pth") == 0
+    assert "stages.0.0 attention reaches inf, and no rescaling helps; use these weights in float32" in capsys.readouterr().out
 
 
 def test_without_an_output_only_the_check_runs(tmp_path: Path, capsys: Any) -> None:
