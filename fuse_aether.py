@@ -549,7 +549,7 @@ def print_headroom(net: FusedAetherNet, title: str, largest: Mapping[str, float]
 
 @torch.no_grad()
 def agreement(net: AetherBase, other: AetherBase, dtype: torch.dtype, pictures: List[Tensor]) -> str:
-    """PSNR of ``other`` computed in ``dtype`` against ``net`` in float32, in words; the peak is 1, or the largest output above."""
+    """PSNR of ``other`` computed in ``dtype`` against ``net`` in float32, in words; the peak is 1."""
     low = copy.deepcopy(other).to(dtype)
     expected = [net(picture) for picture in pictures]
     try:
@@ -558,8 +558,7 @@ def agreement(net: AetherBase, other: AetherBase, dtype: torch.dtype, pictures: 
         if "not implemented" not in str(error):
             raise
         return "not compared, this PyTorch does not compute it on a CPU (newer ones do): pass --device cuda"
-    peak = max(1.0, *(float(picture.abs().max()) for picture in expected))
-    errors = [float(((output - picture) / peak).pow(2).mean()) for output, picture in zip(outputs, expected)]
+    errors = [float((output - picture).pow(2).mean()) for output, picture in zip(outputs, expected)]
     lost = sum(not math.isfinite(error) for error in errors)
     if lost:
         return f"not finite on {lost} of {len(pictures)} hard pictures"
