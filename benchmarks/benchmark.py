@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "archs"), str(ROOT / "demo"), str(ROOT / "benchmarks")]
 import aether_arch  # noqa: E402
 from aether_arch import AetherNet  # noqa: E402
-from published import kernels_merged, two_branches  # noqa: E402
+from published import keep_contiguous, kernels_merged, two_branches  # noqa: E402
 
 BASE = "aether_small fused"
 FORMS = ("unfused", "kernels merged", "fused")
@@ -334,6 +334,8 @@ def training(size: int, batch: int, rounds: int, threads: int, device: str) -> L
         for layout, memory_format in (("contiguous", torch.contiguous_format), ("channels_last", torch.channels_last)):
             made: Any = make(net).to(device)
             made, x = made.to(memory_format=memory_format), lr.to(memory_format=memory_format)
+            if layout == "contiguous":
+                keep_contiguous(made)
             steps[f"{name}, {layout}"] = functools.partial(train_step, made, x, hr)
     with threads_of_torch(threads), torch.enable_grad():
         ms = milliseconds(steps, rounds, device)

@@ -86,6 +86,12 @@ def two_branches(net: AetherNet) -> nn.Module:
     return _rewritten(net, TwoBranches, HandWrittenNorm)
 
 
+def keep_contiguous(net: nn.Module) -> nn.Module:
+    """Let a network compute in contiguous layout, as the published one does: an AetherNet trains in channels_last on a CPU, whatever it is given."""
+    net.conv_first.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))  # type: ignore[operator, union-attr]
+    return net
+
+
 def kernels_merged(net: AetherNet) -> nn.Module:
     """A copy for evaluation, fused the published way."""
     return _rewritten(net, _merge, ScaleAndShift).eval()
