@@ -905,6 +905,9 @@ class QuantAetherNet(FusedAetherNet):
 
         Takes no training. The median, because one picture of many drives some layer ten times as far as all the others do, and a range
         that held this would leave a few steps for everything else: what is beyond is clipped.
+
+        Raises:
+            ValueError: no image, or none on which all values are finite.
         """
         training, quantizers = self.training, list(self.quantizers().values())
         largest = []
@@ -914,7 +917,10 @@ class QuantAetherNet(FusedAetherNet):
                 quantizer.watched.zero_()
             self.network(image.to(self.mean))
             largest.append(torch.cat([quantizer.largest for quantizer in quantizers]))
-        for middle, quantizer in zip(torch.stack(largest).median(0).values, quantizers):
+        finite = [values for values in largest if bool(values.isfinite().all())]  # some weights run away on an extreme picture
+        if not finite:
+            raise ValueError("calibrate: there is no image on which the network's values are finite.")
+        for middle, quantizer in zip(torch.stack(finite).median(0).values, quantizers):
             quantizer.range_sum.fill_(float(middle))
             quantizer.watched.fill_(1)
         self.train(training)

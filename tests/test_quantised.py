@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any, Dict, List
@@ -209,6 +210,17 @@ def test_the_seeds_block_for_quantisation_runs_word_for_word(tmp_path: Path, mon
     quantized_model = model.convert_to_quantized()
     path = export_onnx(quantized_model, scale=4, precision="int8")
     assert (tmp_path / path).is_file()
+
+
+def test_calibration_passes_over_images_that_a_network_can_not_compute() -> None:
+    image, endless = torch.rand(1, 3, 16, 16), torch.full((1, 3, 16, 16), math.inf)
+    expected, net = quantised("full"), quantised("full")
+    expected.calibrate([image])
+    net.calibrate([endless, image])
+    assert all(torch.equal(value, other) for value, other in zip(net.state_dict().values(), expected.state_dict().values()))
+    for images in ([], [endless]):
+        with pytest.raises(ValueError, match="finite"):
+            net.calibrate(images)
 
 
 def test_what_can_not_be_quantised_is_said() -> None:

@@ -1,0 +1,184 @@
+"""INT8 against float on a CPU: speed and file size in ONNX Runtime and OpenVINO; and what each choice costs in dB.
+
+    python benchmarks/int8.py                       # speed, to benchmarks/results/int8.md (OpenVINO's columns with the package openvino)
+    python benchmarks/int8.py --quality FOLDER      # quality on scikit-image's photographs, calibrated on the pictures of a folder
+
+Speed is that of one thread, every network of a column takes turns, a figure is the median. The base is our own fused fp32 ONNX file.
+x2 has the weights of this repository, x4 random ones: speed does not depend on them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import datetime
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, Callable, Dict, List
+
+import numpy as np
+import torch
+from benchmark import ROOT, milliseconds, processor, session, table
+from torch import Tensor
+
+sys.path[:0] = [str(ROOT), str(ROOT / "training")]
+from aether_arch import PLACEMENTS, AetherBase, Quantizer, aether_from_state_dict, aether_small, export_onnx  # noqa: E402
+from evaluate import evaluate, markdown  # noqa: E402
+
+from fuse_aether import calibration_pairs, read_state  # noqa: E402
+
+WEIGHTS = ROOT / "weights" / "2x_AetherNet_small_wallpapers_fp16.safetensors"
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def float_network(scale: int) -> AetherBase:
+    if scale == 2:
+        return aether_from_state_dict(read_state(WEIGHTS)[0])
+    torch.manual_seed(0)
+    net = aether_small(scale=scale).eval()
+    with torch.no_grad():  # a new network's zeros are easy to compress
+        for parameter in net.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.005)
+    return net
+
+
+# ----------------------------------------------------------------------------------------------------------------- speed
+
+
+def files(scale: int, folder: Path) -> Dict[str, Path]:
+    net = float_network(scale)
+    found = {"fp32": folder / "fp32.onnx"}
+    export_onnx(net, scale, "fp32", str(found["fp32"]))
+    for placement in PLACEMENTS:
+        quantised = net.fused().prepare_qat(placement)
+        for target in ("onnxruntime", "openvino"):
+            found[f"{placement} {target}"] = folder / f"{placement}_{target}.onnx"
+            export_onnx(quantised, scale, "int8", str(found[f"{placement} {target}"]), target)
+    return found
+
+
+def openvino(path: Path, image: Tensor, precision: str) -> Callable[[], Any]:
+    import openvino as ov
+
+    options = {"INFERENCE_NUM_THREADS": "1", "NUM_STREAMS": "1", "INFERENCE_PRECISION_HINT": precision}
+    request = ov.Core().compile_model(str(path), "CPU", options).create_infer_request()
+    array = image.numpy()
+    return lambda: request.infer([array])
+
+
+def speed(scales: List[int], sizes: List[int], rounds: int) -> List[str]:
+    try:
+        import openvino as ov
+
+        version = f", OpenVINO {ov.__version__.split('-')[0]}"
+    except ImportError:
+        version = ", without OpenVINO (pip install -r benchmarks/requirements.txt)"
+    import onnxruntime
+
+    date = datetime.datetime.now(datetime.timezone.utc).date()
+    machine = f"{date}: {processor()}, one thread, ONNX Runtime {onnxruntime.__version__}{version}"
+    lines = [f"{machine}; aether_small; ms, and times as fast as fp32 in ONNX Runtime.", ""]
+    cells: Dict[str, List[str]] = {}
+    head = ["file"]
+    for scale in scales:
+        with tempfile.TemporaryDirectory() as folder:
+            found = files(scale, Path(folder))
+            head += [f"x{scale}, of fp32's size", *(f"x{scale}, {size}x{size}" for size in sizes)]
+            columns: List[Dict[str, float]] = []
+            for size in sizes:
+                image = torch.rand(1, 3, size, size)
+                steps = {f"{name}, ONNX Runtime": session(path, image, 1) for name, path in found.items() if "openvino" not in name}
+                if "without" not in version:
+                    for precision in ("f32", "bf16"):
+                        steps[f"fp32 file, OpenVINO {precision}"] = openvino(found["fp32"], image, precision)
+                    for placement in PLACEMENTS:
+                        for precision in ("f32", "bf16"):
+                            path = found[f"{placement} openvino"]
+                            steps[f"{placement} openvino, OpenVINO {precision}"] = openvino(path, image, precision)
+                columns.append(milliseconds(steps, rounds))
+                print(f"x{scale}, {size}x{size}: measured", file=sys.stderr)
+            base = found["fp32"].stat().st_size
+            for row in columns[0]:
+                name = row.split(",")[0].replace(" file", "")
+                cells.setdefault(row, []).append(f"{found[name].stat().st_size / base:.3f}")
+                cells[row] += [f"{ms[row]:.0f} ({ms['fp32, ONNX Runtime'] / ms[row]:.2f})" for ms in columns]
+    return lines + table(head, [[name, *row] for name, row in cells.items()])
+
+
+# --------------------------------------------------------------------------------------------------------------- quality
+
+
+def quality(folder: Path, names: tuple[str, ...]) -> str:
+    """PSNR-Y of ways to choose the ranges, and of rounding one part of the network at a time, all in the placement "full"."""
+    net = float_network(2)
+    images = [low for low, _ in calibration_pairs(folder, net)]
+    nets: Dict[str, AetherBase] = {"fp32": net, "default": copy.deepcopy(net).prepare_qat("default", images)}
+    full = copy.deepcopy(net).prepare_qat("full", images)
+    nets["full"] = full
+    seen: Dict[str, List[List[float]]] = {name: [] for name in full.quantizers()}
+
+    def look(name: str) -> Callable[..., None]:
+        def hook(quantizer: Quantizer, inputs: Any, _: Any) -> None:
+            values = inputs[0].abs() if quantizer.low is None else inputs[0]
+            largest = values.flatten()[:: max(1, values.numel() // 10**5)].kthvalue(int(min(values.numel(), 10**5) * 0.9999)).values
+            seen[name].append([float(values.max()), float(largest)])
+
+        return hook
+
+    watching = copy.deepcopy(full).eval()
+    for name, quantizer in watching.quantizers().items():
+        quantizer.enabled = False
+        quantizer.register_forward_hook(look(name))
+    with torch.no_grad():
+        for image in images:
+            watching(image)
+    ways: Dict[str, Callable[[np.ndarray], float]] = {
+        "largest of all": lambda values: float(values[:, 0].max()),
+        "mean of largest": lambda values: float(values[:, 0].mean()),
+        "99.99%": lambda values: float(values[:, 1].max()),
+    }
+    for way, choose in ways.items():
+        nets[f"full, {way}"] = copy.deepcopy(full)
+        for name, quantizer in nets[f"full, {way}"].quantizers().items():  # type: ignore[operator, union-attr]
+            quantizer.range_sum.data.fill_(choose(np.array(seen[name])))
+            quantizer.watched.data.fill_(1)
+    parts = {"blocks": lambda name: name.startswith("stages") and "quant_sum" not in name, "sums": lambda name: "quant_sum" in name,
+             "first and body": lambda name: name in ("quant_head", "quant_body"), "tail": lambda name: name.startswith("tail")}  # fmt: skip
+    for part, belongs in parts.items():
+        nets[f"only {part}"] = copy.deepcopy(full)
+        for name, quantizer in nets[f"only {part}"].quantizers().items():  # type: ignore[operator, union-attr]
+            quantizer.enabled = belongs(name)
+
+    def run(each: AetherBase) -> Callable[[np.ndarray], np.ndarray]:
+        each.eval()
+
+        @torch.no_grad()
+        def upscale(image: np.ndarray) -> np.ndarray:
+            return each(torch.from_numpy(image)).numpy()
+
+        return upscale
+
+    return markdown(evaluate({name: run(each) for name, each in nets.items()}, 2, names))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--scales", type=int, nargs="+", choices=(2, 3, 4), default=[2, 4])
+    parser.add_argument("--sizes", type=int, nargs="+", default=[128, 256])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--quality", type=Path, metavar="FOLDER")
+    parser.add_argument("--photographs", nargs="+", default=["chelsea", "coins", "brick"])
+    args = parser.parse_args()
+    text = quality(args.quality, tuple(args.photographs)) if args.quality else "\n".join(speed(args.scales, args.sizes, args.rounds))
+    print(text)
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / ("int8_quality.md" if args.quality else "int8.md")
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+if __name__ == "__main__":
+    main()
