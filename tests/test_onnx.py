@@ -124,7 +124,7 @@ def test_opsets_from_first_to_last_work_with_allowed_operators(tmp_path: Path, p
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
-@pytest.mark.parametrize("scale", [3, 8])
+@pytest.mark.parametrize("scale", [3, 4])
 def test_simplifying_halves_the_nodes_and_keeps_the_output_and_the_int8_weights(tmp_path: Path, precision: str, scale: int) -> None:
     net = network(precision, scale)
     plain, simple = (exported(tmp_path, precision, net=net, simplify=simplify) for simplify in (False, True))
