@@ -5,7 +5,7 @@
 Reads what neosr, traiNNer-redux and BasicSR write (.pth or .safetensors, EMA weights preferred), fuses in float64, writes float32, reads the
 written file back and compares it with the unfused network. Needs torch alone; safetensors only where such a file is named.
 
-With ``--onnx fp32,fp16,int8`` ONNX files are written beside the weights (needs onnx and onnxruntime). int8 comes from a checkpoint of
+With ``--onnx fp32,fp16,int8`` ONNX files are written beside the weights (needs onnx, onnxruntime and onnxslim). int8 comes from a checkpoint of
 quantisation-aware training, or from any other with ``--calibration FOLDER`` (pictures as large as the network's output; needs Pillow).
 
 What half precision could not hold is rescaled inside the network, exactly. ``--check-fp16`` prints every layer's headroom, and fp16 and bf16
@@ -18,6 +18,8 @@ from __future__ import annotations
 
 import argparse
 import copy
+import datetime
+import hashlib
 import io
 import json
 import math
@@ -48,6 +50,7 @@ else:
     sys.exit(f"fuse_aether.py: error: aether_arch.py is missing; it belongs into {ROOT / 'archs'} or beside this script.")
 
 from aether_arch import (  # noqa: E402
+    OPSETS,
     PLACEMENTS,
     TARGETS,
     VARIANTS,
@@ -69,6 +72,7 @@ ENDINGS = (".pth", ".safetensors")
 GLOBALS = re.compile(r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch \w+Storage")  # a state dict's
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 PRECISIONS = ("fp32", "fp16", "int8")
+LARGEST_STATIC = 16384  # pixels a side of a picture
 CALIBRATION_PICTURES, CALIBRATION_SIDE = 32, 128  # pictures at most, and low-resolution pixels of the middle of each
 HALF_MAX = torch.finfo(torch.float16).max
 SPARE_BITS = 3  # headroom below which is rescaled: a picture may drive a layer further than the hard ones do
@@ -173,7 +177,8 @@ def _checked(path: Path, content: Mapping[Any, Any]) -> Dict[str, Tensor]:
     for name, value in content.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise UserError(f"{path}: entry {str(name)[:80]!r} is a {type(value).__name__}, expected a state dict of tensors (--model_path).")
-        if value.layout != torch.strided or value.dtype not in DTYPES or value.is_nested or value.device.type != "cpu":
+        stored = value.dtype == torch.int8 and f"{name}_scale" in content  # a weight of the int8 form
+        if value.layout != torch.strided or not (stored or value.dtype in DTYPES) or value.is_nested or value.device.type != "cpu":
             kind = f"{value.dtype} {'nested' if value.is_nested else value.layout} on {value.device}"
             raise UserError(f"{path}: tensor {name[:80]!r} is {kind}, expected dense floating-point weights (--model_path).")
         size -= value.numel() * value.element_size()
@@ -580,15 +585,46 @@ def precisions(args: argparse.Namespace) -> List[str]:
         try:
             import onnx  # noqa: F401
             import onnxruntime  # noqa: F401
+            import onnxslim  # noqa: F401
         except ImportError as error:
-            raise UserError(f"--onnx needs the package {error.name}: pip install onnx onnxruntime, or leave it out.") from None
+            raise UserError(f"--onnx needs the package {error.name}: pip install onnx onnxruntime onnxslim, or leave it out.") from None
+        for name in wanted:
+            if not OPSETS[name][0] <= args.opset <= OPSETS[name][1]:
+                raise UserError(f"--opset {args.opset} is not possible for {name}; pass one from {OPSETS[name][0]} to {OPSETS[name][1]}.")
+    elif args.static is not None:
+        raise UserError("--static is about ONNX files; pass --onnx too, or leave it out.")
     return wanted
 
 
-def onnx_path(target: Path, precision: str) -> Path:
-    """2x_NAME_fused.safetensors -> 2x_NAME_fp16.onnx, as the community names them."""
+def static_shape(args: argparse.Namespace, net: AetherBase) -> Optional[List[int]]:
+    """--static as numbers: channels, height and width of the only picture that the ONNX files shall take."""
+    if args.static is None:
+        return None
+    chans, allowed = net.options["in_chans"], f"expected {net.options['in_chans']},H,W with a height and width of 1 to {LARGEST_STATIC}"
+    if not re.fullmatch(r"\d{1,5}(,\d{1,5}){2}", args.static):
+        raise UserError(f"--static {args.static} is not possible; {allowed}.")
+    shape = [int(number) for number in args.static.split(",")]
+    if shape[0] != chans or not all(1 <= side <= LARGEST_STATIC for side in shape[1:]):
+        raise UserError(f"--static {args.static} does not fit; {allowed}.")
+    return shape
+
+
+def onnx_path(target: Path, precision: str, static: Optional[List[int]]) -> Path:
+    """2x_NAME_fused.safetensors -> 2x_NAME_fp16.onnx, as the community names them; 2x_NAME_fp16_3x48x64.onnx where the size is fixed."""
     stem = target.stem[: -len("_fused")] if target.stem.endswith("_fused") else target.stem
-    return target.with_name(f"{stem}_{precision}.onnx")
+    size = "_" + "x".join(map(str, static)) if static else ""
+    return target.with_name(f"{stem}_{precision}{size}.onnx")
+
+
+def onnx_metadata(source: Path, args: argparse.Namespace) -> Dict[str, str]:
+    """What an ONNX file says of its origin. The date is the checkpoint's and not today's: the same input gives the same bytes."""
+    try:
+        seconds = int(os.environ.get("SOURCE_DATE_EPOCH") or source.stat().st_mtime)
+        date = datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc).date().isoformat()
+    except (ValueError, OverflowError, OSError):
+        raise UserError("the environment's SOURCE_DATE_EPOCH is not a time in seconds since 1970; correct it, or unset it.") from None
+    given = {"license": args.license, "author": args.author, "date": date, "source_sha256": hashlib.sha256(source.read_bytes()).hexdigest()}
+    return {key: value for key, value in given.items() if value}
 
 
 def calibration_pairs(folder: Path, net: AetherBase) -> List[Tuple[Tensor, Tensor]]:
@@ -647,13 +683,14 @@ def psnr(output: Tensor, truth: Tensor) -> float:
     return 10 * math.log10(255**2 / error) if error else 99.0
 
 
-def write_onnx(nets: Mapping[str, AetherBase], target: Path, args: argparse.Namespace) -> List[Path]:
+def write_onnx(nets: Mapping[str, AetherBase], target: Path, args: argparse.Namespace, metadata: Dict[str, str]) -> List[Path]:
     """One file for each precision, beside ``target``; all of them or none."""
     written: List[Path] = []
     try:
         for precision, net in nets.items():
-            path = onnx_path(target, precision)
-            export_onnx(net, net.scale, precision, str(path), args.target)
+            static = static_shape(args, net)
+            path = onnx_path(target, precision, static)
+            export_onnx(net, net.scale, precision, str(path), args.target, static=static, opset=args.opset, simplify=True, metadata=metadata)
             written.append(path)
     except (RuntimeError, ValueError) as error:
         for path in written:
@@ -681,10 +718,12 @@ def fuse(args: argparse.Namespace, say: Callable[[str], None] = print) -> None:
         return fit_half_precision(net, source, say, args.device, table=True)
     target = Path(args.output_path)
     check_output(target, source, args.overwrite)
-    for path in [onnx_path(target, precision) for precision in wanted]:
+    unfused = build(source, state, args)
+    static = static_shape(args, unfused)
+    for path in [onnx_path(target, precision, static) for precision in wanted]:
         if path.exists() and not args.overwrite:
             raise UserError(f"{path} exists; pass --overwrite to replace it, or another --output_path.")
-    unfused = build(source, state, args)
+    origin = onnx_metadata(source, args) if wanted else {}
     say(f"Weights: {chosen}")
     nets = {name: quantise(copy.deepcopy(unfused), source, args, say) if name == "int8" else unfused for name in wanted}
     say("Fusing in float64")
@@ -715,7 +754,7 @@ def fuse(args: argparse.Namespace, say: Callable[[str], None] = print) -> None:
             say(f"Exporting {', '.join(nets)}")
         check_output(target, source, args.overwrite)  # again: something else may have written it by now
         nets = {precision: (net if precision == "int8" else fused).cpu().float() for precision, net in nets.items()}
-        files = write_onnx(nets, target, args)
+        files = write_onnx(nets, target, args, origin)
         os.replace(part, target)
     except OSError as error:
         raise UserError(f"{target} can't be written: {error.strerror or error}; free space or pass another --output_path.") from None
@@ -752,6 +791,10 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser.add_argument("--placement", choices=PLACEMENTS, default=PLACEMENTS[0], help="quantisers of --calibration (default: %(default)s)")
     parser.add_argument("--target", choices=TARGETS, default=TARGETS[0], help="whom the int8 file is to be fast in (default: %(default)s)")
     parser.add_argument("--check-fp16", action="store_true", help="print each layer's headroom in half precision; needs no --output_path")
+    parser.add_argument("--static", metavar="C,H,W", help="ONNX files for pictures of one size only, for instance 3,256,256 (default: any size)")
+    parser.add_argument("--opset", type=int, default=17, help="ONNX opset of the files; 17 suits every runtime (default: %(default)s)")
+    parser.add_argument("--license", metavar="NAME", help="written into the ONNX files, for instance CC-BY-4.0")
+    parser.add_argument("--author", metavar="NAME", help="written into the ONNX files")
     parser.add_argument("--overwrite", action="store_true", help="replace --output_path where it exists")
     parser.add_argument("--accept_older_fused", action="store_true", help="take a file whose kernels an older tool merged already")
     args = parser.parse_args(argv)

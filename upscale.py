@@ -1,8 +1,10 @@
 """Upscale pictures of any size with an AetherNet: a file, or every picture in a folder.
 
     python upscale.py --model 4x_MyModel_fused.safetensors --input photo.png --output photo_4x.png
-    python upscale.py --model 4x_MyModel_fused.onnx --input folder --output upscaled
+    python upscale.py --model 4x_MyModel_fp16.onnx --input folder --output upscaled
 
+Takes weights of every form (.pth, .safetensors; int8 ones compute as they were calibrated) and every ONNX file of fuse_aether.py, those of one
+fixed size too.
 PNG, JPEG, WebP, TIFF and BMP; 16 bits, transparency, greyscale, colour profile and upright orientation are kept. The network sees one tile
 at a time, so memory for it does not grow with the picture. From Python: ``upscale_tiled(net, image)``. Needs torch, numpy, pillow and tqdm;
 onnx and onnxruntime for .onnx files; opencv-python for 16 bits, since Pillow has no 16-bit colour.
@@ -22,6 +24,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from fuse_aether import UserError, exit_code, first_line, read_state  # puts archs/ on the path
@@ -55,6 +58,16 @@ def _cuts(size: int, tile: int, overlap: int) -> List[Tuple[int, int, int, int]]
     return [(begin, end, max(0, begin - overlap), min(size, end + overlap)) for begin, end in zip(edges, edges[1:])]
 
 
+def _fixed_cuts(size: int, tile: int, overlap: int) -> List[Tuple[int, int, int, int]]:
+    """The same for a network that takes ``tile`` pixels and no other number: tiles lie inside the picture, so its borders stay borders."""
+    if size <= tile:
+        return [(0, size, 0, size)]
+    count = math.ceil((size - 2 * overlap) / (tile - 2 * overlap))
+    begins = [(size - tile) * k // (count - 1) for k in range(count)]
+    edges = [0, *((begin + tile + after) // 2 for begin, after in zip(begins, begins[1:])), size]  # in the middle of what two tiles share
+    return [(edge, end, begin, begin + tile) for edge, end, begin in zip(edges, edges[1:], begins)]
+
+
 @torch.no_grad()
 def upscale_tiled(
     net: Network,
@@ -63,6 +76,7 @@ def upscale_tiled(
     overlap: Optional[int] = None,
     out: Optional[Tensor] = None,
     progress: Callable[[Iterator[Any], int], Iterator[Any]] = lambda tiles, count: tiles,
+    size: Optional[Tuple[int, int]] = None,
 ) -> Tensor:
     """The network's output for a picture of any size, computed tile by tile: (N, C, H, W) -> (N, C, scale * H, scale * W).
 
@@ -78,6 +92,8 @@ def upscale_tiled(
             then. A smaller one is faster and may leave seams.
         out: written to and returned; e.g. over a numpy.memmap. Default: a new tensor. Of image's dtype, values of integers are rounded.
         progress: wraps the iterator over tiles, given their number.
+        size: (height, width) of the only input that the network takes; ``tile`` does not matter then. A smaller picture is continued to the
+            right and below with its last pixels, and differs a little there from what a network of any size makes of it.
 
     Raises:
         ValueError: an argument is impossible, the network is in training mode, or its output is not finite.
@@ -90,10 +106,14 @@ def upscale_tiled(
         overlap = receptive_field(net)
     if tile < 1 or overlap < 0:
         raise ValueError(f"upscale_tiled: tile={tile} and overlap={overlap} are not possible; expected tile >= 1 and overlap >= 0.")
+    if size is not None and any(2 * overlap >= side < length for side, length in zip(size, image.shape[2:])):
+        raise ValueError(f"upscale_tiled: overlap={overlap} leaves nothing of tiles of {size[1]}x{size[0]}; expected {(min(size) - 1) // 2} or less.")
     if image.dim() != 4 or image.numel() == 0 or not (image.is_floating_point() or image.dtype in LEVELS):
         raise ValueError(f"upscale_tiled: image {tuple(image.shape)} {image.dtype} is not possible; expected (N, C, H, W), floats, uint8 or uint16.")
     like = next(net.parameters(), None) if isinstance(net, nn.Module) else None
-    rows, columns = (_cuts(size, tile, overlap) for size in image.shape[2:])
+    rows, columns = (
+        _cuts(length, tile, overlap) if size is None else _fixed_cuts(length, side, overlap) for length, side in zip(image.shape[2:], size or (0, 0))
+    )
     tiles = ((row, column) for row in rows for column in columns)
     for (top, bottom, y0, y1), (left, right, x0, x1) in progress(tiles, len(rows) * len(columns)):
         crop = image[:, :, y0:y1, x0:x1]
@@ -101,6 +121,8 @@ def upscale_tiled(
             crop = crop.to(like.device)
         if image.dtype in LEVELS:
             crop = crop.float() / LEVELS[image.dtype]
+        if size is not None:
+            crop = F.pad(crop, (0, size[1] - crop.shape[3], 0, size[0] - crop.shape[2]), "replicate")
         result = net(crop if like is None else crop.to(like.dtype))
         scale = result.shape[-1] // crop.shape[-1]
         result = result[..., (top - y0) * scale : (bottom - y0) * scale, (left - x0) * scale : (right - x0) * scale]
@@ -142,16 +164,23 @@ class OnnxNetwork:
         if self.dtype is None or len(source.shape) != 4 or not isinstance(source.shape[1], int):
             raise UserError(f"{path} takes {source.type} {source.shape}, expected float (batch, channels, height, width); export it again (--model).")
         self.in_chans: int = source.shape[1]
-        sides = [side for side in source.shape[2:] if isinstance(side, int)]
-        if sides or len(self.session.get_inputs()) > 1:
-            raise UserError(f"{path} takes {[value.shape for value in self.session.get_inputs()]}, expected pictures of any size; export it with "
-                            "dynamic height and width (--model).")  # fmt: skip
+        fixed = [isinstance(side, int) for side in source.shape]
+        if fixed[2] != fixed[3] or (fixed[0] and source.shape[0] != 1) or len(self.session.get_inputs()) > 1:
+            raise UserError(f"{path} takes {[value.shape for value in self.session.get_inputs()]}, expected pictures of any size, or one picture of "
+                            "one size; export it again (--model).")  # fmt: skip
+        self.one_by_one = fixed[0]
+        self.size: Optional[Tuple[int, int]] = tuple(source.shape[2:]) if fixed[2] else None
+        height, width = self.size or (8, 8)
         try:
-            shape = self(torch.zeros(1, self.in_chans, 8, 8)).shape
+            shape = self(torch.zeros(1, self.in_chans, height, width)).shape
         except Exception as error:  # ONNX Runtime's are of many kinds
             raise UserError(f"{path} does not run ({first_line(error)}); export it again (--model).") from None
-        if len(shape) != 4 or shape[:2] != (1, self.in_chans) or shape[2] != shape[3] or shape[2] < 8 or shape[2] % 8:
-            raise UserError(f"{path} turns 8x8 pixels into {tuple(shape)}, expected a network that upscales pictures (--model).")
+        scale = shape[-1] // width if len(shape) == 4 else 0
+        if tuple(shape) != (1, self.in_chans, height * scale, width * scale) or scale < 1:
+            raise UserError(f"{path} turns {width}x{height} pixels into {tuple(shape)}, expected a network that upscales pictures (--model).")
+        self.seams = self.size is not None and 8 * self.overlap > 3 * min(self.size)  # else more than a dozen times the picture's own work
+        if self.seams:
+            self.overlap = min(height, width) // 4
 
     @staticmethod
     def _receptive_field(graph: Any) -> int:
@@ -164,7 +193,9 @@ class OnnxNetwork:
         return max(reach.values())
 
     def __call__(self, image: Tensor) -> Tensor:
-        return torch.from_numpy(self.session.run(None, {self.name: image.to(self.dtype).numpy()})[0]).to(image.dtype)
+        batches = image.split(1) if self.one_by_one else [image]
+        results = [self.session.run(None, {self.name: batch.to(self.dtype).numpy()})[0] for batch in batches]
+        return torch.from_numpy(np.concatenate(results)).to(image.dtype)
 
 
 def load_network(path: Path, device: str, fp16: bool) -> Tuple[Network, int, int]:
@@ -175,9 +206,15 @@ def load_network(path: Path, device: str, fp16: bool) -> Tuple[Network, int, int
         if not os.path.isfile(path):
             raise UserError(f"{path} {'is not a file' if os.path.exists(path) else 'does not exist'}; pass the network with --model.")
         session = OnnxNetwork(path, device)
+        if session.seams:
+            print(f"{path} takes {session.size[1]}x{session.size[0]} pixels, too few for tiles without seams; export it with a larger --static.")
         return session, session.in_chans, session.overlap
     try:
-        net = aether_from_state_dict(read_state(path)[0]).fused()
+        net = aether_from_state_dict(read_state(path)[0])
+        if not getattr(net, "stored", False):
+            net = net.fused()
+        elif fp16:
+            raise UserError(f"--fp16 can't change {path}, whose int8 weights are rounded in float32; leave --fp16 out.")
     except UserError as error:
         raise UserError(str(error).replace("--model_path", "--model").replace(".pth or .safetensors", ".pth, .safetensors or .onnx")) from None
     except ValueError as error:
@@ -298,8 +335,9 @@ def upscale_file(net: Network, in_chans: int, source: Path, target: Path, tile: 
     run = of_any_channels(net, in_chans, picture.alpha and opaque is None)
     like = next(net.parameters()) if isinstance(net, nn.Module) else torch.zeros(())
     height, width, channels = pixels.shape
-    probe = run(torch.zeros(1, channels, 1, 1, device=like.device, dtype=like.dtype))
-    scale = probe.shape[-1]
+    size = net.size if isinstance(net, OnnxNetwork) else None
+    probe = torch.zeros(1, channels, *(size or (1, 1)), device=like.device, dtype=like.dtype)
+    scale = run(probe).shape[-1] // probe.shape[-1]
     upscaled = np.empty((height * scale, width * scale, channels + (opaque is not None)), pixels.dtype)
     if opaque is not None:
         upscaled[..., -1] = opaque
@@ -310,7 +348,7 @@ def upscale_file(net: Network, in_chans: int, source: Path, target: Path, tile: 
     def bar(tiles: Iterator[Any], count: int) -> Iterator[Any]:
         return iter(tqdm(tiles, total=count, desc=source.name, unit="tile", disable=None if sys.stderr else True))
 
-    upscale_tiled(lambda crop: run(crop.to(like.device, like.dtype)), planes(pixels), tile, overlap, planes(upscaled[..., :channels]), bar)
+    upscale_tiled(lambda crop: run(crop.to(like.device, like.dtype)), planes(pixels), tile, overlap, planes(upscaled[..., :channels]), bar, size)
     part = target.with_name(f"{target.stem[:40]}.{os.getpid()}.part{target.suffix}")  # a longer name than target's may be too long
     try:
         part.write_bytes(Picture(upscaled, picture.alpha, picture.profile).encode(kind))
@@ -401,7 +439,8 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="weights (.pth, .safetensors; fused or not) or an exported network (.onnx)")
     parser.add_argument("--input", required=True, help="a picture, or a folder whose pictures are all upscaled (not those of folders in it)")
     parser.add_argument("--output", required=True, help="the picture to write, or a folder: names and formats stay the same then")
-    parser.add_argument("--tile", type=int, default=512, help="largest side of a tile in input pixels; smaller takes less memory (default: 512)")
+    parser.add_argument("--tile", type=int, default=512, help="largest side of a tile in input pixels; smaller takes less memory (default: 512). "
+                        "An ONNX file of fixed size has its own")  # fmt: skip
     parser.add_argument("--overlap", type=int, help="pixels around a tile that the network sees too (default: enough for no seams)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--fp16", action="store_true", help="half precision, on CUDA only")

@@ -34,6 +34,7 @@ __version__ = "0.1.0"
 SCALES = (1, 2, 3, 4, 8)
 PLACEMENTS = ("default", "full")  # of quantisers, see QuantAetherNet
 TARGETS = ("onnxruntime", "tensorrt", "openvino")  # of an int8 export
+OPSETS = {"fp32": (11, 23), "fp16": (11, 23), "int8": (13, 23)}  # first (one pixel shuffle, a scale for each channel), last of the exporter
 
 
 # ---------------------------------------------------------------------------------------------------------------- blocks
@@ -586,17 +587,15 @@ class CollapsedTail(nn.Module):
         for dim, side in zip((2, 3), sides):
             if side:
                 x = x[_border(dim, side, self.depth)]
-                if self.depth > 1:  # on the inner side, for an image that is smaller than the kernel
-                    pad = [0, 0, 0, 0]
-                    pad[2 * (3 - dim) + (side < 0)] = self.depth - 1
-                    x = F.pad(x, pad)
         weight, bias = (getattr(self, f"{name}_{part}").to(x.dtype) for part in ("weight", "bias"))
         if self.stored:
             weight = weight * getattr(self, f"{name}_weight_scale")
-        out = F.conv2d(x, weight, bias, padding=[0 if side else 2 for side in sides])
+        # Padded for an image that is smaller than the kernel, by the convolution: ONNX's shape inference does not see through F.pad as traced.
+        out = F.conv2d(x, weight, bias, padding=[self.depth - 1 if side else 2 for side in sides])
         for dim, side in zip((2, 3), sides):
-            if side:
-                out = out[_border(dim, side, 1)]
+            if side:  # where the kernel begins at the first row or ends at the last
+                begin = self.depth - 1 if side < 0 else -self.depth
+                out = out[(slice(None),) * dim + (slice(begin, begin + 1 or None),)]
         return out
 
     def store(self) -> None:
@@ -1280,11 +1279,22 @@ def _compare_shapes(net: nn.Module, state: Mapping[str, Tensor]) -> None:
 # ---------------------------------------------------------------------------------------------------------------- export
 
 
-def export_onnx(model: AetherBase, scale: int, precision: str = "fp32", output_path: Optional[str] = None, target: str = "onnxruntime") -> str:
+def export_onnx(
+    model: AetherBase,
+    scale: int,
+    precision: str = "fp32",
+    output_path: Optional[str] = None,
+    target: str = "onnxruntime",
+    *,
+    static: Optional[Sequence[int]] = None,
+    opset: int = 17,
+    simplify: bool = False,
+    metadata: Optional[Mapping[str, str]] = None,
+) -> str:
     """Write the fused network as one ONNX file and return its path; the model itself is left as it was.
 
     Input ``input`` (N, in_chans, H, W) in [0, 1] and output ``output`` (N, in_chans, scale * H, scale * W), batch, height and width
-    dynamic, both in the precision named, float32 for "int8". Before the path is returned ONNX Runtime has run the file on two odd sizes
+    dynamic, both in the precision named, float32 for "int8". Before the path is returned ONNX Runtime has run the graph on two odd sizes
     and agreed with the network. Needs the packages onnx and onnxruntime; fp16 a PyTorch that computes half precision on the CPU.
 
     Args:
@@ -1294,9 +1304,13 @@ def export_onnx(model: AetherBase, scale: int, precision: str = "fp32", output_p
         output_path: default ``aether_x{scale}_{precision}.onnx`` in the current folder.
         target: for "int8", whom the file is to be fast in: "onnxruntime" (on a CPU: uint8, everything between the convolutions too),
             "tensorrt" or "openvino" (int8 about zero, only what goes into convolutions).
+        static: (in_chans, height, width) for a file that takes this size only, one picture at a time; default: any size.
+        opset: of the file, see OPSETS. 17 is what ONNX Runtime, TensorRT 10 and 11, OpenVINO and DirectML before its last versions all take.
+        simplify: take out what is doubled or constant, with the package onnxslim; what is computed stays the same.
+        metadata: written into the file beside architecture, variant, scale and precision, for instance license and author.
 
     Raises:
-        ValueError: scale, precision or target do not fit.
+        ValueError: scale, precision, target, static or opset do not fit.
         RuntimeError: ONNX Runtime's output differs from the network's; nothing is left at output_path.
     """
     if scale != model.scale:
@@ -1307,9 +1321,15 @@ def export_onnx(model: AetherBase, scale: int, precision: str = "fp32", output_p
         raise ValueError("export_onnx: precision='int8' needs a quantised network: prepare_qat(), fine-tune, convert_to_quantized().")
     if target not in TARGETS:
         raise ValueError(f"export_onnx: target={target!r} is not known; allowed: {', '.join(map(repr, TARGETS))}.")
+    if static is not None and (len(static) != 3 or static[0] != model.options["in_chans"] or not all(type(n) is int and n > 0 for n in static)):
+        raise ValueError(f"export_onnx: static={tuple(static)!r} is not possible; expected ({model.options['in_chans']}, height, width).")
+    first, last = OPSETS[precision]
+    if type(opset) is not int or not first <= opset <= last:
+        raise ValueError(f"export_onnx: opset={opset!r} is not possible for {precision}; allowed: {first} to {last}.")
     import warnings
 
     import numpy as np
+    import onnx
     import onnxruntime
 
     path = output_path or f"aether_x{scale}_{precision}.onnx"
@@ -1320,15 +1340,26 @@ def export_onnx(model: AetherBase, scale: int, precision: str = "fp32", output_p
         reference = model.fused().cpu().float()
     net = copy.deepcopy(reference).half() if precision == "fp16" else reference
     image = torch.rand(1, model.options["in_chans"], 19, 23).to(net.mean.dtype)
-    axes = {0: "batch", 2: "height", 3: "width"}
+    # Other names for the output: what fixes a size by its name (DirectML, ONNX Runtime) would give both the same one.
+    axes = {"input": {0: "batch", 2: "height", 3: "width"}, "output": {0: "batch", 2: "out_height", 3: "out_width"}}
     legacy: Dict[str, Any] = {"dynamo": False} if "dynamo" in inspect.signature(torch.onnx.export).parameters else {}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the tracing exporter: old and deprecated, and the one that writes one small file everywhere
-            torch.onnx.export(net, (image,), part, input_names=["input"], output_names=["output"], opset_version=17,
-                              do_constant_folding=precision != "int8", dynamic_axes={"input": axes, "output": axes}, **legacy)  # fmt: skip
+            torch.onnx.export(net, (image,), part, input_names=["input"], output_names=["output"], opset_version=opset,
+                              do_constant_folding=precision != "int8", dynamic_axes=axes, **legacy)  # fmt: skip
         if precision == "int8":
             _integer_convolutions(part, target)
+        onnx_model = onnx.load(part)
+        if simplify:
+            import onnxslim
+
+            onnx_model = onnxslim.slim(onnx_model, size_threshold=64)  # bytes: int8 weights are constants too, and are to stay what they are
+        del onnx_model.graph.value_info[:]  # shapes between the layers: every reader infers them, for the size that it wants
+        described = {"architecture": "AetherNet", "variant": variant_name(model.options), "scale": str(scale), "precision": precision}
+        onnx.helper.set_model_props(onnx_model, {**described, **(metadata or {})})
+        onnx.checker.check_model(onnx_model, full_check=True)
+        onnx.save(onnx_model, part)
         session = onnxruntime.InferenceSession(part, providers=["CPUExecutionProvider"])
         for height, width in ((17, 31), (33, 13)):
             image = torch.rand(2, model.options["in_chans"], height, width).to(net.mean.dtype)
@@ -1341,6 +1372,12 @@ def export_onnx(model: AetherBase, scale: int, precision: str = "fp32", output_p
             bound = {"fp32": 1e-4, "fp16": 2e-2, "int8": 4e-3}[precision] * max(1.0, float(expected.abs().max()))
             if not largest <= bound:
                 raise RuntimeError(f"export_onnx: ONNX Runtime differs from the network by {largest:.3g} at {width}x{height}, allowed {bound:.3g}.")
+        if static is not None:  # the same graph: no node of it holds a size
+            for value, factor in ((onnx_model.graph.input[0], 1), (onnx_model.graph.output[0], scale)):
+                for dim, size in zip(value.type.tensor_type.shape.dim, (1, static[0], static[1] * factor, static[2] * factor)):
+                    dim.dim_value = size
+            onnx.checker.check_model(onnx_model, full_check=True)  # infers the output's size and compares
+            onnx.save(onnx_model, part)
         os.replace(part, path)
     finally:
         if os.path.exists(part):
@@ -1409,7 +1446,6 @@ def _integer_convolutions(path: str, target: str) -> None:
     for field, values_kept in ((graph.node, kept[::-1]), (graph.initializer, initializers)):
         del field[:]
         field.extend(values_kept)
-    onnx.checker.check_model(model, full_check=True)
     onnx.save(model, path)
 
 
