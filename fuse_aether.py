@@ -12,6 +12,8 @@ What half precision could not hold is rescaled inside the network, exactly. ``--
 against fp32; alone, without --output_path, it writes nothing and takes fused weights too:
 
     python fuse_aether.py --model_path 2x_MyModel_fused.safetensors --check-fp16
+
+Version 0.1.0. Source: https://github.com/phhofm (AetherNet by Philip Hofmann). Licence: MIT.
 """
 
 from __future__ import annotations
@@ -57,6 +59,7 @@ from aether_arch import (  # noqa: E402
     FusedAetherNet,
     QuantAetherNet,
     SpatialAttention,
+    __version__,
     aether_from_state_dict,
     export_onnx,
     state_dict_form,
@@ -257,6 +260,8 @@ def check_output(path: Path, source: Path, overwrite: bool) -> None:
         raise UserError(f"{path} is the input itself, which is never overwritten; pass another --output_path.")
     if os.path.isdir(path):
         raise UserError(f"{path} is a folder, expected a file name; pass another --output_path.")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f"{path} is a pipe or a device, expected a file name; pass another --output_path.")
     if exists and not overwrite:
         raise UserError(f"{path} exists; pass --overwrite to replace it, or another --output_path.")
 
@@ -753,6 +758,7 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser.add_argument("--target", choices=TARGETS, default=TARGETS[0], help="whom the int8 file is to be fast in (default: %(default)s)")
     parser.add_argument("--check-fp16", action="store_true", help="print each layer's headroom in half precision; needs no --output_path")
     parser.add_argument("--overwrite", action="store_true", help="replace --output_path where it exists")
+    parser.add_argument("--version", action="version", version=f"AetherNet {__version__}")
     parser.add_argument("--accept_older_fused", action="store_true", help="take a file whose kernels an older tool merged already")
     args = parser.parse_args(argv)
     if args.output_path is None and (args.onnx or args.int8 or not args.check_fp16):
