@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional
 
@@ -151,6 +152,7 @@ def inside() -> None:
         print(json.dumps(report))
         return
     report["torch"], report["results"] = torch.__version__.split("+")[0], {}
+    begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as name:
         for column, trial in trials(Path(name)).items():
             try:
@@ -160,6 +162,7 @@ def inside() -> None:
                 report["results"][column] = ABSENT
             except Exception as error:
                 report["results"][column] = f"{type(error).__name__}: {error}"
+    report["seconds"] = round(time.perf_counter() - begin)
     print("\n" + json.dumps(report))
 
 
@@ -213,6 +216,7 @@ def main() -> int:
             print(f"{interpreter}: Python {report['python']} without PyTorch, not tested", file=sys.stderr)
         else:
             reports[report["where"]] = report
+            print(f"{interpreter}: Python {report['python']}, PyTorch {report['torch']}, tried in {report['seconds']} s", file=sys.stderr)
             for column, result in report["results"].items():
                 if result not in ("yes", ABSENT):
                     print(f"{interpreter}: Python {report['python']}, PyTorch {report['torch']}, {column}: {result}", file=sys.stderr)
