@@ -118,8 +118,8 @@ def read_state(path: Path) -> Tuple[Dict[str, Tensor], str]:
 def _read_safetensors(path: Path) -> Any:
     try:
         from safetensors.torch import load_file
-    except ImportError:
-        raise UserError(f"{path} needs the package safetensors: pip install safetensors, or pass a .pth file (--model_path).") from None
+    except ImportError as error:
+        raise UserError(f"{path} needs the package {error.name}: pip install {error.name}, or pass a .pth file (--model_path).") from None
     try:
         return load_file(str(path))
     except Exception as error:
@@ -251,8 +251,8 @@ def check_output(path: Path, source: Path, overwrite: bool) -> None:
     if path.suffix.lower() == ".safetensors":
         try:
             import safetensors.torch  # noqa: F401
-        except ImportError:
-            raise UserError(f"{path} needs the package safetensors: pip install safetensors, or write a .pth file (--output_path).") from None
+        except ImportError as error:
+            raise UserError(f"{path} needs the package {error.name}: pip install {error.name}, or write a .pth file (--output_path).") from None
     if not os.path.isdir(path.parent):
         raise UserError(f"the folder {path.parent} does not exist; make it or pass another --output_path.")
     exists = os.path.lexists(path)  # not path.exists(): a link to nothing is something too
