@@ -12,6 +12,8 @@ What half precision could not hold is rescaled inside the network, exactly. ``--
 against fp32; alone, without --output_path, it writes nothing and takes fused weights too:
 
     python fuse_aether.py --model_path 2x_MyModel_fused.safetensors --check-fp16
+
+Version 0.1.0. Source: https://github.com/phhofm (AetherNet by Philip Hofmann). Licence: MIT.
 """
 
 from __future__ import annotations
@@ -60,6 +62,7 @@ from aether_arch import (  # noqa: E402
     FusedAetherNet,
     QuantAetherNet,
     SpatialAttention,
+    __version__,
     aether_from_state_dict,
     export_onnx,
     state_dict_form,
@@ -119,8 +122,8 @@ def read_state(path: Path) -> Tuple[Dict[str, Tensor], str]:
 def _read_safetensors(path: Path) -> Any:
     try:
         from safetensors.torch import load_file
-    except ImportError:
-        raise UserError(f"{path} needs the package safetensors: pip install safetensors, or pass a .pth file (--model_path).") from None
+    except ImportError as error:
+        raise UserError(f"{path} needs the package {error.name}: pip install {error.name}, or pass a .pth file (--model_path).") from None
     try:
         return load_file(str(path))
     except Exception as error:
@@ -253,8 +256,8 @@ def check_output(path: Path, source: Path, overwrite: bool) -> None:
     if path.suffix.lower() == ".safetensors":
         try:
             import safetensors.torch  # noqa: F401
-        except ImportError:
-            raise UserError(f"{path} needs the package safetensors: pip install safetensors, or write a .pth file (--output_path).") from None
+        except ImportError as error:
+            raise UserError(f"{path} needs the package {error.name}: pip install {error.name}, or write a .pth file (--output_path).") from None
     if not os.path.isdir(path.parent):
         raise UserError(f"the folder {path.parent} does not exist; make it or pass another --output_path.")
     exists = os.path.lexists(path)  # not path.exists(): a link to nothing is something too
@@ -262,6 +265,8 @@ def check_output(path: Path, source: Path, overwrite: bool) -> None:
         raise UserError(f"{path} is the input itself, which is never overwritten; pass another --output_path.")
     if os.path.isdir(path):
         raise UserError(f"{path} is a folder, expected a file name; pass another --output_path.")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f"{path} is a pipe or a device, expected a file name; pass another --output_path.")
     if exists and not overwrite:
         raise UserError(f"{path} exists; pass --overwrite to replace it, or another --output_path.")
 
@@ -796,6 +801,7 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser.add_argument("--license", metavar="NAME", help="written into the ONNX files, for instance CC-BY-4.0")
     parser.add_argument("--author", metavar="NAME", help="written into the ONNX files")
     parser.add_argument("--overwrite", action="store_true", help="replace --output_path where it exists")
+    parser.add_argument("--version", action="version", version=f"AetherNet {__version__}")
     parser.add_argument("--accept_older_fused", action="store_true", help="take a file whose kernels an older tool merged already")
     args = parser.parse_args(argv)
     if args.output_path is None and (args.onnx or args.int8 or not args.check_fp16):

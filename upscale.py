@@ -8,6 +8,8 @@ fixed size too.
 PNG, JPEG, WebP, TIFF and BMP; 16 bits, transparency, greyscale, colour profile and upright orientation are kept. The network sees one tile
 at a time, so memory for it does not grow with the picture. From Python: ``upscale_tiled(net, image)``. Needs torch, numpy, pillow and tqdm;
 onnx and onnxruntime for .onnx files; opencv-python for 16 bits, since Pillow has no 16-bit colour.
+
+Version 0.1.0. Source: https://github.com/phhofm (AetherNet by Philip Hofmann). Licence: MIT.
 """
 
 from __future__ import annotations
@@ -392,6 +394,8 @@ def pairs(source: Path, target: Path, overwrite: bool) -> List[Tuple[Path, Path]
     for path, result in found:
         if os.path.isdir(result):
             raise UserError(f"{result} is a folder, expected a file name; pass another --output.")
+        if os.path.exists(result) and not os.path.isfile(result):
+            raise UserError(f"{result} is a pipe or a device, expected a file name; pass another --output.")
         if os.path.exists(result) and os.path.samefile(path, result):
             raise UserError(f"{result} is the input itself, which is never overwritten; pass another --output.")
         if os.path.lexists(result) and not overwrite:  # a link to nothing is something too

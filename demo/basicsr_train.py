@@ -72,7 +72,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     if not os.path.isfile(options):
         parser.error(f"there is no options file {args.opt}")
     if importlib.util.find_spec("basicsr") is None:
-        parser.error("BasicSR is not installed; see requirements.txt")
+        parser.error("BasicSR is not installed; see requirements-basicsr.txt")
     register_aether()
     os.makedirs(args.root, exist_ok=True)
     os.chdir(args.root)

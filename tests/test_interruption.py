@@ -135,6 +135,24 @@ def test_what_is_no_file_is_refused_and_never_waited_for(checkpoint: Path, pictu
     assert not list(folder.glob("out*"))
 
 
+@pytest.mark.parametrize("kind", ["fifo", "device"])
+def test_a_pipe_or_a_device_as_output_is_refused_stays_and_is_never_waited_for(checkpoint: Path, picture: Path, capfd: Any, kind: str) -> None:
+    folder = checkpoint.parent
+    targets = [folder / f"out{ending}" for ending in (*ENDINGS, ".png")]
+    for target in targets:
+        os.mkfifo(target) if kind == "fifo" else target.symlink_to(os.devnull)
+    signal.alarm(20)  # a run that waits for ever ends the tests
+    for more in ((), ("--overwrite",)):
+        for target in targets[:2]:
+            assert fuse(checkpoint, target, *more) == 2
+            assert "pipe or a device" in one_line(capfd)
+        assert upscaled(checkpoint, picture, targets[2], *more) == 2
+        assert "pipe or a device" in one_line(capfd, "upscale.py")
+    signal.alarm(0)
+    assert not any(target.is_file() for target in targets)
+    assert sorted(os.listdir(folder)) == sorted(["in.png", "in.pth", *(target.name for target in targets)])
+
+
 class _AsNobody:
     """Inside, files are seen with the rights of another user than root, whom every permission is open to."""
 

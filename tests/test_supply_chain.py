@@ -1,0 +1,69 @@
+"""What is installed for the tests is pinned with hashes and has its reason, and every place names the same versions."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import aether_arch
+import pytest
+from conftest import ROOT
+
+PINNED = re.compile(r"^([a-z0-9-]+)==([^ ]+)(?: ; [^\\]+)? \\\n((?:    --hash=sha256:[0-9a-f]{64}(?: \\)?\n)+)", re.MULTILINE)
+
+
+def read(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def listed() -> dict[str, str]:
+    """Name and version, "" where any, of each line of requirements.in."""
+    lines = [re.match(r"([A-Za-z0-9_-]+)(?:==(\S+))?", line) for line in read("requirements.in").splitlines()]
+    return {line[1].lower(): line[2] or "" for line in lines if line}
+
+
+def test_every_package_is_pinned_with_hashes_and_from_no_index_of_its_own() -> None:
+    text = read("requirements.txt")
+    pins = {name: (version, hashes.count("--hash")) for name, version, hashes in PINNED.findall(text)}
+    packages = [line for line in text.splitlines() if line and not line.startswith((" ", "#"))]
+    assert len(pins) == len(packages) > 50
+    for name, version in listed().items():
+        assert name in pins, f"{name} is not in requirements.txt: make requirements"
+        assert version in ("", pins[name][0]), f"{name}: make requirements"
+    assert not re.search(r"://|--(extra-)?index|--find-links|^-e|@", text)
+    assert pins["numpy"][1] > 20, "the hashes of one platform alone"
+
+
+def test_torch_and_what_needs_a_card_are_left_to_the_user() -> None:
+    assert not re.search("^(torch|triton|nvidia|cuda)[=-]", read("requirements.txt"), re.MULTILINE)
+
+
+def test_the_package_that_is_built_from_source_has_its_hash() -> None:
+    (line,) = (line for line in read("requirements-basicsr.txt").splitlines() if not line.startswith("#"))
+    assert re.fullmatch(r"animesisr-basicsr==[\d.]+ --hash=sha256:[0-9a-f]{64}", line)
+
+
+def test_every_dependency_has_its_reason() -> None:
+    for line in read("requirements.in").splitlines():
+        assert line.startswith("#") or re.fullmatch(r"\S+  # .{9,}", line), line
+
+
+@pytest.mark.parametrize(("package", "files"), [
+    ("torch", ["requirements.in", "Makefile", "README.md"]),
+    ("animesisr-basicsr", ["requirements.in", "requirements-basicsr.txt", "docs/BasicSR.md"]),
+    ("torchvision", ["requirements.in", "docs/BasicSR.md"]),
+])  # fmt: skip
+def test_every_place_names_the_same_version(package: str, files: list[str]) -> None:
+    versions = {file: set(re.findall(rf"(?<![\w-]){package}==([\d.]+\d)", read(file))) for file in files}
+    assert all(versions.values()), versions
+    assert len(set.union(*versions.values())) == 1, versions
+
+
+def test_headers_and_changelog_name_the_same_version() -> None:
+    (version,) = re.findall(r"^## (\S+)", read("CHANGELOG.md"), re.MULTILINE)[:1]
+    assert aether_arch.__version__ == version
+    for name in ("fuse_aether.py", "upscale.py"):
+        assert re.findall(r"^Version (\S+)\. ", read(name), re.MULTILINE) == [version], name
+    told = subprocess.run([sys.executable, str(ROOT / "fuse_aether.py"), "--version"], capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == f"AetherNet {version}"
