@@ -79,7 +79,7 @@ SMALLER = ", and at 8 or 4 set batch_renorm"
 def network_option(kind: Kind, size: Size, indent: str, equals: str) -> str:
     """The one option that the kind or the batch asks for; commented out where the template's batch is large enough without it."""
     if kind.qat:
-        return f"{indent}qat{equals}true  # quantisers in the blocks; 'full': in the two 3x3 convolutions after them as well, docs/int8.md"
+        return f"{indent}qat{equals}true  # true: the blocks; 'full': the whole body in 8 bits, faster and less exact, docs/int8.md"
     line, comment = f"{indent}batch_renorm{equals}true", f"{indent}{'# ' if indent else '#'}batch_renorm{equals}true"
     return f"{line if size.batch <= 8 else comment}  # {WHY_RENORM}"
 
