@@ -2,6 +2,7 @@
 
     python benchmarks/int8.py                       # speed, to benchmarks/results/int8.md (OpenVINO's columns with the package openvino)
     python benchmarks/int8.py --quality FOLDER      # quality on scikit-image's photographs, calibrated on the pictures of a folder
+    python benchmarks/int8.py --picture FOLDER      # docs/int8.png: a photograph in fp32 and int8, and 32 times their difference
 
 Speed is that of one thread, every network of a column takes turns, a figure is the median. The base is our own fused fp32 ONNX file.
 x2 has the weights of this repository, x4 random ones: speed does not depend on them.
@@ -21,11 +22,12 @@ from typing import Any, Callable, Dict, List
 import numpy as np
 import torch
 from benchmark import ROOT, milliseconds, processor, session, table
+from PIL import Image
 from torch import Tensor
 
 sys.path[:0] = [str(ROOT), str(ROOT / "training")]
 from aether_arch import PLACEMENTS, AetherBase, Quantizer, aether_from_state_dict, aether_small, export_onnx  # noqa: E402
-from evaluate import evaluate, markdown  # noqa: E402
+from evaluate import evaluate, markdown, pair  # noqa: E402
 
 from fuse_aether import calibration_pairs, read_state  # noqa: E402
 
@@ -163,14 +165,36 @@ def quality(folder: Path, names: tuple[str, ...]) -> str:
     return markdown(evaluate({name: run(each) for name, each in nets.items()}, 2, names))
 
 
+def picture(folder: Path, path: Path, gain: int = 32) -> str:
+    """fp32, default, full in the upper row; below, 128 and ``gain`` times what the two differ from fp32 by."""
+    net = float_network(2)
+    images = [low for low, _ in calibration_pairs(folder, net)][::4]
+    _, small = pair("chelsea", 2)
+    crop = small.crop((40, 20, 150, 130))
+    image = torch.from_numpy(np.asarray(crop, dtype=np.float32).transpose(2, 0, 1)[None] / 255)
+    rows: List[List[np.ndarray]] = [[], []]
+    with torch.no_grad():
+        for each in (net, *(net.fused().prepare_qat(placement, images).eval() for placement in PLACEMENTS)):
+            rows[0].append((each(image)[0].clamp(0, 1) * 255).round().numpy().transpose(1, 2, 0))
+            rows[1].append(128 + gain * (rows[0][-1] - rows[0][0]))
+    pixels = np.concatenate([np.concatenate(row, 1) for row in rows]).clip(0, 255).astype(np.uint8)
+    Image.fromarray(pixels).save(path, optimize=True)
+    differences = [np.abs(each - rows[0][0]) for each in rows[0][1:]]
+    return "\n".join(f"{name}: mean {each.mean():.2f}, largest {each.max():.0f} of 255" for name, each in zip(PLACEMENTS, differences))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--scales", type=int, nargs="+", choices=(2, 3, 4), default=[2, 4])
     parser.add_argument("--sizes", type=int, nargs="+", default=[128, 256])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--quality", type=Path, metavar="FOLDER")
+    parser.add_argument("--picture", type=Path, metavar="FOLDER")
     parser.add_argument("--photographs", nargs="+", default=["chelsea", "coins", "brick"])
     args = parser.parse_args()
+    if args.picture:
+        print(picture(args.picture, ROOT / "docs" / "int8.png"))
+        return
     text = quality(args.quality, tuple(args.photographs)) if args.quality else "\n".join(speed(args.scales, args.sizes, args.rounds))
     print(text)
     RESULTS.mkdir(exist_ok=True)

@@ -42,3 +42,10 @@ def test_the_table_of_parameters_is_what_the_command_prints(tmp_path: Path) -> N
 def test_every_local_link_exists() -> None:
     for link in re.findall(r"\]\(([^)#]+)\)", README):
         assert link.startswith("http") or (ROOT / link).exists(), link
+
+
+def test_the_table_of_int8_is_what_the_command_printed() -> None:
+    printed = (ROOT / "benchmarks" / "results" / "int8.md").read_text(encoding="utf-8").splitlines()
+    rows = [line for line in README.splitlines() if "ONNX Runtime |" in line or ", OpenVINO f32 |" in line]
+    assert len(rows) == 6
+    assert all(row in printed for row in rows)
