@@ -38,6 +38,7 @@ def deeds(folder: Path, *command: str) -> tuple[int, str, list[str]]:
     log, scratch = folder.with_name("strace.log"), folder.with_name("scratch")
     scratch.mkdir(exist_ok=True)  # PyTorch tries on import whether it can write to the folder for temporary files
     environment = {**os.environ, "TMPDIR": str(scratch), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    environment.pop("TORCHINDUCTOR_CACHE_DIR", None)  # torch.compile in another test puts it there, and PyTorch would look for that folder
     done = subprocess.run([*STRACE, "-o", str(log), *command], cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     _, *calls = log.read_text(encoding="utf-8").splitlines()  # the first is strace's own start of the command
     return done.returncode, done.stderr, [call for call in calls if not harmless(call, folder, scratch)]
