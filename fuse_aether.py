@@ -697,9 +697,11 @@ def write_onnx(nets: Mapping[str, AetherBase], target: Path, args: argparse.Name
             path = onnx_path(target, precision, static)
             export_onnx(net, net.scale, precision, str(path), args.target, static=static, opset=args.opset, simplify=True, metadata=metadata)
             written.append(path)
-    except (RuntimeError, ValueError) as error:
+    except BaseException as error:
         for path in written:
             path.unlink()
+        if not isinstance(error, Exception) or isinstance(error, (OSError, MemoryError)):
+            raise
         raise UserError(f"{target} as ONNX: {first_line(error)} Pass other weights, or leave --onnx out.") from None
     return written
 
