@@ -1348,9 +1348,9 @@ def export_onnx(
             warnings.simplefilter("ignore")  # the tracing exporter: old and deprecated, and the one that writes one small file everywhere
             torch.onnx.export(net, (image,), part, input_names=["input"], output_names=["output"], opset_version=opset,
                               do_constant_folding=precision != "int8", dynamic_axes=axes, **legacy)  # fmt: skip
-        if precision == "int8":
-            _integer_convolutions(part, target)
         onnx_model = onnx.load(part)
+        if precision == "int8":
+            _integer_convolutions(onnx_model, target)
         if simplify:
             import onnxslim
 
@@ -1385,8 +1385,8 @@ def export_onnx(
     return path
 
 
-def _integer_convolutions(path: str, target: str) -> None:
-    """Let the convolutions of an ONNX file between quantisers have int8 weights as runtimes look for them: DequantizeLinear of a constant.
+def _integer_convolutions(model: Any, target: str) -> None:
+    """Let the convolutions of an ONNX model between quantisers have int8 weights as runtimes look for them: DequantizeLinear of a constant.
 
     As traced, each of those weights is ``Cast(int8) * scale``. That stays where a convolution computes in float: runtimes compute it once,
     when they load the file. ONNX Runtime makes an integer convolution of any that stands between quantisers; LeakyRelu with a slope of 1,
@@ -1395,7 +1395,6 @@ def _integer_convolutions(path: str, target: str) -> None:
     import numpy as np
     import onnx
 
-    model = onnx.load(path)
     graph = model.graph
     made = {output: node for node in graph.node for output in node.output}
     constants = {tensor.name: tensor for tensor in graph.initializer}
@@ -1446,7 +1445,6 @@ def _integer_convolutions(path: str, target: str) -> None:
     for field, values_kept in ((graph.node, kept[::-1]), (graph.initializer, initializers)):
         del field[:]
         field.extend(values_kept)
-    onnx.save(model, path)
 
 
 # -------------------------------------------------------------------------------------------------------------- variants

@@ -1,6 +1,6 @@
 """Run BasicSR's own training pipeline without CUDA, in the current folder.
 
-python basicsr_cpu.py -opt X.yml [--auto_resume] [--launcher pytorch] [--dump FOLDER]
+    python basicsr_cpu.py -opt X.yml [--auto_resume] [--launcher pytorch] [--dump FOLDER]
 """
 
 from __future__ import annotations

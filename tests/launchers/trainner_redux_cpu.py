@@ -1,6 +1,6 @@
 """Run traiNNer-redux's own train.py, test.py or convert_to_onnx.py without CUDA; the current folder is its checkout.
 
-python trainner_redux_cpu.py train -opt X.yml [--auto_resume] [--launcher pytorch] [--dump FOLDER]
+    python trainner_redux_cpu.py train -opt X.yml [--auto_resume] [--launcher pytorch] [--dump FOLDER]
 """
 
 from __future__ import annotations
