@@ -381,7 +381,7 @@ def largest_values(net: AetherBase, picture: Tensor) -> Dict[str, float]:
         def hook(module: Any, inputs: Any, output: Any) -> None:
             for end, value in (("in", inputs[0]), ("out", output)):
                 largest = float(value.abs().max())
-                found[f"{name}.{end}"] = math.inf if math.isnan(largest) else largest
+                found[f"{name}.{end}"] = max(found.get(f"{name}.{end}", 0.0), math.inf if math.isnan(largest) else largest)
 
         return hook
 

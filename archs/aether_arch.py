@@ -129,7 +129,8 @@ class DeploymentNorm(nn.Module):
         affine = (torch.ones_like(weight), torch.zeros_like(bias)) if self.renorm else (weight, bias)
         out, mean, invstd = torch.native_batch_norm(x, *affine, None, None, True, 0.0, self.eps)
         with torch.no_grad():
-            mean, invstd = mean.view_as(self.running_mean), invstd.view_as(self.running_var)  # float32 under autocast too
+            # float32 under autocast too, but not in what torch.compile knows of a CPU
+            mean, invstd = (value.to(self.running_mean.dtype).view_as(self.running_mean) for value in (mean, invstd))
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(invstd.pow(-2) - self.eps, self.momentum)
             if self.renorm:
@@ -497,6 +498,8 @@ class AetherNet(AetherBase):
 class FusedAetherBlock(nn.Module):
     """AetherBlock as plain convolutions: (N, C, H, W) -> (N, C, H, W)."""
 
+    STRIP = 4096  # pixels at once, see forward
+
     def __init__(self, channels: int, hidden: int, kernel: int, channel_attn: bool, spatial_attn: bool) -> None:
         super().__init__()
         self.reparam_conv = nn.Conv2d(channels, channels, kernel, padding=kernel // 2, groups=channels)
@@ -506,12 +509,21 @@ class FusedAetherBlock(nn.Module):
         self.channel_attn = ChannelAttention(channels) if channel_attn else nn.Identity()
         self.spatial_attn = SpatialAttention() if spatial_attn else nn.Identity()
 
+    def feed_forward(self, x: Tensor) -> Tensor:
+        # In place where nobody else holds the tensor: fetching fresh memory for a large one takes as long as the operation itself.
+        hidden = F.silu(self.gate_conv(x), inplace=True)
+        hidden *= self.main_conv(x)
+        return self.out_conv(hidden)
+
     def forward(self, x: Tensor) -> Tensor:
         out = self.reparam_conv(x)
-        # In place where nobody else holds the tensor: fetching fresh memory for a large one takes as long as the operation itself.
-        hidden = F.silu(self.gate_conv(out), inplace=True)
-        hidden *= self.main_conv(out)
-        out = self.spatial_attn(self.channel_attn(self.out_conv(hidden)))
+        rows = self.STRIP // (x.shape[0] * x.shape[3]) if _eager_on_cpu(x) else x.shape[2]
+        if rows < x.shape[2]:  # the hidden tensor, wider than all others, then stays in the cache and takes next to no memory
+            for strip in out.split(max(1, rows), 2):
+                strip.copy_(self.feed_forward(strip))
+        else:
+            out = self.feed_forward(out)
+        out = self.spatial_attn(self.channel_attn(out))
         out += x
         return out
 
@@ -1000,6 +1012,14 @@ class QuantAetherNet(FusedAetherNet):
 def _bias(conv: nn.Conv2d) -> Tensor:
     assert conv.bias is not None  # for the type checker: these convolutions have one
     return conv.bias
+
+
+def _eager_on_cpu(x: Tensor) -> bool:
+    """Whether operations on ``x`` run one by one, with no gradient, tracer or compiler that would hold what is between them."""
+    if x.device.type != "cpu" or torch.is_grad_enabled() or torch.jit.is_tracing():
+        return False
+    compiling = getattr(getattr(torch, "compiler", None), "is_compiling", None)
+    return not (compiling and compiling())
 
 
 def _int8_scale(weight: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict
 
 import torch
+from aether_arch import FusedAetherBlock
 from benchmark import aether, export, milliseconds, session, table, threads_of_torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -42,6 +43,11 @@ def in_place(block: Any, x: Tensor) -> Tensor:
     return torch.addcmul(x, out, torch.sigmoid(block.spatial_attn.conv(pooled)))
 
 
+def in_strips(block: Any, x: Tensor) -> Tensor:
+    """As FusedAetherBlock does it: the same, and in eager mode some rows at a time."""
+    return FusedAetherBlock.forward(block, x)
+
+
 def one_convolution(block: Any, x: Tensor) -> Tensor:
     """Gate and main in one 1x1 convolution, split afterwards."""
     gate, main = F.conv2d(block.reparam_conv(x), block.both_weight, block.both_bias).chunk(2, 1)
@@ -57,7 +63,13 @@ def pooled_mean(block: Any, x: Tensor) -> Tensor:
     return x + block.spatial_attn(out * block.channel_attn.fc(F.adaptive_avg_pool2d(out, 1)))
 
 
-VARIANTS = {"plain": plain, "in place": in_place, "gate and main in one convolution": one_convolution, "mean as pooling": pooled_mean}
+VARIANTS = {
+    "plain": plain,
+    "in place": in_place,
+    "in place, in strips": in_strips,
+    "gate and main in one convolution": one_convolution,
+    "mean as pooling": pooled_mean,
+}
 
 
 @torch.no_grad()

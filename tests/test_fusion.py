@@ -7,7 +7,7 @@ from typing import Any, Dict
 import aether_arch
 import pytest
 import torch
-from aether_arch import AetherNet, CollapsedTail, FusedAetherNet
+from aether_arch import AetherNet, CollapsedTail, FusedAetherBlock, FusedAetherNet
 from conftest import randomize, small_net
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -42,6 +42,27 @@ def test_the_fused_network_is_the_same_function(scale: int, options: Dict[str, A
     fused = net.fused()
     for height, width in SIZES:
         assert difference(net, fused, height, width, options.get("in_chans", 3)) <= 1e-8
+
+
+@pytest.mark.parametrize("attention", [False, True])
+@pytest.mark.parametrize(("height", "width"), [(16, 5), (17, 5), (9, 130)])
+def test_rows_at_a_time_are_the_same_function_and_a_gradient_sees_all_of_them(
+    attention: bool, height: int, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = small_net(2, use_channel_attn=attention, use_spatial_attn=attention)
+    fused = net.fused()
+    heights = []
+    for block in fused.modules():
+        if isinstance(block, FusedAetherBlock):
+            block.gate_conv.register_forward_hook(lambda module, inputs, output: heights.append(output.shape[2]))
+    monkeypatch.setattr(FusedAetherBlock, "STRIP", 64)
+    assert difference(net, fused, height, width) <= 1e-8
+    assert max(heights) == max(1, 64 // (2 * width)) < height, "whole pictures went through"
+    heights.clear()
+    x = torch.rand(1, 3, height, width, dtype=torch.float64, requires_grad=True)
+    fused(x).sum().backward()
+    assert x.grad is not None
+    assert set(heights) == {height}
 
 
 @settings(max_examples=15, deadline=None)

@@ -4,7 +4,7 @@
 
 FOLDER is what training/prepare_pictures.py wrote. The options are those of the template of that stage with the changes listed in
 CHANGES; both end up in CHECKOUT/experiments/NAME. archs/aether_arch.py is copied into the checkout. Without CUDA traiNNer-redux is
-started through tests/launchers/trainner_redux_cpu.py, which is all that a CPU needs (bfloat16 autocast pays on CPUs with AMX).
+started through tests/launchers/trainner_redux_cpu.py, which is all that a CPU needs (bfloat16 autocast pays on CPUs with AVX512-BF16 or AMX).
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ ROOT = Path(__file__).resolve().parents[1]
 TEMPLATES = ROOT / "options" / "traiNNer-redux" / "train" / "AetherNet"
 # What a release trained on two CPU cores for some hours needs different from two days on a card.
 CHANGES: Dict[str, Any] = {
-    "lq_size": 32,
-    "batch_size_per_gpu": 8,
+    "lq_size": 48,
+    "batch_size_per_gpu": 4,
 }
-CPU: Dict[str, Any] = {"num_gpu": 0, "amp_bf16": True}  # fast on CPUs with AMX; fp16 is fast on none
+CPU: Dict[str, Any] = {"num_gpu": 0, "amp_bf16": True}  # fast on CPUs with AVX512-BF16 or AMX; fp16 is fast on none
 
 
 def schedule(iterations: int, scheduler: Dict[str, Any]) -> Dict[str, Any]:
