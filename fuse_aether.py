@@ -675,9 +675,14 @@ def quantise(unfused: AetherBase, source: Path, args: argparse.Namespace, say: C
         return unfused.float().convert_to_quantized()
     pairs = calibration_pairs(Path(args.calibration), unfused)
     say(f"Calibrating on {len(pairs)} pictures")
-    net = unfused.fused().float().prepare_qat(args.placement, [low for low, _ in pairs])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        net = unfused.fused().float().prepare_qat(args.placement, [low for low, _ in pairs])
+    for warning in caught:
+        say(f"Note: {warning.message}")
     float_net, stored = net.fused(), net.convert_to_quantized()
-    losses = [psnr(float_net(low), high) - psnr(stored(low), high) for low, high in pairs]
+    written = stored.for_target(args.target, args.reduce_range)
+    losses = [psnr(float_net(low), high) - psnr(written(low), high) for low, high in pairs]
     say(f"int8 against float, on these pictures: PSNR {-sum(losses) / len(losses):+.3f} dB in the mean, {-max(losses):+.3f} dB at worst")
     return stored
 
@@ -695,7 +700,8 @@ def write_onnx(nets: Mapping[str, AetherBase], target: Path, args: argparse.Name
         for precision, net in nets.items():
             static = static_shape(args, net)
             path = onnx_path(target, precision, static)
-            export_onnx(net, net.scale, precision, str(path), args.target, static=static, opset=args.opset, simplify=True, metadata=metadata)
+            export_onnx(net, net.scale, precision, str(path), args.target, reduce_range=args.reduce_range,
+                        static=static, opset=args.opset, simplify=True, metadata=metadata)  # fmt: skip
             written.append(path)
     except BaseException as error:
         for path in written:
@@ -748,7 +754,8 @@ def fuse(args: argparse.Namespace, say: Callable[[str], None] = print) -> None:
             raise UserError(f"{source}: the fused weights are not finite in float32, these are too extreme. "
                             f"Nothing was written; pass another checkpoint (--model_path).") from None  # fmt: skip
         fused = aether_from_state_dict(written)
-        difference = largest_difference(unfused, fused, args.device)
+        # What quantisation-aware training rounds, the float file does not: of such a network the weights are what must be the same.
+        difference = largest_difference(unfused.fused() if isinstance(unfused, QuantAetherNet) else unfused, fused, args.device)
         if not difference <= ALLOWED_DIFFERENCE:
             raise UserError(f"{source}: the fused network differs by {difference:.2g} steps of 1/255, allowed {ALLOWED_DIFFERENCE:g}; "
                             f"these weights are too extreme for float32. Nothing was written; pass another checkpoint (--model_path).")  # fmt: skip
@@ -797,6 +804,7 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser.add_argument("--calibration", metavar="FOLDER", help="pictures for int8 without quantisation-aware training")
     parser.add_argument("--placement", choices=PLACEMENTS, default=PLACEMENTS[0], help="quantisers of --calibration (default: %(default)s)")
     parser.add_argument("--target", choices=TARGETS, default=TARGETS[0], help="whom the int8 file is to be fast in (default: %(default)s)")
+    parser.add_argument("--reduce_range", action="store_true", help="int8 weights of 7 bits, for CPUs without VNNI, which overflow on 8")
     parser.add_argument("--check-fp16", action="store_true", help="print each layer's headroom in half precision; needs no --output_path")
     parser.add_argument("--static", metavar="C,H,W", help="ONNX files for pictures of one size only, for instance 3,256,256 (default: any size)")
     parser.add_argument("--opset", type=int, default=17, help="ONNX opset of the files; 17 suits every runtime (default: %(default)s)")

@@ -67,14 +67,18 @@ class Framework:
         train = {"total_iter": iterations, "ema_decay": decay, "scheduler": self.rest(iterations)}
         return {"train": train, "logger": {"save_checkpoint_freq": iterations}, "val": {"val_freq": iterations}}
 
+    def stopped(self, iteration: int) -> Dict[str, Any]:
+        """What ends a training earlier than its schedule does."""
+        return {"train": {"total_iter": iteration}}
+
     def rest(self, iterations: int) -> Dict[str, Any]:
         """A schedule at whose end the weights have come to rest."""
         return {"milestones": [iterations * 2 // 5, iterations * 3 // 5], "gamma": 0.1}
 
-    def options(self, name: str, images: Path, batch: int = IMAGES, **extra: Any) -> Path:
+    def options(self, name: str, images: Path, batch: int = IMAGES, kind: str = "fidelity", **extra: Any) -> Path:
         """Options for runs that are compared with each other, from the template of aether_small x2."""
         changes = self.changes(images, batch, SIDE, SCALE, ITERATIONS, SAVED_AT)
-        return self.written(name, self.template, merged(merged(changes, copy.deepcopy(self.comparable)), extra))
+        return self.written(name, self.template.replace("fidelity", kind), merged(merged(changes, copy.deepcopy(self.comparable)), extra))
 
     def unedited(self, name: str, template: str, images: Path, batch: int, side: int, scale: int, iterations: int, **extra: Any) -> Path:
         """Options that differ from the template in paths, sizes and iterations alone, and in ``extra``."""
@@ -229,6 +233,9 @@ class Neosr(Framework):
 
     def rest(self, iterations: int) -> Dict[str, Any]:
         return {"T_max": iterations // 2}
+
+    def stopped(self, iteration: int) -> Dict[str, Any]:
+        return {"logger": {"total_iter": iteration}}
 
     def longer(self, iterations: int, decay: float) -> Dict[str, Any]:
         train = {"ema": decay, "scheduler": self.rest(iterations)}

@@ -7,6 +7,7 @@ TRAINNER_REDUX_ROOT or NEOSR_ROOT names a checkout (with TRAINNER_REDUX_PYTHON o
 from __future__ import annotations
 
 import copy
+import math
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from aether_arch import DeploymentNorm, aether_from_state_dict
@@ -29,6 +31,7 @@ from frameworks import (
     Framework,
     framework_named,
     load,
+    merged,
     output_of,
     pixels_of,
 )
@@ -129,9 +132,44 @@ def test_a_killed_training_resumes_with_the_losses_of_an_uninterrupted_one(frame
         assert 1 / allowed <= ratio <= allowed, f"iteration {step}: loss {resumed[step]:.4g} resumed, {whole[step]:.4g} uninterrupted"
 
 
-def test_two_processes_end_with_the_same_weights_and_statistics(framework: Framework, images: Path, tmp_path: Path) -> None:
+def test_quantisation_aware_training_resumes_and_its_int8_file_is_what_was_validated(
+    framework: Framework, trained: str, images: Path, tmp_path: Path
+) -> None:
+    pretrained = {"path": {"pretrain_network_g": str(framework.weights(trained))}}
+    framework.run(framework.options("qat", images, kind="qat", **pretrained))
+    framework.run(framework.options("qat_resumed", images, kind="qat", **merged(framework.stopped(SAVED_AT), pretrained)))
+    framework.run(framework.options("qat_resumed", images, kind="qat", **pretrained), "--auto_resume")
+    whole, resumed = framework.losses("qat"), framework.losses("qat_resumed")
+    assert sorted(whole) == sorted(resumed) == list(range(1, ITERATIONS + 1))
+    assert whole[1] < 1.5 * framework.losses(trained)[ITERATIONS], "the float weights were not taken"
+    for step in range(1, ITERATIONS + 1):
+        allowed = 1.001 if framework.resumes_exactly or step <= SAVED_AT else 2
+        assert 1 / allowed <= resumed[step] / whole[step] <= allowed, f"iteration {step}: loss {resumed[step]:.4g} resumed, {whole[step]:.4g} not"
+    saved, shown = framework.weights("qat", ITERATIONS), framework.validated("qat")
+    state, again = load(saved), load(framework.weights("qat_resumed", ITERATIONS))
+    assert state.keys() == again.keys()
+    ranges = {name: float(state[name] / state[name.replace("range_sum", "watched")]) for name in state if name.endswith("range_sum")}
+    assert ranges
+    assert all(math.isfinite(largest) and largest > 0 for largest in ranges.values()), ranges
+    if framework.resumes_exactly:
+        different = [name for name in state if not torch.allclose(state[name], again[name], rtol=1e-3, atol=1e-5)]
+        assert not different, f"{len(different)} of {len(state)} tensors are others after resuming: {different[:4]}"
+    command = [sys.executable, str(ROOT / "fuse_aether.py"), "--model_path", str(saved), "--output_path", str(tmp_path / "net.safetensors")]
+    done = subprocess.run([*command, "--onnx", "fp32,fp16,int8", "--device", "cpu"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["net.safetensors", *(f"net_{kind}.onnx" for kind in ("fp16", "fp32", "int8"))]
+    pixels = pixels_of(images / "val_lr" / f"{shown.name[0]}.png").numpy()
+    session = onnxruntime.InferenceSession(str(tmp_path / "net_int8.onnx"), providers=["CPUExecutionProvider"])
+    output = np.asarray(session.run(None, {"input": pixels})[0])[0].clip(0, 1).transpose(1, 2, 0)
+    difference = np.abs((output * 255).round() - np.array(Image.open(shown)))
+    far = float((difference > 1).mean())
+    assert far <= 0.01, f"{far:.2%} of the pixels of the int8 file and of {framework.name}'s own validation are more than 1/255 apart"
+
+
+@pytest.mark.parametrize("kind", ["fidelity", "qat"])
+def test_two_processes_end_with_the_same_weights_and_statistics(framework: Framework, images: Path, kind: str, tmp_path: Path) -> None:
     # No validation: neosr's runs on rank 0 alone, through a wrapper that then waits for the other ranks.
-    options = framework.options("two", images, batch=IMAGES // 2, val=None)
+    options = framework.options(f"two_{kind}", images, batch=IMAGES // 2, kind=kind, val=None, path={"pretrain_network_g": None})
     framework.run(options, "--launcher", "pytorch", "--dump", str(tmp_path), processes=2)
     first, second = (torch.load(tmp_path / f"rank{rank}.pth", weights_only=True) for rank in range(2))
     different = [name for name in first if not torch.equal(first[name], second[name])]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any, Dict, List
@@ -216,11 +217,42 @@ def test_calibration_passes_over_images_that_a_network_can_not_compute() -> None
     image, endless = torch.rand(1, 3, 16, 16), torch.full((1, 3, 16, 16), math.inf)
     expected, net = quantised("full"), quantised("full")
     expected.calibrate([image])
-    net.calibrate([endless, image])
+    with pytest.warns(UserWarning, match="not finite"):
+        net.calibrate([endless, image])
     assert all(torch.equal(value, other) for value, other in zip(net.state_dict().values(), expected.state_dict().values()))
     for images in ([], [endless]):
         with pytest.raises(ValueError, match="finite"):
             net.calibrate(images)
+
+
+def test_calibration_warns_of_an_image_that_drives_the_network_far_beyond_the_others() -> None:
+    net = quantised("default")
+    images = [torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(seed)) for seed in range(5)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        net.calibrate(images)
+    with pytest.warns(UserWarning, match=r"drives stages\S+ \S+ times as far"):
+        net.calibrate([*images, images[0] * 1000])
+    with pytest.warns(UserWarning, match="not finite on 1 of 6"):
+        net.calibrate([*images, torch.full((1, 3, 16, 16), math.inf)])
+
+
+@torch.no_grad()
+def test_weights_of_seven_bits_compute_almost_the_same_and_no_pair_of_products_overflows_16_bits(tmp_path: Path) -> None:
+    stored = quantised("full", embed_dim=32).convert_to_quantized()
+    image = torch.rand(1, 3, 31, 18, generator=torch.Generator().manual_seed(5))
+    path = export_onnx(stored, 2, "int8", str(tmp_path / "net.onnx"), reduce_range=True)
+    model = onnx.load(path)
+    constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    weights = [constants[node.input[0]] for node in model.graph.node if node.op_type == "DequantizeLinear" and node.input[0] in constants]
+    weights = [weight for weight in weights if weight.dtype == np.int8]
+    assert weights
+    assert max(2 * 255 * int(np.abs(weight.astype(int)).max()) for weight in weights) < 2**15, "two products of u8 and s8"
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    output = np.asarray(session.run(["output"], {"input": image.numpy()})[0])
+    reduced = stored.for_target("onnxruntime", reduce_range=True)(image).numpy()
+    assert np.abs(output - reduced).mean() < 0.02 * reduced.std()
+    assert 0 < np.abs(reduced - stored(image).numpy()).mean() < 0.1 * reduced.std()
 
 
 def test_what_can_not_be_quantised_is_said() -> None:
