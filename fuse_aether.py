@@ -402,7 +402,8 @@ def layers(net: FusedAetherNet) -> List[Tuple[str, str, str]]:
     rows = [("head", "output", "head.out")]
     for name, block in net.named_modules():
         if isinstance(block, FusedAetherBlock):
-            parts = {"depthwise": "reparam_conv.out", "gate": "gate_conv.out", "main": "main_conv.out"}
+            # What is beyond a bound, infinity too, comes back to it.
+            parts = {"depthwise": "reparam_conv.out" if block.bound is None else "gate_conv.in", "gate": "gate_conv.out", "main": "main_conv.out"}
             parts.update({"product": "out_conv.in", "output": "out_conv.out"})
             if isinstance(block.channel_attn, ChannelAttention):
                 parts["attention"] = "channel_attn.fc.0.out"
@@ -437,7 +438,8 @@ def groups(net: FusedAetherNet) -> Dict[str, Group]:
         stream.values.extend([f"{out}.out", f"{name}.out"])
         stream.made_by.extend(both(out))
         stream.used_by.append(f"{reparam}.weight")
-        found[f"{name} depthwise"] = Group([f"{reparam}.out"], both(reparam), [f"{gate}.weight", f"{main}.weight"])
+        if block.bound is None:
+            found[f"{name} depthwise"] = Group([f"{reparam}.out"], both(reparam), [f"{gate}.weight", f"{main}.weight"])
         found[f"{name} product"] = Group([f"{main}.out", f"{out}.in"], both(main), [f"{out}.weight"])
         if isinstance(block.channel_attn, ChannelAttention):
             squeeze, excite = (f"{name}.channel_attn.fc.{layer}" for layer in (0, 2))

@@ -96,6 +96,9 @@ class DeploymentNorm(nn.Module):
     As BatchNorm, but the running variance is the biased one and every tensor has the shape (1, C, 1, 1). With ``renorm`` the training
     output is normalised with the running statistics too, while gradients flow through the batch's: Batch Renormalization,
     https://arxiv.org/abs/1702.03275, which ends the drift between training and validation at small batches.
+
+    ``bound`` limits the output to [-bound, bound]. In training an outlier takes part in its own statistics, which limits it; in evaluation
+    nothing does, and gated products that square it block by block end beyond every number.
     """
 
     eps = 1e-5
@@ -103,9 +106,9 @@ class DeploymentNorm(nn.Module):
     running_mean: Tensor
     running_var: Tensor
 
-    def __init__(self, channels: int, renorm: bool = False) -> None:
+    def __init__(self, channels: int, renorm: bool = False, bound: Optional[float] = None) -> None:
         super().__init__()
-        self.renorm = renorm
+        self.renorm, self.bound = renorm, bound
         self.weight = nn.Parameter(torch.ones(1, channels, 1, 1))
         self.bias = nn.Parameter(torch.zeros(1, channels, 1, 1))
         self.register_buffer("running_mean", torch.zeros(1, channels, 1, 1))
@@ -126,20 +129,23 @@ class DeploymentNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.weight.flatten(), self.bias.flatten()
         if not self.training:
-            return F.batch_norm(x, self.running_mean.flatten(), self.running_var.flatten(), weight, bias, eps=self.eps)
+            out = F.batch_norm(x, self.running_mean.flatten(), self.running_var.flatten(), weight, bias, eps=self.eps)
+            return out if self.bound is None else out.clamp(-self.bound, self.bound)
         affine = (torch.ones_like(weight), torch.zeros_like(bias)) if self.renorm else (weight, bias)
         out, mean, invstd = torch.native_batch_norm(x, *affine, None, None, True, 0.0, self.eps)
         with torch.no_grad():
             # float32 under autocast too, but not in what torch.compile knows of a CPU
             mean, invstd = (value.to(self.running_mean.dtype).view_as(self.running_mean) for value in (mean, invstd))
+            # Bounded, the output may be just that of evaluation; unbounded, an outlier must be in its own statistics or it would run away here.
+            before = [value.clone() for value in (self.running_mean, self.running_var)] if self.bound is not None else None
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(invstd.pow(-2) - self.eps, self.momentum)
-            if self.renorm:
-                running_invstd = (self.running_var + self.eps).rsqrt()
-                ratio, offset = running_invstd / invstd, (mean - self.running_mean) * running_invstd
+            running_mean, running_var = before or (self.running_mean, self.running_var)
+            running_invstd = (running_var + self.eps).rsqrt()
+            ratio, offset = running_invstd / invstd, (mean - running_mean) * running_invstd
         if self.renorm:
             out = out * (self.weight * ratio).to(out.dtype) + (self.bias + self.weight * offset).to(out.dtype)
-        return out
+        return out if self.bound is None else out.clamp(-self.bound, self.bound)
 
 
 class GatedConvFFN(nn.Module):
@@ -223,10 +229,11 @@ class AetherBlock(nn.Module):
         channel_attn: bool,
         spatial_attn: bool,
         renorm: bool,
+        bound: Optional[float],
     ) -> None:
         super().__init__()
         self.conv = ReparamLargeKernelConv(channels, lk_kernel, sk_kernel)
-        self.norm = DeploymentNorm(channels, renorm)
+        self.norm = DeploymentNorm(channels, renorm, bound)
         self.ffn = GatedConvFFN(channels, hidden, drop)
         self.channel_attn = ChannelAttention(channels) if channel_attn else nn.Identity()
         self.spatial_attn = SpatialAttention() if spatial_attn else nn.Identity()
@@ -349,6 +356,10 @@ class AetherBase(nn.Module):
         """
         names = [name[len(prefix) :] for name in state_dict if name.startswith(prefix)]
         form = state_dict_form(names)
+        bound = float(state_dict[prefix + "bound"]) if "bound" in names else None
+        if form is not None and bound != self.options.get("bound"):
+            self.options = {**self.options, "bound": bound}
+            self.become(type(self), **{name: self.__dict__[name] for name in ("keep_norm", "placement", "stored") if name in self.__dict__})
         if form == "older fused":
             _older_fused_to_training(state_dict, prefix, self.options["sk_kernel"])
             form = "training"
@@ -381,7 +392,9 @@ class AetherNet(AetherBase):
         drop, drop_path_rate: dropout, and the last block's stochastic depth, both in [0, 1).
         img_range: the network works on (x - mean) * img_range.
         use_channel_attn, use_spatial_attn: attention at the end of every block.
-        batch_renorm: normalise with the running statistics in training too (see DeploymentNorm); for batches of 8 and fewer.
+        batch_renorm: normalise with the running statistics in training too (see DeploymentNorm).
+        bound: limit of what a block's norm gives, so that no picture makes the network run away; None: no limit. Part of the function and of
+            the state dict: loading a file takes the file's.
 
     Raises:
         ValueError: an option is impossible; the message names it, its value and what is allowed.
@@ -402,6 +415,7 @@ class AetherNet(AetherBase):
         use_channel_attn: bool = True,
         use_spatial_attn: bool = True,
         batch_renorm: bool = False,
+        bound: Optional[float] = None,
     ) -> None:
         options = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         _check_options(options)
@@ -412,15 +426,18 @@ class AetherNet(AetherBase):
         rates = [drop_path_rate * k / max(1, sum(depths) - 1) for k in range(sum(depths))]
 
         self.register_buffer("mean", torch.full((1, in_chans, 1, 1), 0.5))
+        if bound is not None:
+            self.register_buffer("bound", torch.full((1,), float(bound)))
         self.conv_first = nn.Conv2d(in_chans, embed_dim, 3, padding=1)
         self.stages = nn.ModuleList()
         for depth in depths:
             attention = (use_channel_attn, use_spatial_attn)
-            blocks = [AetherBlock(embed_dim, hidden, lk_kernel, sk_kernel, drop, rates.pop(0), *attention, batch_renorm) for _ in range(depth)]
+            sizes = (embed_dim, hidden, lk_kernel, sk_kernel)
+            blocks = [AetherBlock(*sizes, drop, rates.pop(0), *attention, batch_renorm, bound) for _ in range(depth)]
             self.stages.append(nn.Sequential(*blocks))
         self.fusion_convs = nn.ModuleList(nn.Conv2d(embed_dim, embed_dim // len(depths), 1) for _ in depths)
         self.quant_fusion_layer = QuantFusion(embed_dim)
-        self.norm = DeploymentNorm(embed_dim, batch_renorm)
+        self.norm = DeploymentNorm(embed_dim, batch_renorm, None if bound is None else math.inf)
         self.conv_after_body = nn.Conv2d(embed_dim, embed_dim, 3, padding=1)
         self.conv_before_upsample = nn.Sequential(nn.Conv2d(embed_dim, embed_dim, 3, padding=1), nn.LeakyReLU(0.01))
         self.upsample = AdaptiveUpsample(embed_dim, scale)
@@ -469,7 +486,8 @@ class AetherNet(AetherBase):
 
     def reparameterize(self) -> Dict[str, Tensor]:
         """State dict of the FusedAetherNet that computes the same, in this network's precision."""
-        state = {"mean": self.mean, "head.weight": self.conv_first.weight * self.img_range, "head.bias": _bias(self.conv_first)}
+        state = {name: value for name, value in self.named_buffers(recurse=False)}
+        state.update({"head.weight": self.conv_first.weight * self.img_range, "head.bias": _bias(self.conv_first)})
         for name, block in self.stages.named_modules():
             if isinstance(block, AetherBlock):
                 state.update({f"stages.{name}.{key}": value for key, value in block.reparameterize().items()})
@@ -501,8 +519,9 @@ class FusedAetherBlock(nn.Module):
 
     STRIP = 4096  # pixels at once, see forward
 
-    def __init__(self, channels: int, hidden: int, kernel: int, channel_attn: bool, spatial_attn: bool) -> None:
+    def __init__(self, channels: int, hidden: int, kernel: int, channel_attn: bool, spatial_attn: bool, bound: Optional[float]) -> None:
         super().__init__()
+        self.bound = bound
         self.reparam_conv = nn.Conv2d(channels, channels, kernel, padding=kernel // 2, groups=channels)
         self.gate_conv = nn.Conv2d(channels, hidden, 1)
         self.main_conv = nn.Conv2d(channels, hidden, 1)
@@ -512,6 +531,8 @@ class FusedAetherBlock(nn.Module):
 
     def feed_forward(self, x: Tensor) -> Tensor:
         # In place where nobody else holds the tensor: fetching fresh memory for a large one takes as long as the operation itself.
+        if self.bound is not None:
+            x.clamp_(-self.bound, self.bound)
         hidden = F.silu(self.gate_conv(x), inplace=True)
         hidden *= self.main_conv(x)
         return self.out_conv(hidden)
@@ -649,10 +670,14 @@ class FusedAetherNet(AetherBase):
         self.scale = options["scale"]
         in_chans, channels, depths = options["in_chans"], options["embed_dim"], options["depths"]
         hidden, kernel = int(channels * options["mlp_ratio"]), options["lk_kernel"]
+        bound = options.get("bound")
         attention = (options["use_channel_attn"], options["use_spatial_attn"])
         self.register_buffer("mean", torch.full((1, in_chans, 1, 1), 0.5))
+        if bound is not None:
+            self.register_buffer("bound", torch.full((1,), float(bound)))
         self.head = nn.Conv2d(in_chans, channels, 3, padding=1)
-        self.stages = nn.ModuleList(nn.Sequential(*(self.block(channels, hidden, kernel, *attention) for _ in range(depth))) for depth in depths)
+        blocks = ([self.block(channels, hidden, kernel, *attention, bound) for _ in range(depth)] for depth in depths)
+        self.stages = nn.ModuleList(nn.Sequential(*stage) for stage in blocks)
         self.fusion_convs = nn.ModuleList(nn.Conv2d(channels, channels // len(depths), 1) for _ in depths)
         self.fusion = nn.Conv2d(channels, channels, 1)
         self.body_norm = nn.Conv2d(channels, channels, 1, groups=channels) if keep_norm else nn.Identity()
@@ -689,15 +714,18 @@ class Quantizer(nn.Module):
         low: the smallest value, where a function has one (sigmoid, SiLU); None: symmetric about zero, as TensorRT wants it.
         low_ratio: in place of ``low``, where it is a fraction of the largest value (LeakyReLU).
         high: the largest value, where it is known (a picture); else it is watched.
+        limit: of the largest value that is watched (a bound of the network's, which rounding then applies).
     """
 
     WATCH = 100
     enabled = True
     signed = False  # int8 about zero instead of uint8 about 128: the same values; which one is fast is the runtime's affair
 
-    def __init__(self, low: Optional[float] = None, low_ratio: Optional[float] = None, high: Optional[float] = None) -> None:
+    def __init__(
+        self, low: Optional[float] = None, low_ratio: Optional[float] = None, high: Optional[float] = None, limit: Optional[float] = None
+    ) -> None:
         super().__init__()
-        self.low, self.low_ratio, self.high = low, low_ratio, high
+        self.low, self.low_ratio, self.high, self.limit = low, low_ratio, high, limit
         self.range_sum = nn.Parameter(torch.zeros(1), requires_grad=False)
         self.watched = nn.Parameter(torch.zeros(1), requires_grad=False)  # training batches so far, up to WATCH
 
@@ -708,7 +736,7 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def watch(self, x: Tensor) -> None:
-        seen = (x.abs() if self.low is None else x).amax().float().clamp_min(1e-6)
+        seen = (x.abs() if self.low is None else x).amax().float().clamp(1e-6, self.limit)
         if self.high is not None:
             seen = torch.full_like(seen, self.high)
         average = torch.where(self.watched > 0, self.largest.lerp(seen, 0.1), seen)
@@ -844,7 +872,7 @@ class QuantAetherBlock(FusedAetherBlock):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.reparam_conv = QuantConv2d.like(self.reparam_conv, quant_out=Quantizer())
+        self.reparam_conv = QuantConv2d.like(self.reparam_conv, quant_out=Quantizer(limit=self.bound))
         self.gate_conv = QuantConv2d.like(self.gate_conv, quant_out=Quantizer())
         self.main_conv = QuantConv2d.like(self.main_conv, quant_out=Quantizer())
         self.out_conv = QuantConv2d.like(self.out_conv, quant_in=Quantizer(), quant_out=Quantizer())
@@ -1105,6 +1133,7 @@ def _check_options(options: Mapping[str, Any]) -> None:
     check("img_range", within("img_range", 1e-6, 1e6), "a number above 0 (1e-6 to 1e6)")
     for name in ("use_channel_attn", "use_spatial_attn", "batch_renorm"):
         check(name, isinstance(options[name], bool), "true or false")
+    check("bound", options["bound"] is None or within("bound", 1e-3, 1e6), "a number above 0 (1e-3 to 1e6), or nothing")
 
 
 def _init_weights(module: nn.Module) -> None:
@@ -1287,6 +1316,8 @@ def _read_options(state: Mapping[str, Tensor], form: str) -> Dict[str, Any]:
             scale = math.isqrt(shape(convs[0])[0] // max(1, shape("conv_last.weight")[1]))
     if scale not in SCALES:
         raise ValueError(f"the upsampling tensors fit none of the scales {SCALES}.")
+    if "bound" in state and (state["bound"].numel() != 1 or not 1e-3 <= float(state["bound"]) < 1e6):
+        raise ValueError("'bound' is not one number from 1e-3 to 1e6.")
     ratio = hidden / max(1, embed_dim)
     return {
         "scale": scale,
@@ -1299,6 +1330,7 @@ def _read_options(state: Mapping[str, Tensor], form: str) -> Dict[str, Any]:
         "use_channel_attn": f"{block}channel_attn.fc.0.weight" in state,
         "use_spatial_attn": f"{block}spatial_attn.conv.weight" in state,
         "drop_path_rate": 0.0,
+        "bound": float(state["bound"]) if "bound" in state else None,
     }
 
 
@@ -1506,7 +1538,8 @@ def _build(options: Dict[str, Any]) -> AetherBase:
 def aether_small(
     scale: int = 4, in_chans: int = 3, embed_dim: int = 96, depths: Sequence[int] = (4, 4, 4, 4), mlp_ratio: float = 2.0,
     lk_kernel: int = 11, sk_kernel: int = 3, drop: float = 0.0, drop_path_rate: float = 0.1, img_range: float = 1.0,
-    use_channel_attn: bool = False, use_spatial_attn: bool = False, batch_renorm: bool = False, qat: Union[bool, str] = False,
+    use_channel_attn: bool = False, use_spatial_attn: bool = False, batch_renorm: bool = False, bound: Optional[float] = None,
+    qat: Union[bool, str] = False,
 ) -> AetherBase:
     """Small and fast, no attention: 1.5 million parameters at x4. Options: see above."""
     return _build(locals())
@@ -1515,7 +1548,8 @@ def aether_small(
 def aether_medium(
     scale: int = 4, in_chans: int = 3, embed_dim: int = 128, depths: Sequence[int] = (6, 6, 6, 6), mlp_ratio: float = 2.0,
     lk_kernel: int = 11, sk_kernel: int = 3, drop: float = 0.0, drop_path_rate: float = 0.1, img_range: float = 1.0,
-    use_channel_attn: bool = True, use_spatial_attn: bool = True, batch_renorm: bool = False, qat: Union[bool, str] = False,
+    use_channel_attn: bool = True, use_spatial_attn: bool = True, batch_renorm: bool = False, bound: Optional[float] = None,
+    qat: Union[bool, str] = False,
 ) -> AetherBase:
     """Balanced, with channel and spatial attention: 3.7 million parameters at x4. Options: see above."""
     return _build(locals())
@@ -1524,7 +1558,8 @@ def aether_medium(
 def aether_large(
     scale: int = 4, in_chans: int = 3, embed_dim: int = 180, depths: Sequence[int] = (8, 8, 8, 8, 8), mlp_ratio: float = 2.0,
     lk_kernel: int = 11, sk_kernel: int = 3, drop: float = 0.0, drop_path_rate: float = 0.1, img_range: float = 1.0,
-    use_channel_attn: bool = True, use_spatial_attn: bool = True, batch_renorm: bool = False, qat: Union[bool, str] = False,
+    use_channel_attn: bool = True, use_spatial_attn: bool = True, batch_renorm: bool = False, bound: Optional[float] = None,
+    qat: Union[bool, str] = False,
 ) -> AetherBase:
     """Highest quality: 10.6 million parameters at x4. Options: see above."""
     return _build(locals())
@@ -1536,7 +1571,7 @@ VARIANTS = (aether_small, aether_medium, aether_large)
 
 def variant_name(options: Mapping[str, Any]) -> str:
     """Name of the variant that has these options (training options aside), or a description of the network."""
-    aside = ("scale", "in_chans", "sk_kernel", "drop", "drop_path_rate", "img_range", "batch_renorm", "qat")
+    aside = ("scale", "in_chans", "sk_kernel", "drop", "drop_path_rate", "img_range", "batch_renorm", "bound", "qat")
     for variant in VARIANTS:
         defaults = {name: parameter.default for name, parameter in inspect.signature(variant).parameters.items() if name not in aside}
         if all(tuple(options[name]) == value if name == "depths" else options[name] == value for name, value in defaults.items()):

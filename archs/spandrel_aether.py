@@ -54,6 +54,7 @@ class AetherNet(aether_arch.AetherNet):
         use_channel_attn: bool = True,
         use_spatial_attn: bool = True,
         batch_renorm: bool = False,
+        bound: float | None = None,
     ) -> None:
         super().__init__(
             scale=scale,
@@ -69,6 +70,7 @@ class AetherNet(aether_arch.AetherNet):
             use_channel_attn=use_channel_attn,
             use_spatial_attn=use_spatial_attn,
             batch_renorm=batch_renorm,
+            bound=bound,
         )
 
 

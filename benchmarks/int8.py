@@ -1,6 +1,7 @@
 """INT8 against float on a CPU: speed and file size in ONNX Runtime and OpenVINO; and what each choice costs in dB.
 
     python benchmarks/int8.py                       # speed, to benchmarks/results/int8.md (OpenVINO's columns with the package openvino)
+    python benchmarks/int8.py --kernels             # speed of each kind of convolution alone: why some of them stay float
     python benchmarks/int8.py --quality FOLDER      # quality on scikit-image's photographs, calibrated on the pictures of a folder
     python benchmarks/int8.py --picture FOLDER      # docs/int8.png: a photograph in fp32 and int8, and 32 times their difference
 
@@ -11,15 +12,18 @@ x2 has the weights of this repository, x4 random ones: speed does not depend on 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import datetime
 import os
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, Callable, Dict, List
+from typing import Any, Callable, Dict, List, Tuple
 
 import numpy as np
+import onnx
+import onnxruntime
 import torch
 from benchmark import ROOT, milliseconds, processor, session, table
 from PIL import Image
@@ -70,18 +74,20 @@ def openvino(path: Path, image: Tensor, precision: str) -> Callable[[], Any]:
     return lambda: request.infer([array])
 
 
-def speed(scales: List[int], sizes: List[int], rounds: int) -> List[str]:
+def machine() -> str:
+    """Date, processor and versions, in words."""
     try:
         import openvino as ov
 
         version = f", OpenVINO {ov.__version__.split('-')[0]}"
     except ImportError:
         version = ", without OpenVINO (pip install -r benchmarks/requirements.txt)"
-    import onnxruntime
-
     date = datetime.datetime.now(datetime.timezone.utc).date()
-    machine = f"{date}: {processor()}, one thread, ONNX Runtime {onnxruntime.__version__}{version}"
-    lines = [f"{machine}; aether_small; ms, and times as fast as fp32 in ONNX Runtime.", ""]
+    return f"{date}: {processor()}, one thread, ONNX Runtime {onnxruntime.__version__}{version}"
+
+
+def speed(scales: List[int], sizes: List[int], rounds: int) -> List[str]:
+    lines = [f"{machine()}; aether_small; ms, and times as fast as fp32 in ONNX Runtime.", ""]
     cells: Dict[str, List[str]] = {}
     head = ["file"]
     for scale in scales:
@@ -92,7 +98,7 @@ def speed(scales: List[int], sizes: List[int], rounds: int) -> List[str]:
             for size in sizes:
                 image = torch.rand(1, 3, size, size)
                 steps = {f"{name}, ONNX Runtime": session(path, image, 1) for name, path in found.items() if "openvino" not in name}
-                if "without" not in version:
+                if "without" not in lines[0]:
                     for precision in ("f32", "bf16"):
                         steps[f"fp32 file, OpenVINO {precision}"] = openvino(found["fp32"], image, precision)
                     for placement in PLACEMENTS:
@@ -107,6 +113,69 @@ def speed(scales: List[int], sizes: List[int], rounds: int) -> List[str]:
                 cells.setdefault(row, []).append(f"{found[name].stat().st_size / base:.3f}")
                 cells[row] += [f"{ms[row]:.0f} ({ms['fp32, ONNX Runtime'] / ms[row]:.2f})" for ms in columns]
     return lines + table(head, [[name, *row] for name, row in cells.items()])
+
+
+# name: channels in, out, kernel, groups
+CONVOLUTIONS = {
+    "gate, main: 1x1, 96 to 192": (96, 192, 1, 1),
+    "out: 1x1, 192 to 96": (192, 96, 1, 1),
+    "depthwise 11x11, 96": (96, 96, 11, 96),
+    "depthwise 11x11, 180": (180, 180, 11, 180),
+    "first: 3x3, 3 to 96": (3, 96, 3, 1),
+    "body: 3x3, 96 to 96": (96, 96, 3, 1),
+    "tail x2: 5x5, 96 to 12": (96, 12, 5, 1),
+    "tail x4: 5x5, 96 to 48": (96, 48, 5, 1),
+}
+
+
+def convolution_file(path: Path, shape: Tuple[int, int, int, int], integer: bool) -> None:
+    """One convolution as an ONNX file: float, or from uint8 to uint8 with int8 weights."""
+    channels, outputs, kernel, groups = shape
+    random = np.random.default_rng(0)
+    weight = random.integers(-127, 128, (outputs, channels // groups, kernel, kernel)).astype(np.int8)
+    step = 1 / (20 * kernel * (channels // groups) ** 0.5)
+    attributes = {"kernel_shape": [kernel] * 2, "pads": [kernel // 2] * 4, "group": groups}
+    kind = onnx.TensorProto.UINT8 if integer else onnx.TensorProto.FLOAT
+    bias = random.integers(-1000, 1000, outputs).astype(np.int32)
+    values: Dict[str, np.ndarray] = {"weight": weight.astype(np.float32) * step, "bias": bias.astype(np.float32) * step / 255}
+    nodes = [onnx.helper.make_node("Conv", ["input", "weight", "bias"], ["output"], **attributes)]
+    if integer:
+        values = {
+            "codes": weight, "step": np.full(outputs, step, np.float32), "zero": np.zeros(outputs, np.int8), "bias_codes": bias,
+            "bias_step": np.full(outputs, step / 255, np.float32), "bias_zero": np.zeros(outputs, np.int32),
+            "scale": np.float32(1 / 255), "middle": np.uint8(128),
+        }  # fmt: skip
+        nodes = [
+            onnx.helper.make_node("DequantizeLinear", ["input", "scale", "middle"], ["x"]),
+            onnx.helper.make_node("DequantizeLinear", ["codes", "step", "zero"], ["weight"], axis=0),
+            onnx.helper.make_node("DequantizeLinear", ["bias_codes", "bias_step", "bias_zero"], ["bias"], axis=0),
+            onnx.helper.make_node("Conv", ["x", "weight", "bias"], ["y"], **attributes),
+            onnx.helper.make_node("QuantizeLinear", ["y", "scale", "middle"], ["output"]),
+        ]
+    sides = [onnx.helper.make_tensor_value_info(name, kind, [1, c, "h", "w"]) for name, c in (("input", channels), ("output", outputs))]
+    tensors = [onnx.numpy_helper.from_array(np.asarray(value), name) for name, value in values.items()]
+    graph = onnx.helper.make_graph(nodes, "convolution", sides[:1], sides[1:], tensors)
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8), path)
+
+
+def kernels(size: int, rounds: int) -> List[str]:
+    cells: List[List[str]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name, shape in CONVOLUTIONS.items():
+            paths = {integer: Path(folder, f"{integer}.onnx") for integer in (False, True)}
+            for integer, path in paths.items():
+                convolution_file(path, shape, integer)
+            image = torch.rand(1, shape[0], size, size)
+            codes = (image * 255).to(torch.uint8)
+            steps = {"ORT": session(paths[False], image, 1), "ORT int8": session(paths[True], codes, 1)}
+            with contextlib.suppress(ImportError):
+                steps["OpenVINO"], steps["OpenVINO bf16"] = (openvino(paths[False], image, precision) for precision in ("f32", "bf16"))
+                steps["OpenVINO int8"] = openvino(paths[True], codes, "f32")
+            ms = milliseconds(steps, rounds)
+            cells.append([name, *(f"{value:.2f}" + (f" ({ms[key.split()[0]] / value:.2f})" if " " in key else "") for key, value in ms.items())])
+    head = ["convolution", "ONNX Runtime, fp32", "uint8", "OpenVINO, f32", "bf16", "uint8"]
+    title = f"{machine()}; one convolution of {size}x{size} pixels, ms, and times as fast as float in the same runtime."
+    return [title, "", *table(head[: len(cells[0])], cells)]
 
 
 # --------------------------------------------------------------------------------------------------------------- quality
@@ -188,6 +257,7 @@ def main() -> None:
     parser.add_argument("--scales", type=int, nargs="+", choices=(2, 3, 4), default=[2, 4])
     parser.add_argument("--sizes", type=int, nargs="+", default=[128, 256])
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--kernels", action="store_true")
     parser.add_argument("--quality", type=Path, metavar="FOLDER")
     parser.add_argument("--picture", type=Path, metavar="FOLDER")
     parser.add_argument("--photographs", nargs="+", default=["chelsea", "coins", "brick"])
@@ -195,10 +265,15 @@ def main() -> None:
     if args.picture:
         print(picture(args.picture, ROOT / "docs" / "int8.png"))
         return
-    text = quality(args.quality, tuple(args.photographs)) if args.quality else "\n".join(speed(args.scales, args.sizes, args.rounds))
+    if args.quality:
+        name, text = "int8_quality.md", quality(args.quality, tuple(args.photographs))
+    elif args.kernels:
+        name, text = "int8_kernels.md", "\n".join(kernels(args.sizes[0], args.rounds))
+    else:
+        name, text = "int8.md", "\n".join(speed(args.scales, args.sizes, args.rounds))
     print(text)
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / ("int8_quality.md" if args.quality else "int8.md")
+    path = RESULTS / name
     part = path.with_name(f"{path.name}.part")
     part.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
     os.replace(part, path)

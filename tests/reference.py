@@ -32,6 +32,8 @@ def reference(state: Mapping[str, Tensor], x: Tensor, img_range: float = 1.0, tr
         large = conv(x, f"{name}.conv.lk_conv", groups=channels) + state[f"{name}.conv.lk_bias"].view(1, -1, 1, 1)
         small = conv(x, f"{name}.conv.sk_conv", groups=channels) + state[f"{name}.conv.sk_bias"].view(1, -1, 1, 1)
         out = norm(large + small, f"{name}.norm")
+        if "bound" in state:
+            out = torch.minimum(torch.maximum(out, -state["bound"]), state["bound"])
         gate = conv(out, f"{name}.ffn.conv_gate") * state[f"{name}.ffn.temperature"]
         out = conv(gate * torch.sigmoid(gate) * conv(out, f"{name}.ffn.conv_main"), f"{name}.ffn.conv_out")
         if f"{name}.channel_attn.fc.0.weight" in state:

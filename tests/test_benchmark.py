@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, small_net
@@ -13,6 +14,7 @@ from torch import nn
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import benchmark
+import int8
 from published import kernels_merged, two_branches
 
 
@@ -70,3 +72,17 @@ def test_a_run_writes_its_tables(tmp_path: Path, capsys: pytest.CaptureFixture) 
     assert all(ms > 0 for row in result["networks"] for ms in row["ms"].values())
     assert {len(row["ms"]) for row in result["networks"]} == {2}, "eager and ONNX Runtime"
     assert result["networks"][0]["parameters_training"] == 1_536_451
+
+
+@pytest.mark.parametrize("name", [name for name in int8.CONVOLUTIONS if "180" not in name])
+def test_the_integer_convolution_that_is_timed_computes_what_the_float_one_does(name: str, tmp_path: Path) -> None:
+    shape = int8.CONVOLUTIONS[name]
+    codes = np.random.default_rng(0).integers(0, 256, (1, shape[0], 9, 12)).astype(np.uint8)
+    outputs = []
+    for integer, image in ((False, (codes.astype(np.float32) - 128) / 255), (True, codes)):
+        path = tmp_path / f"{integer}.onnx"
+        int8.convolution_file(path, shape, integer)
+        outputs.append(benchmark.session(path, torch.from_numpy(image), 1)()[0])
+    expected = np.clip(np.rint(outputs[0] * 255) + 128, 0, 255)
+    assert np.abs(expected - outputs[1]).max() <= 1
+    assert expected.std() > 5

@@ -1,6 +1,7 @@
 """Training pairs from free pictures that Debian packages carry: fetch, cut, reduce.
 
     python training/prepare_pictures.py FOLDER [--scale 2] [--packages DIR]
+    python training/prepare_pictures.py FOLDER --drawn 500 [--scale 2]        # drawn pairs only, for training pictures of your own
 
 Writes FOLDER/gt and FOLDER/lq (PNG pairs of one name), FOLDER/sources.csv (the picture each pair was cut from) and FOLDER/copyright
 (what each package says about authors and licences; several of these licences ask for attribution). Needs Debian or Ubuntu: apt-get
@@ -143,35 +144,37 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="where gt/, lq/, sources.csv and copyright/ go")
     parser.add_argument("--scale", type=int, choices=(2, 3, 4), default=2)
     parser.add_argument("--packages", type=Path, help="folder with the .deb files (default: FOLDER/packages)")
+    parser.add_argument("--drawn", type=int, metavar="COUNT", help="only drawn pairs, so many, to be mixed into pictures of your own; no packages")
     args = parser.parse_args()
     if (args.folder / "gt").exists():
         sys.exit(f"prepare_pictures: {args.folder / 'gt'} is already there; remove it, or name another folder")
-    unpacked = args.folder / "unpacked"
-    unpacked.mkdir(parents=True, exist_ok=True)
-    unpack(args.packages or args.folder / "packages", unpacked)
-    for name in PACKAGES:
-        (args.folder / "copyright").mkdir(exist_ok=True)
-        shutil.copy(unpacked / name / "usr" / "share" / "doc" / name / "copyright", args.folder / "copyright" / name)
     rows: List[Tuple[str, str, str]] = []
     for sub in ("gt", "lq"):
-        (args.folder / f"{sub}.partial").mkdir()
+        (args.folder / f"{sub}.partial").mkdir(parents=True)
 
     def save(gt: Image.Image, lq: Image.Image, source: str, lively: str) -> None:
-        name = f"{len(rows):05d}.png"
+        name = f"{'drawn' if args.drawn else ''}{len(rows):05d}.png"
         gt.save(args.folder / "gt.partial" / name, compress_level=1)
         lq.save(args.folder / "lq.partial" / name, compress_level=1)
         rows.append((name, source, lively))
 
-    for path in tqdm(pictures(unpacked), unit="picture"):
-        for lively, gt, lq in cuts(path, args.scale):
-            save(gt, lq, str(path.relative_to(unpacked)), f"{lively:.2f}")
-    for gt, lq in drawn_pairs(round(len(rows) * DRAWN), args.scale):
+    if args.drawn is None:
+        unpacked = args.folder / "unpacked"
+        unpacked.mkdir()
+        unpack(args.packages or args.folder / "packages", unpacked)
+        for name in PACKAGES:
+            (args.folder / "copyright").mkdir(exist_ok=True)
+            shutil.copy(unpacked / name / "usr" / "share" / "doc" / name / "copyright", args.folder / "copyright" / name)
+        for path in tqdm(pictures(unpacked), unit="picture"):
+            for lively, gt, lq in cuts(path, args.scale):
+                save(gt, lq, str(path.relative_to(unpacked)), f"{lively:.2f}")
+        shutil.rmtree(unpacked)
+    for gt, lq in drawn_pairs(args.drawn or round(len(rows) * DRAWN), args.scale):
         save(gt, lq, "drawn", "")
     with open(args.folder / "sources.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("cut", "picture", "liveliness"), *rows])
     for sub in ("lq", "gt"):  # gt last: it says that all is there
         (args.folder / f"{sub}.partial").rename(args.folder / sub)
-    shutil.rmtree(unpacked)
     print(f"{len(rows)} pairs, of {len({row[1] for row in rows} - {'drawn'})} pictures and drawn, in {args.folder}")
 
 

@@ -40,8 +40,6 @@ def options(stage: str, data: Path, iterations: int, pretrained: Path | None) ->
     result["name"] = f"2x_AetherNet_small_wallpapers_{stage}"
     result["manual_seed"] = 0
     result["datasets"]["train"].update(CHANGES, dataroot_gt=[str(data / "gt")], dataroot_lq=[str(data / "lq")], num_worker_per_gpu=1)
-    if CHANGES["batch_size_per_gpu"] <= 8 and stage == "float":
-        result["network_g"]["batch_renorm"] = True
     if stage != "float":
         result["network_g"]["qat"] = "full" if stage == "qat_full" else True
     if pretrained:

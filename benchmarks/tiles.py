@@ -1,0 +1,71 @@
+"""By how much a picture in tiles differs from a whole one where channel attention averages over what the network is shown.
+
+    python benchmarks/tiles.py                     # the table of docs/speed.md: aether_medium's width and attention, eight blocks
+    python benchmarks/tiles.py --embed_dim 180     # aether_large's
+
+The network is trained for some minutes first, as in small_batch.py, since random weights say nothing. Then it upscales a photograph that it
+was not trained on, whole and in tiles with the overlap of its receptive field, with which networks without channel attention differ by nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import torch
+from benchmark import ROOT, table
+from small_batch import SCALE, crops, photographs, psnr
+from torch.nn import functional as F
+
+sys.path.insert(0, str(ROOT))
+from aether_arch import AetherNet
+
+from upscale import receptive_field, upscale_tiled
+
+
+def trained(embed_dim: int, depths: list[int], iterations: int) -> AetherNet:
+    torch.manual_seed(0)
+    generator, images = torch.Generator().manual_seed(0), photographs()[0]
+    net = AetherNet(scale=SCALE, embed_dim=embed_dim, depths=depths, drop_path_rate=0.0, batch_renorm=True).train()
+    optimizer = torch.optim.AdamW(net.parameters(), 5e-4, betas=(0.9, 0.99), weight_decay=0)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-4, iterations)
+    for _ in range(iterations):
+        lr, hr = crops(images, 8, generator)
+        optimizer.zero_grad()
+        (net(lr) - hr).abs().mean().backward()
+        optimizer.step()
+        scheduler.step()
+    return net.eval()
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--embed_dim", type=int, default=128)
+    parser.add_argument("--depths", type=int, nargs="+", default=[2, 2, 2, 2])
+    parser.add_argument("--iterations", type=int, default=300)
+    parser.add_argument("--tiles", type=int, nargs="+", default=[64, 128, 256])
+    args = parser.parse_args()
+    with torch.enable_grad():
+        net = trained(args.embed_dim, args.depths, args.iterations)
+    fused, cells = net.fused(), []
+    truth = photographs()[1][0][None]  # coffee, 400x600
+    image = F.interpolate(truth, scale_factor=1 / SCALE, mode="bicubic", antialias=True).clamp(0, 1)
+    for name, picture, gt in (("coffee, reduced", image, truth), ("coffee, as it is", truth, None)):
+        whole = fused(picture)
+        for tile in args.tiles:
+            if tile >= max(picture.shape[2:]):
+                continue
+            tiled = upscale_tiled(fused, picture, tile)
+            steps = (tiled - whole).abs() * 255
+            change = "-" if gt is None else f"{psnr(tiled, gt) - psnr(whole, gt):+.4f}"
+            seen = tile + 2 * receptive_field(fused)
+            size = f"{picture.shape[3]}x{picture.shape[2]}"
+            cells.append([f"{name}, {size}", str(tile), str(seen), f"{steps.mean():.3f}", f"{steps.max():.2f}", change])
+    depths = ", ".join(map(str, args.depths))
+    print(f"x{SCALE}, width {args.embed_dim}, blocks {depths}, channel and spatial attention, {args.iterations} iterations\n")
+    print("\n".join(table(["picture", "tile", "with overlap", "mean, 1/255", "largest, 1/255", "PSNR, dB"], cells)))
+
+
+if __name__ == "__main__":
+    main()
