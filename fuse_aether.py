@@ -206,9 +206,13 @@ def build(path: Path, state: Mapping[str, Tensor], args: argparse.Namespace) -> 
     form = state_dict_form(list(state))
     if form == "int8":
         raise UserError(f"{path} holds int8 weights already, expected a training checkpoint; export it, or pass another (--model_path).")
-    if (form == "fused" and args.output_path) or (form == "older fused" and not args.accept_older_fused):
+    if (form == "fused" and args.output_path and args.bound is None) or (form == "older fused" and not args.accept_older_fused):
         remedy = "it can be used as it is" if form == "fused" else "pass --accept_older_fused to bake the rest of it"
         raise UserError(f"{path} is fused already ({form} form), expected a training checkpoint; {remedy}, or pass another (--model_path).")
+    if args.bound is not None:
+        if form == "quantised":
+            raise UserError(f"{path} was trained with 8-bit ranges, which are bounds already; leave --bound out.")
+        state = {**state, "bound": torch.tensor([args.bound])}
     try:
         net = aether_from_state_dict(state, img_range=args.img_range)
     except ValueError as error:
@@ -505,8 +509,9 @@ def fit_half_precision(
     lost = [name for name, output in outputs.items() if not output <= bound]
     sound = [picture for name, picture in pictures.items() if name not in lost]
     if lost:
+        remedy = "; --bound 4 prevents it" if net.options.get("bound") is None else ""
         say(f"Note: on {len(lost)} of {len(pictures)} hard pictures the network runs away, in float32 too: {', '.join(lost[:3])}"
-            + (", ..." if len(lost) > 3 else ""))  # fmt: skip
+            + (", ..." if len(lost) > 3 else "") + remedy)  # fmt: skip
     if not sound:
         if asked:
             raise UserError(f"{source}: on no hard picture is the output below {HALF_MAX:g}, half precision's largest number; leave fp16 out, "
@@ -537,6 +542,21 @@ def fit_half_precision(
         if asked:
             raise UserError(f"{source}: {message}; leave fp16 out, or pass another checkpoint (--model_path).")
         say(f"Note: {message}; use these weights in float32 or bfloat16")
+
+
+@torch.no_grad()
+def report_bound(state: Mapping[str, Tensor], net: FusedAetherNet, say: Callable[[str], None]) -> None:
+    """Say on how many hard pictures the bound that was given to the network changes anything, and on how many the network ran away."""
+    unbounded = {name: value for name, value in state.items() if name != "bound"}
+    before = aether_from_state_dict(unbounded, net.options.get("img_range", 1.0)).fused().float()
+    after = copy.deepcopy(net).float().cpu()
+    changed = lost = 0
+    for picture in hard_pictures(net.options["in_chans"]).values():
+        expected = before(picture)
+        lost += not bool(expected.isfinite().all())
+        changed += not torch.allclose(after(picture), expected, rtol=1e-4, atol=1e-5)
+    count = len(hard_pictures(net.options["in_chans"]))
+    say(f"Bound {net.options['bound']:g}: changes the output for {changed} of {count} hard pictures; without it {lost} of them are not finite")
 
 
 def largest_of(measured: List[Dict[str, float]]) -> Dict[str, float]:
@@ -724,6 +744,8 @@ def fuse(args: argparse.Namespace, say: Callable[[str], None] = print) -> None:
         raise UserError("--device cuda was given, but PyTorch finds no CUDA device; pass --device cpu.")
     if not (math.isfinite(args.img_range) and args.img_range > 0):
         raise UserError(f"--img_range {args.img_range} is not possible; expected a number above 0, 1.0 unless the network was trained with another.")
+    if args.bound is not None and not 1e-3 <= args.bound < 1e6:
+        raise UserError(f"--bound {args.bound:g} is not possible; expected a number from 1e-3 to 1e6, such as 4.")
     wanted = precisions(args)
     say(f"Reading {source}")
     state, chosen = read_state(source)
@@ -743,6 +765,8 @@ def fuse(args: argparse.Namespace, say: Callable[[str], None] = print) -> None:
     nets = {name: quantise(copy.deepcopy(unfused), source, args, say) if name == "int8" else unfused for name in wanted}
     say("Fusing in float64")
     net = unfused.fused()
+    if args.bound is not None:
+        report_bound(state, net, say)
     fit_half_precision(net, source, say, args.device, args.check_fp16 or "fp16" in wanted, args.check_fp16)
     name, scale = variant_name(unfused.options), unfused.scale
     metadata = {"format": "pt", "architecture": name if name.startswith("aether") else "AetherNet", "scale": str(scale), "form": "fused"}
@@ -801,6 +825,8 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser.add_argument("--upscale", type=int, choices=(2, 3, 4), help="checked (default: read from the weights)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--img_range", type=float, default=1.0, help="the training option of this name, which no checkpoint holds (default: 1.0)")
+    parser.add_argument("--bound", type=float, metavar="B", help="limit what each block's norm gives to -B..B, for weights that run away on some "
+                        "pictures; 4 is beyond what photographs reach. Fused weights are taken too")  # fmt: skip
     parser.add_argument("--onnx", metavar="LIST", help="ONNX files to write beside --output_path: fp32, fp16, int8, with commas between")
     parser.add_argument("--int8", action="store_true", help="the same as int8 in --onnx")
     parser.add_argument("--calibration", metavar="FOLDER", help="pictures for int8 without quantisation-aware training")

@@ -136,13 +136,11 @@ class DeploymentNorm(nn.Module):
         with torch.no_grad():
             # float32 under autocast too, but not in what torch.compile knows of a CPU
             mean, invstd = (value.to(self.running_mean.dtype).view_as(self.running_mean) for value in (mean, invstd))
-            # Bounded, the output may be just that of evaluation; unbounded, an outlier must be in its own statistics or it would run away here.
-            before = [value.clone() for value in (self.running_mean, self.running_var)] if self.bound is not None else None
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(invstd.pow(-2) - self.eps, self.momentum)
-            running_mean, running_var = before or (self.running_mean, self.running_var)
-            running_invstd = (running_var + self.eps).rsqrt()
-            ratio, offset = running_invstd / invstd, (mean - running_mean) * running_invstd
+            if self.renorm:
+                running_invstd = (self.running_var + self.eps).rsqrt()
+                ratio, offset = running_invstd / invstd, (mean - self.running_mean) * running_invstd
         if self.renorm:
             out = out * (self.weight * ratio).to(out.dtype) + (self.bias + self.weight * offset).to(out.dtype)
         return out if self.bound is None else out.clamp(-self.bound, self.bound)
@@ -392,7 +390,7 @@ class AetherNet(AetherBase):
         drop, drop_path_rate: dropout, and the last block's stochastic depth, both in [0, 1).
         img_range: the network works on (x - mean) * img_range.
         use_channel_attn, use_spatial_attn: attention at the end of every block.
-        batch_renorm: normalise with the running statistics in training too (see DeploymentNorm).
+        batch_renorm: normalise with the running statistics in training too (see DeploymentNorm); for batches of 8 and fewer.
         bound: limit of what a block's norm gives, so that no picture makes the network run away; None: no limit. Part of the function and of
             the state dict: loading a file takes the file's.
 
@@ -437,7 +435,7 @@ class AetherNet(AetherBase):
             self.stages.append(nn.Sequential(*blocks))
         self.fusion_convs = nn.ModuleList(nn.Conv2d(embed_dim, embed_dim // len(depths), 1) for _ in depths)
         self.quant_fusion_layer = QuantFusion(embed_dim)
-        self.norm = DeploymentNorm(embed_dim, batch_renorm, None if bound is None else math.inf)
+        self.norm = DeploymentNorm(embed_dim, batch_renorm)
         self.conv_after_body = nn.Conv2d(embed_dim, embed_dim, 3, padding=1)
         self.conv_before_upsample = nn.Sequential(nn.Conv2d(embed_dim, embed_dim, 3, padding=1), nn.LeakyReLU(0.01))
         self.upsample = AdaptiveUpsample(embed_dim, scale)
@@ -803,7 +801,7 @@ class SplitConv2d(nn.Module):
     @staticmethod
     def split(weight: Tensor, bias: Tensor) -> Dict[str, Tensor]:
         middle = (slice(None), slice(None), slice(1, 2), slice(1, 2))
-        usual = weight.abs().flatten(1).quantile(0.99, dim=1).view(-1, 1, 1, 1)
+        usual = weight.abs().flatten(1).float().quantile(0.99, dim=1).view(-1, 1, 1, 1)  # no quantile in half precision
         coarse = torch.where(weight[middle].abs() > 4 * usual, weight[middle], torch.zeros_like(weight[middle]))
         fine = weight.clone()
         fine[middle] -= coarse

@@ -9,6 +9,7 @@ validation and every user sees it). drop_path is 0, so that the norms are the on
 
     plain      batch statistics to the end (the default)
     renorm     batch_renorm: true from the first iteration
+    bounded    batch_renorm: true and bound: 4.0
     frozen     batch statistics, and for the last quarter the running ones, no longer updated
 """
 
@@ -29,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "archs"))
 from aether_arch import AetherNet, DeploymentNorm
 
 SCALE, CROP = 2, 24  # LR pixels
+TREATMENTS = ("plain", "renorm", "bounded", "frozen")
 
 
 def photographs() -> Tuple[List[Tensor], List[Tensor]]:
@@ -72,7 +74,8 @@ def train(treatment: str, batch: int, iterations: int, rate: float) -> Tuple[Aet
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     images = photographs()[0]
-    net = AetherNet(scale=SCALE, embed_dim=32, depths=(2, 2), drop_path_rate=0.0, batch_renorm=treatment == "renorm").train()
+    net = AetherNet(scale=SCALE, embed_dim=32, depths=(2, 2), drop_path_rate=0.0, batch_renorm=treatment in ("renorm", "bounded"),
+                    bound=4.0 if treatment == "bounded" else None).train()  # fmt: skip
     optimizer = torch.optim.AdamW(net.parameters(), rate, betas=(0.9, 0.99), weight_decay=0)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations, rate / 10)
     losses = []
@@ -96,7 +99,7 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=400)
     parser.add_argument("--rate", type=float, default=5e-4)
     parser.add_argument("--batches", type=int, nargs="+", default=[2, 4, 8, 16])
-    parser.add_argument("--treatments", nargs="+", default=["plain", "renorm", "frozen"], choices=["plain", "renorm", "frozen"])
+    parser.add_argument("--treatments", nargs="+", default=list(TREATMENTS), choices=TREATMENTS)
     args = parser.parse_args()
     held_out = photographs()[1]
     print(f"{args.iterations} iterations, learning rate {args.rate:g}, {CROP}x{CROP} crops, x{SCALE}\n")

@@ -72,16 +72,21 @@ WHY_WARMUP = "Adam's first steps move every weight by the whole learning rate, w
 # new network far off. A cosine that starts low, and falls again in its second half, has no such step.
 WHY_ONE_CYCLE = "the rate starts here, peaks at eta_min of the scheduler half-way, and ends here; warmup_iter would take a first step at the peak"
 WHY_EMA = "averages about the last 1000 steps; the norms' statistics are averaged or copied with the weights"
-WHY_RENORM = "validation then sees what training saw, see docs/small_batch.md"
+WHY_RENORM = "for a batch of 4 to 8: validation then sees what training saw, see docs/small_batch.md"
+SMALLER = ", and at 8 or 4 set batch_renorm"
 BOUND = "4.0"
 WHY_BOUND = "no block's norm gives more than this, so no picture makes the network run away; it is in the weights from then on"
 
 
-def network_options(kind: Kind, indent: str, equals: str) -> str:
-    """The options that the kind asks for; bound is in the weights that fine-tuning starts from, whatever its template says."""
+def network_options(kind: Kind, size: Size, indent: str, equals: str) -> str:
+    """The options that the kind or the batch asks for; commented out where the template's batch is large enough without.
+
+    The bound is in the weights that a fine-tuning starts from, whatever its template says.
+    """
     if kind.qat:
         return f"{indent}qat{equals}true  # true: the blocks; 'full': the whole body in 8 bits, faster and less exact, docs/int8.md"
-    return f"{indent}bound{equals}{BOUND}  # {WHY_BOUND}\n{indent}batch_renorm{equals}true  # {WHY_RENORM}"
+    line, comment = f"{indent}batch_renorm{equals}true", f"{indent}{'# ' if indent else '#'}batch_renorm{equals}true"
+    return f"{indent}bound{equals}{BOUND}  # {WHY_BOUND}\n{line if size.batch <= 8 else comment}  # {WHY_RENORM}"
 
 
 # --------------------------------------------------------------------------------------------------------------- traiNNer-redux
@@ -172,7 +177,7 @@ datasets:
     use_hflip: true
     use_rot: true
     num_worker_per_gpu: 8
-    batch_size_per_gpu: {size.batch}  # out of memory: halve it before lq_size
+    batch_size_per_gpu: {size.batch}  # out of memory: halve it before lq_size{'' if kind.qat else SMALLER}
     accum_iter: 1
   val:
     name: Val Dataset
@@ -185,7 +190,7 @@ datasets:
 ####################
 network_g:
   type: aether_{size_name}
-{network_options(kind, "  ", ": ")}
+{network_options(kind, size, "  ", ": ")}
 {discriminator}
 ##############################
 # Pretrain and Resume Paths
@@ -395,7 +400,7 @@ fast_matmul = true
 type = "{"otf" if kind.otf else "paired"}"
 dataroot_gt = 'datasets/train/gt/'{lq}
 patch_size = {LQ_SIZE}  # low-resolution pixels; the receptive field is larger than 48
-batch_size = {size.batch}  # out of memory: halve it before patch_size
+batch_size = {size.batch}  # out of memory: halve it before patch_size{'' if kind.qat else SMALLER}
 #accumulate = 1
 #dataset_enlarge_ratio = 100  # with few images
 {NEOSR_DEGRADATIONS if kind.otf else ""}
@@ -416,7 +421,7 @@ val_freq = 5000
 
 [network_g]
 type = "aether_{size_name}"
-{network_options(kind, "", " = ")}
+{network_options(kind, size, "", " = ")}
 {discriminator}
 [train]
 {ema}
@@ -570,7 +575,7 @@ datasets:
     use_hflip: true
     use_rot: true
     num_worker_per_gpu: 6
-    batch_size_per_gpu: {size.batch}  # out of memory: halve it before gt_size
+    batch_size_per_gpu: {size.batch}  # out of memory: halve it before gt_size{'' if kind.qat else SMALLER}
     dataset_enlarge_ratio: 1  # 100 with few images
     prefetch_mode: ~
 
@@ -586,7 +591,7 @@ datasets:
 network_g:
   type: aether_{size_name}
   scale: {scale}
-{network_options(kind, "  ", ": ")}
+{network_options(kind, size, "  ", ": ")}
 {discriminator}
 # path
 path:

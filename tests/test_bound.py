@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -71,12 +70,11 @@ def test_what_runs_away_without_it_stays_finite_in_every_form(tmp_path: Path) ->
     assert relative(output, net(image)) <= 1e-4
 
 
-def test_bounded_batch_renorm_trains_on_just_what_evaluation_computes() -> None:
+def test_with_batch_renorm_it_limits_training_and_evaluation_alike() -> None:
     x = torch.rand(4, 3, 12, 12, dtype=torch.float64)
-    x[0] = x[0].round()
     net = small_net(2, drop_path_rate=0.0, batch_renorm=True, bound=BOUND).train()
-    expected = copy.deepcopy(net).eval()(x)
-    assert relative(net(x), expected) <= 1e-12
+    output = net(x)
+    assert relative(net.eval()(x), output) <= 1e-12
 
 
 def test_the_file_decides_whether_a_network_is_bounded() -> None:
@@ -130,3 +128,31 @@ def test_a_file_with_an_impossible_bound_is_named(value: torch.Tensor) -> None:
     state = {**small_net(2).state_dict(), "bound": value}
     with pytest.raises(ValueError, match="'bound'"):
         aether_from_state_dict(state)
+
+
+@pytest.mark.parametrize("form", ["training", "fused"])
+@torch.no_grad()
+def test_the_command_gives_a_bound_to_weights_that_run_away(form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    net = runaway()
+    torch.save((net if form == "training" else net.fused()).state_dict(), tmp_path / "net.pth")
+
+    def run(*extra: str) -> int:
+        files = ["--model_path", str(tmp_path / "net.pth"), "--output_path", str(tmp_path / "out.pth")]
+        return fuse_aether.main([*files, "--device", "cpu", *extra])
+
+    assert run("--bound", "1") == 0
+    assert "Bound 1: changes the output for" in capsys.readouterr().out
+    bounded = aether_from_state_dict(torch.load(tmp_path / "out.pth", weights_only=True))
+    expected = AetherNet(**{**net.options, "bound": 1.0})
+    expected.load_state_dict({**net.state_dict(), "bound": torch.ones(1)})
+    image = torch.rand(1, 3, 24, 24).round()
+    assert relative(bounded(image), expected.eval()(image)) <= 1e-4
+    assert run("--bound", "0", "--overwrite") == 2
+    assert "--bound 0 is not possible" in capsys.readouterr().err
+
+
+def test_a_quantised_checkpoint_has_bounds_already(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(small_net(2).float().prepare_qat().state_dict(), tmp_path / "net.pth")
+    arguments = ["--model_path", tmp_path / "net.pth", "--output_path", tmp_path / "out.pth", "--bound", "4", "--device", "cpu"]
+    assert fuse_aether.main([str(argument) for argument in arguments]) == 2
+    assert "leave --bound out" in capsys.readouterr().err

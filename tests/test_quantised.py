@@ -103,11 +103,13 @@ def test_int8_weights_compute_what_fake_quantisation_does_and_take_a_third(place
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("form", ["training", "fused"])
+@pytest.mark.parametrize("form", ["training", "fused", "fused, fp16"])
 def test_a_float_checkpoint_loads_strictly_into_a_network_made_with_qat(form: str, placement: str, image: torch.Tensor) -> None:
     options = {**TINY, "qat": True if placement == "default" else "full"}
     source = float_net(use_channel_attn=False, use_spatial_attn=False)
-    state = source.fused().state_dict() if form == "fused" else source.state_dict()
+    state = source.state_dict() if form == "training" else source.fused().state_dict()
+    if form == "fused, fp16":  # as released
+        state = {name: value.half() for name, value in state.items()}
     net = aether_small(**options)
     net.load_state_dict(state, strict=True)
     assert isinstance(net, QuantAetherNet)

@@ -1,7 +1,6 @@
 """Training pairs from free pictures that Debian packages carry: fetch, cut, reduce.
 
     python training/prepare_pictures.py FOLDER [--scale 2] [--packages DIR]
-    python training/prepare_pictures.py FOLDER --drawn 500 [--scale 2]        # drawn pairs only, for training pictures of your own
 
 Writes FOLDER/gt and FOLDER/lq (PNG pairs of one name), FOLDER/sources.csv (the picture each pair was cut from) and FOLDER/copyright
 (what each package says about authors and licences; several of these licences ask for attribution). Needs Debian or Ubuntu: apt-get
@@ -18,9 +17,6 @@ ukui-wallpapers                Ubuntu Kylin community                           
 =============================  =====================================================  =============================
 
 A low-resolution picture is Pillow's bicubic reduction of the whole picture, cut afterwards: no cut has a border of its own.
-
-Every tenth pair is drawn here: stripes, checkerboards, dots, discs, coarse noise, flat colour and letters, half of them in black and white.
-Photographs hold none of these, and a network that never saw them may run away on them: each block squares what it is given.
 """
 
 from __future__ import annotations
@@ -32,10 +28,10 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Dict, Iterator, List, Tuple
+from typing import Dict, List, Tuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from tqdm import tqdm
 
 PACKAGES = ("lomiri-wallpapers-16.04", "lomiri-wallpapers-20.04", "mate-backgrounds", "plasma-workspace-wallpapers", "ukui-wallpapers")
@@ -44,7 +40,6 @@ SHORTEST = 1000  # below are thumbnails of the same pictures
 HALVED = 3000  # pictures this wide are soft at full size (JPEG, upscaled renderings): half of it is sharp
 SIZE = 192  # of a cut, high-resolution pixels
 PER_PICTURE = 60
-DRAWN = 1 / 9  # as many pairs as this part of those from photographs
 FLAT = 1.5  # mean difference of neighbouring pixels, steps of 1/255: sky and blur below it teach nothing
 
 
@@ -98,84 +93,35 @@ def cuts(path: Path, scale: int) -> List[Tuple[float, Image.Image, Image.Image]]
     return found[:PER_PICTURE]
 
 
-def drawing(random: np.random.Generator, size: int) -> Image.Image:
-    """A regular pattern or letters in two colours, as screens, comics and test charts hold them, (size, size)."""
-    colours = np.array([[0, 0, 0], [255, 255, 255]]) if random.random() < 0.5 else random.integers(0, 256, (2, 3))
-    colours = random.permutation(colours)
-    kind = random.choice(["stripes", "checks", "dots", "discs", "noise", "letters", "flat"])
-    step = float(np.exp(random.uniform(0, np.log(64))))  # pixels
-    if kind == "letters":
-        image = Image.new("RGB", (size, size), tuple(int(value) for value in colours[0]))
-        font = ImageFont.load_default(max(8.0, step))
-        lines = ["".join(map(chr, random.integers(33, 127, 80))) for _ in range(40)]
-        ImageDraw.Draw(image).multiline_text((0, 0), "\n".join(lines), tuple(int(value) for value in colours[1]), font)
-        return image
-    y, x = np.mgrid[:size, :size].astype(np.float64)
-    if random.random() < 0.5:
-        step = float(round(step))
-        u, v = random.permutation([x, y])
-    else:
-        angle = random.uniform(0, np.pi)
-        u, v = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
-    row, column = np.floor(u / step).astype(int), np.floor(v / step).astype(int)
-    cells = random.integers(0, 2, (4 * size, 4 * size))
-    second = {
-        "stripes": row % 2,
-        "checks": (row + column) % 2,
-        "dots": (row % 2) * (column % 2),
-        "discs": np.hypot(u % step - step / 2, v % step - step / 2) < 0.35 * step,
-        "noise": cells[row % len(cells), column % len(cells)],
-        "flat": row * 0,
-    }[kind]
-    return Image.fromarray(colours[second.astype(int)].astype(np.uint8))
-
-
-def drawn_pairs(count: int, scale: int) -> Iterator[Tuple[Image.Image, Image.Image]]:
-    """Pairs of ``drawing``, always the same ones: (gt, lq)."""
-    random, border = np.random.default_rng(0), 8 * scale
-    for _ in range(count):
-        gt = drawing(random, SIZE + 2 * border)
-        lq = gt.resize((gt.width // scale, gt.height // scale), Image.Resampling.BICUBIC)
-        yield gt.crop((border, border, border + SIZE, border + SIZE)), lq.crop((8, 8, 8 + SIZE // scale, 8 + SIZE // scale))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     parser.add_argument("folder", type=Path, help="where gt/, lq/, sources.csv and copyright/ go")
     parser.add_argument("--scale", type=int, choices=(2, 3, 4), default=2)
     parser.add_argument("--packages", type=Path, help="folder with the .deb files (default: FOLDER/packages)")
-    parser.add_argument("--drawn", type=int, metavar="COUNT", help="only drawn pairs, so many, to be mixed into pictures of your own; no packages")
     args = parser.parse_args()
     if (args.folder / "gt").exists():
         sys.exit(f"prepare_pictures: {args.folder / 'gt'} is already there; remove it, or name another folder")
-    rows: List[Tuple[str, str, str]] = []
+    unpacked = args.folder / "unpacked"
+    unpacked.mkdir(parents=True, exist_ok=True)
+    unpack(args.packages or args.folder / "packages", unpacked)
+    for name in PACKAGES:
+        (args.folder / "copyright").mkdir(exist_ok=True)
+        shutil.copy(unpacked / name / "usr" / "share" / "doc" / name / "copyright", args.folder / "copyright" / name)
+    rows = []
     for sub in ("gt", "lq"):
-        (args.folder / f"{sub}.partial").mkdir(parents=True)
-
-    def save(gt: Image.Image, lq: Image.Image, source: str, lively: str) -> None:
-        name = f"{'drawn' if args.drawn else ''}{len(rows):05d}.png"
-        gt.save(args.folder / "gt.partial" / name, compress_level=1)
-        lq.save(args.folder / "lq.partial" / name, compress_level=1)
-        rows.append((name, source, lively))
-
-    if args.drawn is None:
-        unpacked = args.folder / "unpacked"
-        unpacked.mkdir()
-        unpack(args.packages or args.folder / "packages", unpacked)
-        for name in PACKAGES:
-            (args.folder / "copyright").mkdir(exist_ok=True)
-            shutil.copy(unpacked / name / "usr" / "share" / "doc" / name / "copyright", args.folder / "copyright" / name)
-        for path in tqdm(pictures(unpacked), unit="picture"):
-            for lively, gt, lq in cuts(path, args.scale):
-                save(gt, lq, str(path.relative_to(unpacked)), f"{lively:.2f}")
-        shutil.rmtree(unpacked)
-    for gt, lq in drawn_pairs(args.drawn or round(len(rows) * DRAWN), args.scale):
-        save(gt, lq, "drawn", "")
+        (args.folder / f"{sub}.partial").mkdir()
+    for path in tqdm(pictures(unpacked), unit="picture"):
+        for lively, gt, lq in cuts(path, args.scale):
+            name = f"{len(rows):05d}.png"
+            gt.save(args.folder / "gt.partial" / name, compress_level=1)
+            lq.save(args.folder / "lq.partial" / name, compress_level=1)
+            rows.append((name, str(path.relative_to(unpacked)), f"{lively:.2f}"))
     with open(args.folder / "sources.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("cut", "picture", "liveliness"), *rows])
     for sub in ("lq", "gt"):  # gt last: it says that all is there
         (args.folder / f"{sub}.partial").rename(args.folder / sub)
-    print(f"{len(rows)} pairs, of {len({row[1] for row in rows} - {'drawn'})} pictures and drawn, in {args.folder}")
+    shutil.rmtree(unpacked)
+    print(f"{len(rows)} pairs of {len({row[1] for row in rows})} pictures in {args.folder}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """Release files of trained weights, and their model card.
 
-    python training/release.py CHECKPOINT FOLDER --calibration PICTURES
+    python training/release.py CHECKPOINT FOLDER --calibration PICTURES [--bound 4]
 
 Writes FOLDER/NAME_fp16.safetensors (fused, half precision), and prints the card's table: PSNR-Y on photographs held out from training for
 bicubic, the fused network in fp32, the fp16 file, and both int8 placements of ``prepare_qat`` calibrated on PICTURES, in ONNX Runtime.
+CHECKPOINT may be fused weights; ``--bound`` is for those trained without one.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "archs"), str(ROOT / "training")]
 
+import torch  # noqa: E402
 from aether_arch import PLACEMENTS, aether_from_state_dict, export_onnx, variant_name  # noqa: E402
 from evaluate import evaluate, markdown, upscaler  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
@@ -31,8 +33,12 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--name", default="2x_AetherNet_small_wallpapers")
     parser.add_argument("--calibration", type=Path, required=True, help="pictures, such as the gt folder of training/prepare_pictures.py")
+    parser.add_argument("--bound", type=float, help="as in fuse_aether.py")
     args = parser.parse_args()
-    fused = aether_from_state_dict(read_state(args.checkpoint)[0]).fused()
+    state = dict(read_state(args.checkpoint)[0])
+    if args.bound is not None:
+        state["bound"] = torch.tensor([args.bound])
+    fused = aether_from_state_dict(state).fused()
     fit_half_precision(fused, args.checkpoint, print)
     args.folder.mkdir(parents=True, exist_ok=True)
     path = args.folder / f"{args.name}_fp16.safetensors"

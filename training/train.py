@@ -23,8 +23,8 @@ ROOT = Path(__file__).resolve().parents[1]
 TEMPLATES = ROOT / "options" / "traiNNer-redux" / "train" / "AetherNet"
 # What a release trained on two CPU cores for some hours needs different from two days on a card.
 CHANGES: Dict[str, Any] = {
-    "lq_size": 48,
-    "batch_size_per_gpu": 4,
+    "lq_size": 32,
+    "batch_size_per_gpu": 8,
 }
 CPU: Dict[str, Any] = {"num_gpu": 0, "amp_bf16": True}  # fast on CPUs with AVX512-BF16 or AMX; fp16 is fast on none
 
@@ -40,6 +40,8 @@ def options(stage: str, data: Path, iterations: int, pretrained: Path | None) ->
     result["name"] = f"2x_AetherNet_small_wallpapers_{stage}"
     result["manual_seed"] = 0
     result["datasets"]["train"].update(CHANGES, dataroot_gt=[str(data / "gt")], dataroot_lq=[str(data / "lq")], num_worker_per_gpu=1)
+    if CHANGES["batch_size_per_gpu"] <= 8 and stage == "float":
+        result["network_g"]["batch_renorm"] = True
     if stage != "float":
         result["network_g"]["qat"] = "full" if stage == "qat_full" else True
     if pretrained:
