@@ -64,6 +64,17 @@ class _DepthwiseConv(torch.autograd.Function):
         return grad_x, grad_weight, grad.sum((0, 2, 3))
 
 
+def _depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor, training: bool) -> Tensor:
+    if training and x.device.type == "cpu" and torch.is_grad_enabled() and weight.shape[-1] > 3:
+        return _DepthwiseConv.apply(x, weight, bias)
+    return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=len(weight))
+
+
+def _training_layout(x: Tensor, training: bool) -> Tensor:
+    """On a CPU the weight gradient of a large depthwise kernel is several times faster in channels_last."""
+    return x.contiguous(memory_format=torch.channels_last) if training and x.device.type == "cpu" else x
+
+
 class ReparamLargeKernelConv(nn.Module):
     """Depthwise convolution with a large and a small kernel in parallel: ``lk(x) + sk(x)``, (N, C, H, W) -> (N, C, H, W).
 
@@ -84,10 +95,7 @@ class ReparamLargeKernelConv(nn.Module):
         return self.lk_conv.weight + F.pad(self.sk_conv.weight, [border] * 4), self.lk_bias + self.sk_bias
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.reparameterize()
-        if x.device.type == "cpu" and self.training and torch.is_grad_enabled() and weight.shape[-1] > 3:
-            return _DepthwiseConv.apply(x, weight, bias)
-        return F.conv2d(x, weight, bias, padding=self.lk_conv.padding, groups=self.lk_conv.groups)
+        return _depthwise_conv(x, *self.reparameterize(), self.training)
 
 
 class DeploymentNorm(nn.Module):
@@ -444,9 +452,7 @@ class AetherNet(AetherBase):
         _init_as_interpolation(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training and x.device.type == "cpu":  # the weight gradient of a large depthwise kernel is several times faster in this layout
-            x = x.contiguous(memory_format=torch.channels_last)
-        shallow = self.conv_first((x - self.mean) * self.img_range)
+        shallow = self.conv_first((_training_layout(x, self.training) - self.mean) * self.img_range)
         out, features = shallow, []
         for stage, fusion_conv in zip(self.stages, self.fusion_convs):
             out = stage(out)
@@ -782,7 +788,9 @@ class QuantConv2d(nn.Conv2d):
         scale = _int8_scale(self.weight)
         with torch.autocast(x.device.type, enabled=False):
             weight = torch.fake_quantize_per_channel_affine(self.weight.float(), scale, torch.zeros_like(scale, dtype=torch.int32), 0, -127, 127)
-        return self.quant_out(self._conv_forward(self.quant_in(x), weight.to(self.weight.dtype), self.bias))
+        x, weight = self.quant_in(x), weight.to(self.weight.dtype)
+        depthwise = self.groups > 1 and self.groups == self.in_channels
+        return self.quant_out(_depthwise_conv(x, weight, _bias(self), self.training) if depthwise else self._conv_forward(x, weight, self.bias))
 
 
 class SplitConv2d(nn.Module):
@@ -971,6 +979,7 @@ class QuantAetherNet(FusedAetherNet):
         self.train(training)
 
     def network(self, x: Tensor) -> Tensor:
+        x = _training_layout(x, self.training)
         shallow = self.quant_head(self.head(x - self.mean))
         out, features = shallow, []
         for stage, fusion_conv in zip(self.stages, self.fusion_convs):
