@@ -16,7 +16,11 @@ import onnxruntime
 import pytest
 import torch
 from aether_arch import AetherNet, FusedAetherNet, QuantAetherNet, Quantizer, aether_from_state_dict, aether_medium, aether_small, export_onnx
-from conftest import randomize
+from conftest import ROOT, randomize
+from PIL import Image
+from safetensors.torch import load_file
+from skimage import data as photographs
+from torch.nn import functional as F
 
 TINY: Dict[str, Any] = {"embed_dim": 16, "depths": (1, 2), "scale": 2}
 
@@ -255,6 +259,41 @@ def test_weights_of_seven_bits_compute_almost_the_same_and_no_pair_of_products_o
     reduced = stored.for_target("onnxruntime", reduce_range=True)(image).numpy()
     assert np.abs(output - reduced).mean() < 0.02 * reduced.std()
     assert 0 < np.abs(reduced - stored(image).numpy()).mean() < 0.1 * reduced.std()
+
+
+@torch.no_grad()
+def test_the_shipped_weights_give_the_same_picture_as_int8_network_and_as_int8_file(placement: str, tmp_path: Path) -> None:
+    net = aether_from_state_dict(load_file(ROOT / "weights" / "2x_AetherNet_small_wallpapers_fp16.safetensors"))
+
+    def pair(photograph: np.ndarray) -> List[torch.Tensor]:
+        gt = Image.fromarray(photograph).crop((100, 60, 356, 316))
+        sides = [np.asarray(each, dtype=np.float32) / 255 for each in (gt.resize((128, 128), Image.Resampling.BICUBIC), gt)]
+        return [torch.from_numpy(side).permute(2, 0, 1)[None] for side in sides]
+
+    image, gt = pair(photographs.astronaut())
+    net.prepare_qat(placement, [pair(photograph)[0] for photograph in (photographs.coffee(), photographs.chelsea(), photographs.rocket())])
+    quantized = net.eval().convert_to_quantized()
+    session = onnxruntime.InferenceSession(export_onnx(quantized, 2, "int8", str(tmp_path / "net.onnx")), providers=["CPUExecutionProvider"])
+    output = torch.from_numpy(np.asarray(session.run(None, {"input": image.numpy()})[0]))
+    steps = [(each.clamp(0, 1) * 255).round() for each in (quantized(image), output)]
+    far = float(((steps[0] - steps[1]).abs() > 1).float().mean())
+    losses = [float(10 * torch.log10((each - gt * 255).square().mean())) for each in steps]
+    # One code of the 8-bit stream that full has is more than a step of the image, and ONNX Runtime adds in another order than PyTorch.
+    assert far <= (0.01 if placement == "default" else 0.03), f"{far:.2%} of the pixels are more than 1/255 apart"
+    assert abs(losses[0] - losses[1]) <= 0.01, f"{abs(losses[0] - losses[1]):.4f} dB apart"
+
+
+def test_gradients_of_the_depthwise_weights_are_those_of_plain_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = quantised("full").train()
+    plain, image = copy.deepcopy(net), torch.rand(2, 3, 14, 15)
+    net(image).square().sum().backward()
+    monkeypatch.setattr(aether_arch._DepthwiseConv, "apply", lambda x, weight, bias: F.conv2d(x, weight, bias, padding=5, groups=len(weight)))
+    plain(image).square().sum().backward()
+    for (name, parameter), other in zip(net.named_parameters(), plain.parameters()):
+        if "reparam_conv" in name and parameter.requires_grad:
+            assert parameter.grad is not None
+            assert other.grad is not None
+            assert float((parameter.grad - other.grad).abs().max() / other.grad.abs().max()) < 1e-3, name
 
 
 def test_what_can_not_be_quantised_is_said() -> None:
