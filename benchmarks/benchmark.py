@@ -174,6 +174,7 @@ def session(path: Path, image: Tensor, threads: int) -> Callable[[], Any]:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # else it takes the cores from the network whose turn it is next
     made = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     feed = {made.get_inputs()[0].name: image.numpy()}
     return lambda: made.run(None, feed)
