@@ -278,6 +278,15 @@ def check_output(path: Path, source: Path, overwrite: bool) -> None:
 # ------------------------------------------------------------------------------------------------- verifying and measuring
 
 
+def read_back(part: Path, source: Path) -> Mapping[str, Tensor]:
+    """The fused weights as they were written."""
+    try:
+        return read_state(part)[0]
+    except UserError:
+        raise UserError(f"{source}: the fused weights are not finite in float32, these are too extreme. "
+                        f"Nothing was written; pass another checkpoint (--model_path).") from None  # fmt: skip
+
+
 @torch.no_grad()
 def largest_difference(unfused: AetherBase, fused: AetherBase, device: str) -> float:
     """Largest difference of two networks in float64, in steps of 1/255 (of the largest output, where that is above 1)."""
@@ -774,12 +783,7 @@ def fuse(args: argparse.Namespace, say: Callable[[str], None] = print) -> None:
     try:
         write_state(net.state_dict(), part, metadata)
         say("Verifying: the written file against the unfused network, in float64")
-        try:
-            written = read_state(part)[0]
-        except UserError:
-            raise UserError(f"{source}: the fused weights are not finite in float32, these are too extreme. "
-                            f"Nothing was written; pass another checkpoint (--model_path).") from None  # fmt: skip
-        fused = aether_from_state_dict(written)
+        fused = aether_from_state_dict(read_back(part, source))
         # What quantisation-aware training rounds, the float file does not: of such a network the weights are what must be the same.
         difference = largest_difference(unfused.fused() if isinstance(unfused, QuantAetherNet) else unfused, fused, args.device)
         if not difference <= ALLOWED_DIFFERENCE:
