@@ -1,6 +1,6 @@
 """By how much a picture in tiles differs from a whole one where channel attention averages over what the network is shown.
 
-    python benchmarks/tiles.py                     # the table of docs/speed.md: aether_medium's width and attention, eight blocks
+    python benchmarks/tiles.py                     # aether_medium's width and attention, eight blocks
     python benchmarks/tiles.py --embed_dim 180     # aether_large's
 
 The network is trained for some minutes first, as in small_batch.py, since random weights say nothing. Then it upscales a photograph that it
@@ -26,7 +26,7 @@ from upscale import receptive_field, upscale_tiled
 def trained(embed_dim: int, depths: list[int], iterations: int) -> AetherNet:
     torch.manual_seed(0)
     generator, images = torch.Generator().manual_seed(0), photographs()[0]
-    net = AetherNet(scale=SCALE, embed_dim=embed_dim, depths=depths, drop_path_rate=0.0, batch_renorm=True).train()
+    net = AetherNet(scale=SCALE, embed_dim=embed_dim, depths=depths, drop_path_rate=0.0, batch_renorm=True, bound=4.0).train()
     optimizer = torch.optim.AdamW(net.parameters(), 5e-4, betas=(0.9, 0.99), weight_decay=0)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-4, iterations)
     for _ in range(iterations):
