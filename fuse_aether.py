@@ -560,12 +560,13 @@ def report_bound(state: Mapping[str, Tensor], net: FusedAetherNet, say: Callable
     before = aether_from_state_dict(unbounded, net.options.get("img_range", 1.0)).fused().float()
     after = copy.deepcopy(net).float().cpu()
     changed = lost = 0
-    for picture in hard_pictures(net.options["in_chans"]).values():
+    pictures = hard_pictures(net.options["in_chans"])
+    for picture in pictures.values():
         expected = before(picture)
         lost += not bool(expected.isfinite().all())
         changed += not torch.allclose(after(picture), expected, rtol=1e-4, atol=1e-5)
-    count = len(hard_pictures(net.options["in_chans"]))
-    say(f"Bound {net.options['bound']:g}: changes the output for {changed} of {count} hard pictures; without it {lost} of them are not finite")
+    say(f"Bound {net.options['bound']:g}: changes the output for {changed} of {len(pictures)} hard pictures; "
+        f"without it {lost} of them are not finite")  # fmt: skip
 
 
 def largest_of(measured: List[Dict[str, float]]) -> Dict[str, float]:

@@ -65,6 +65,7 @@ class _DepthwiseConv(torch.autograd.Function):
 
 
 def _depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor, training: bool) -> Tensor:
+    """F.conv2d with "same" padding, one kernel for each channel."""
     if training and x.device.type == "cpu" and torch.is_grad_enabled() and weight.shape[-1] > 3:
         return _DepthwiseConv.apply(x, weight, bias)
     return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=len(weight))
@@ -104,9 +105,6 @@ class DeploymentNorm(nn.Module):
     As BatchNorm, but the running variance is the biased one and every tensor has the shape (1, C, 1, 1). With ``renorm`` the training
     output is normalised with the running statistics too, while gradients flow through the batch's: Batch Renormalization,
     https://arxiv.org/abs/1702.03275, which ends the drift between training and validation at small batches.
-
-    ``bound`` limits the output to [-bound, bound]. In training an outlier takes part in its own statistics, which limits it; in evaluation
-    nothing does, and gated products that square it block by block end beyond every number.
     """
 
     eps = 1e-5
@@ -114,9 +112,9 @@ class DeploymentNorm(nn.Module):
     running_mean: Tensor
     running_var: Tensor
 
-    def __init__(self, channels: int, renorm: bool = False, bound: Optional[float] = None) -> None:
+    def __init__(self, channels: int, renorm: bool = False) -> None:
         super().__init__()
-        self.renorm, self.bound = renorm, bound
+        self.renorm = renorm
         self.weight = nn.Parameter(torch.ones(1, channels, 1, 1))
         self.bias = nn.Parameter(torch.zeros(1, channels, 1, 1))
         self.register_buffer("running_mean", torch.zeros(1, channels, 1, 1))
@@ -137,8 +135,7 @@ class DeploymentNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.weight.flatten(), self.bias.flatten()
         if not self.training:
-            out = F.batch_norm(x, self.running_mean.flatten(), self.running_var.flatten(), weight, bias, eps=self.eps)
-            return out if self.bound is None else out.clamp(-self.bound, self.bound)
+            return F.batch_norm(x, self.running_mean.flatten(), self.running_var.flatten(), weight, bias, eps=self.eps)
         affine = (torch.ones_like(weight), torch.zeros_like(bias)) if self.renorm else (weight, bias)
         out, mean, invstd = torch.native_batch_norm(x, *affine, None, None, True, 0.0, self.eps)
         with torch.no_grad():
@@ -151,7 +148,7 @@ class DeploymentNorm(nn.Module):
                 ratio, offset = running_invstd / invstd, (mean - self.running_mean) * running_invstd
         if self.renorm:
             out = out * (self.weight * ratio).to(out.dtype) + (self.bias + self.weight * offset).to(out.dtype)
-        return out if self.bound is None else out.clamp(-self.bound, self.bound)
+        return out
 
 
 class GatedConvFFN(nn.Module):
@@ -222,7 +219,13 @@ class DropPath(nn.Module):
 
 
 class AetherBlock(nn.Module):
-    """``x + drop_path(attention(ffn(norm(conv(x)))))``, (N, C, H, W) -> (N, C, H, W)."""
+    """``x + drop_path(attention(ffn(norm(conv(x)))))``, (N, C, H, W) -> (N, C, H, W).
+
+    ``bound`` limits what the norm gives to [-bound, bound]. In training an outlier takes part in its own statistics, which limits it; in
+    evaluation nothing does, and gated products that square it block by block end beyond every number.
+    """
+
+    bound: Optional[float] = None  # see AetherBase.set_bound
 
     def __init__(
         self,
@@ -235,11 +238,10 @@ class AetherBlock(nn.Module):
         channel_attn: bool,
         spatial_attn: bool,
         renorm: bool,
-        bound: Optional[float],
     ) -> None:
         super().__init__()
         self.conv = ReparamLargeKernelConv(channels, lk_kernel, sk_kernel)
-        self.norm = DeploymentNorm(channels, renorm, bound)
+        self.norm = DeploymentNorm(channels, renorm)
         self.ffn = GatedConvFFN(channels, hidden, drop)
         self.channel_attn = ChannelAttention(channels) if channel_attn else nn.Identity()
         self.spatial_attn = SpatialAttention() if spatial_attn else nn.Identity()
@@ -259,8 +261,10 @@ class AetherBlock(nn.Module):
         return state
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.ffn(self.norm(self.conv(x)))
-        return x + self.drop_path(self.spatial_attn(self.channel_attn(out)))
+        out = self.norm(self.conv(x))
+        if self.bound is not None:
+            out = out.clamp(-self.bound, self.bound)
+        return x + self.drop_path(self.spatial_attn(self.channel_attn(self.ffn(out))))
 
 
 class QuantFusion(nn.Module):
@@ -341,6 +345,18 @@ class AetherBase(nn.Module):
     def convert_to_quantized(self) -> QuantAetherNet:
         raise ValueError("convert_to_quantized: call prepare_qat() first, and fine-tune.")
 
+    def set_bound(self, bound: Optional[float]) -> None:
+        """Limit what every block's norm gives; None: not at all. The bound is in the state dict; parameters stay the objects that they are."""
+        self.options = {**self.options, "bound": bound}
+        self._buffers.pop("bound", None)
+        if bound is not None:
+            self.register_buffer("bound", self.mean.new_full((1,), bound))
+        for block in self.modules():
+            if isinstance(block, (AetherBlock, FusedAetherBlock)):
+                block.bound = bound
+            if isinstance(block, QuantAetherBlock):
+                block.reparam_conv.quant_out.limit = bound  # type: ignore[union-attr]
+
     def become(self, form: Type[AetherBase], **extra: Any) -> None:
         """Take another form, with fresh weights: the object stays the same, so that whoever holds it sees the new form."""
         like = next(self.parameters())
@@ -364,8 +380,7 @@ class AetherBase(nn.Module):
         form = state_dict_form(names)
         bound = float(state_dict[prefix + "bound"]) if "bound" in names else None
         if form is not None and bound != self.options.get("bound"):
-            self.options = {**self.options, "bound": bound}
-            self.become(type(self), **{name: self.__dict__[name] for name in ("keep_norm", "placement", "stored") if name in self.__dict__})
+            self.set_bound(bound)
         if form == "older fused":
             _older_fused_to_training(state_dict, prefix, self.options["sk_kernel"])
             form = "training"
@@ -432,14 +447,11 @@ class AetherNet(AetherBase):
         rates = [drop_path_rate * k / max(1, sum(depths) - 1) for k in range(sum(depths))]
 
         self.register_buffer("mean", torch.full((1, in_chans, 1, 1), 0.5))
-        if bound is not None:
-            self.register_buffer("bound", torch.full((1,), float(bound)))
         self.conv_first = nn.Conv2d(in_chans, embed_dim, 3, padding=1)
         self.stages = nn.ModuleList()
         for depth in depths:
             attention = (use_channel_attn, use_spatial_attn)
-            sizes = (embed_dim, hidden, lk_kernel, sk_kernel)
-            blocks = [AetherBlock(*sizes, drop, rates.pop(0), *attention, batch_renorm, bound) for _ in range(depth)]
+            blocks = [AetherBlock(embed_dim, hidden, lk_kernel, sk_kernel, drop, rates.pop(0), *attention, batch_renorm) for _ in range(depth)]
             self.stages.append(nn.Sequential(*blocks))
         self.fusion_convs = nn.ModuleList(nn.Conv2d(embed_dim, embed_dim // len(depths), 1) for _ in depths)
         self.quant_fusion_layer = QuantFusion(embed_dim)
@@ -448,6 +460,7 @@ class AetherNet(AetherBase):
         self.conv_before_upsample = nn.Sequential(nn.Conv2d(embed_dim, embed_dim, 3, padding=1), nn.LeakyReLU(0.01))
         self.upsample = AdaptiveUpsample(embed_dim, scale)
         self.conv_last = nn.Conv2d(self.upsample.out_channels, in_chans, 3, padding=1)
+        self.set_bound(bound)
         self.apply(_init_weights)
         _init_as_interpolation(self)
 
@@ -522,10 +535,10 @@ class FusedAetherBlock(nn.Module):
     """AetherBlock as plain convolutions: (N, C, H, W) -> (N, C, H, W)."""
 
     STRIP = 4096  # pixels at once, see forward
+    bound: Optional[float] = None  # see AetherBase.set_bound
 
-    def __init__(self, channels: int, hidden: int, kernel: int, channel_attn: bool, spatial_attn: bool, bound: Optional[float]) -> None:
+    def __init__(self, channels: int, hidden: int, kernel: int, channel_attn: bool, spatial_attn: bool) -> None:
         super().__init__()
-        self.bound = bound
         self.reparam_conv = nn.Conv2d(channels, channels, kernel, padding=kernel // 2, groups=channels)
         self.gate_conv = nn.Conv2d(channels, hidden, 1)
         self.main_conv = nn.Conv2d(channels, hidden, 1)
@@ -674,20 +687,17 @@ class FusedAetherNet(AetherBase):
         self.scale = options["scale"]
         in_chans, channels, depths = options["in_chans"], options["embed_dim"], options["depths"]
         hidden, kernel = int(channels * options["mlp_ratio"]), options["lk_kernel"]
-        bound = options.get("bound")
         attention = (options["use_channel_attn"], options["use_spatial_attn"])
         self.register_buffer("mean", torch.full((1, in_chans, 1, 1), 0.5))
-        if bound is not None:
-            self.register_buffer("bound", torch.full((1,), float(bound)))
         self.head = nn.Conv2d(in_chans, channels, 3, padding=1)
-        blocks = ([self.block(channels, hidden, kernel, *attention, bound) for _ in range(depth)] for depth in depths)
-        self.stages = nn.ModuleList(nn.Sequential(*stage) for stage in blocks)
+        self.stages = nn.ModuleList(nn.Sequential(*(self.block(channels, hidden, kernel, *attention) for _ in range(depth))) for depth in depths)
         self.fusion_convs = nn.ModuleList(nn.Conv2d(channels, channels // len(depths), 1) for _ in depths)
         self.fusion = nn.Conv2d(channels, channels, 1)
         self.body_norm = nn.Conv2d(channels, channels, 1, groups=channels) if keep_norm else nn.Identity()
         self.body_conv = nn.Conv2d(channels, channels, 3, padding=1)
         self.conv_before_upsample = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1), nn.LeakyReLU(0.01))
         self.tail = CollapsedTail(channels, in_chans, self.scale)
+        self.set_bound(options.get("bound"))
 
     def forward(self, x: Tensor) -> Tensor:
         shallow = self.head(x - self.mean)
@@ -718,18 +728,16 @@ class Quantizer(nn.Module):
         low: the smallest value, where a function has one (sigmoid, SiLU); None: symmetric about zero, as TensorRT wants it.
         low_ratio: in place of ``low``, where it is a fraction of the largest value (LeakyReLU).
         high: the largest value, where it is known (a picture); else it is watched.
-        limit: of the largest value that is watched (a bound of the network's, which rounding then applies).
     """
 
     WATCH = 100
+    limit: Optional[float] = None  # of what is watched: the network's bound, which rounding then applies
     enabled = True
     signed = False  # int8 about zero instead of uint8 about 128: the same values; which one is fast is the runtime's affair
 
-    def __init__(
-        self, low: Optional[float] = None, low_ratio: Optional[float] = None, high: Optional[float] = None, limit: Optional[float] = None
-    ) -> None:
+    def __init__(self, low: Optional[float] = None, low_ratio: Optional[float] = None, high: Optional[float] = None) -> None:
         super().__init__()
-        self.low, self.low_ratio, self.high, self.limit = low, low_ratio, high, limit
+        self.low, self.low_ratio, self.high = low, low_ratio, high
         self.range_sum = nn.Parameter(torch.zeros(1), requires_grad=False)
         self.watched = nn.Parameter(torch.zeros(1), requires_grad=False)  # training batches so far, up to WATCH
 
@@ -878,7 +886,7 @@ class QuantAetherBlock(FusedAetherBlock):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.reparam_conv = QuantConv2d.like(self.reparam_conv, quant_out=Quantizer(limit=self.bound))
+        self.reparam_conv = QuantConv2d.like(self.reparam_conv, quant_out=Quantizer())
         self.gate_conv = QuantConv2d.like(self.gate_conv, quant_out=Quantizer())
         self.main_conv = QuantConv2d.like(self.main_conv, quant_out=Quantizer())
         self.out_conv = QuantConv2d.like(self.out_conv, quant_in=Quantizer(), quant_out=Quantizer())

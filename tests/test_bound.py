@@ -9,7 +9,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from aether_arch import AetherBase, AetherNet, Quantizer, aether_from_state_dict, aether_small, export_onnx
+from aether_arch import AetherBase, AetherNet, DeploymentNorm, Quantizer, aether_from_state_dict, aether_small, export_onnx
 from conftest import randomize, small_net
 from reference import reference
 
@@ -90,6 +90,19 @@ def test_the_file_decides_whether_a_network_is_bounded() -> None:
                 assert net.options["bound"] == bound
                 assert relative(net.eval()(x), source(x)) <= 1e-12
                 assert relative(aether_from_state_dict(form.state_dict()).double()(x), source(x)) <= 1e-5
+
+
+def test_loading_another_bound_leaves_every_parameter_the_object_that_an_optimizer_or_an_average_holds() -> None:
+    net = small_net(2, bound=4.0)
+    for module in net.modules():
+        if isinstance(module, DeploymentNorm):
+            module.statistics_to_parameters()  # as for BasicSR, whose average visits parameters only
+    before = dict(net.named_parameters())
+    net.load_state_dict(small_net(2, bound=None).state_dict(), strict=True)
+    after = dict(net.named_parameters())
+    assert any(name.endswith("running_var") for name in after)
+    assert before.keys() == after.keys()
+    assert all(after[name] is before[name] for name in after)
 
 
 @pytest.mark.parametrize("placement", [True, "full"])
