@@ -278,8 +278,7 @@ def test_the_shipped_weights_give_the_same_picture_as_int8_network_and_as_int8_f
     steps = [(each.clamp(0, 1) * 255).round() for each in (quantized(image), output)]
     far = float(((steps[0] - steps[1]).abs() > 1).float().mean())
     losses = [float(10 * torch.log10((each - gt * 255).square().mean())) for each in steps]
-    # One code of the 8-bit stream that full has is more than a step of the image, and ONNX Runtime adds in another order than PyTorch.
-    assert far <= (0.01 if placement == "default" else 0.03), f"{far:.2%} of the pixels are more than 1/255 apart"
+    assert far <= 0.01, f"{far:.2%} of the pixels are more than 1/255 apart"
     assert abs(losses[0] - losses[1]) <= 0.01, f"{abs(losses[0] - losses[1]):.4f} dB apart"
 
 
