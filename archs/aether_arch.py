@@ -812,17 +812,17 @@ class QuantConv2d(nn.Conv2d):
 
 
 class SplitConv2d(nn.Module):
-    """A 3x3 convolution as the sum of two 8-bit ones: the few large weights in the middle of the kernel, and all the others.
+    """A 3x3 convolution as the sum of a float 1x1 one with the few large weights in the middle of the kernel, and an 8-bit one with all others.
 
     Where an image runs through a network some weights are near one and the rest near 1/50: in one set of 8-bit steps those all but
-    vanish. Splitting large values off is known from https://arxiv.org/abs/2208.07339.
+    vanish. Splitting large values off is known from https://arxiv.org/abs/2208.07339. Float also spares the image a rounding.
     """
 
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
-        self.quant_in, self.quant_out = Quantizer(), Quantizer()
+        self.quant_in = Quantizer()
         self.fine = QuantConv2d.like(conv, quant_out=Quantizer())
-        self.coarse = QuantConv2d.like(nn.Conv2d(conv.in_channels, conv.out_channels, 1), quant_out=Quantizer())
+        self.coarse = nn.Conv2d(conv.in_channels, conv.out_channels, 1)
 
     @staticmethod
     def split(weight: Tensor, bias: Tensor) -> Dict[str, Tensor]:
@@ -840,7 +840,7 @@ class SplitConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.quant_in(x)
-        return self.quant_out(self.fine(x) + self.coarse(x))
+        return self.fine(x) + self.coarse(x)
 
 
 class QuantTail(CollapsedTail):
@@ -902,9 +902,11 @@ class QuantAetherBlock(FusedAetherBlock):
         self.out_conv = QuantConv2d.like(self.out_conv, quant_in=Quantizer(), quant_out=Quantizer())
         self.quant_sigmoid = Quantizer(low=0.0)
         self.quant_silu = Quantizer(low=-0.2785)  # the minimum of SiLU
-        self.quant_sum: nn.Module = nn.Identity()
+        self.quant_start: nn.Module = nn.Identity()  # where the 8-bit stream begins and
+        self.quant_sum: nn.Module = nn.Identity()  # what each block adds up to, in full
 
     def forward(self, x: Tensor) -> Tensor:
+        x = self.quant_start(x)
         out = self.reparam_conv(x)
         gate = self.gate_conv(out)
         gate = self.quant_silu(gate * self.quant_sigmoid(torch.sigmoid(gate)))  # as the integer kernels do it
@@ -915,8 +917,8 @@ class QuantAetherNet(FusedAetherNet):
     """FusedAetherNet with fake quantisation, for quantisation-aware training; see prepare_qat and convert_to_quantized.
 
     Args: those of FusedAetherNet, and
-        placement: "default" (the 1x1 convolutions of the blocks with all between them, and the 3x3 one after them) or "full" (everything but
-            the first convolution and the depthwise ones, with the streams that the image itself runs through: faster, and less exact).
+        placement: "default" (the 1x1 convolutions of the blocks with all between them, and the 3x3 one after them) or "full" (all convolutions
+            but the first and the depthwise ones, and the blocks' sums: faster, and less exact).
         stored: weights are held as int8, or half precision where they are not quantised; nothing can be trained any more.
     """
 
@@ -929,13 +931,12 @@ class QuantAetherNet(FusedAetherNet):
         super().__init__(**options)
         self.placement, self.stored = placement, False
         full = placement == "full"
-        self.quant_head = Quantizer() if full else nn.Identity()
-        self.quant_body = Quantizer() if full else nn.Identity()
-        self.body_conv = QuantConv2d.like(self.body_conv, quant_in=None if full and not self.keep_norm else Quantizer(), quant_out=Quantizer())
+        self.body_conv = QuantConv2d.like(self.body_conv, quant_in=Quantizer(), quant_out=Quantizer())
         if full:
-            for block in self.stages.modules():
-                if isinstance(block, QuantAetherBlock):
-                    block.quant_sum = Quantizer()
+            blocks = [block for block in self.stages.modules() if isinstance(block, QuantAetherBlock)]
+            blocks[0].quant_start = Quantizer()
+            for block in blocks:
+                block.quant_sum = Quantizer()
             before, activation = self.conv_before_upsample
             assert isinstance(before, nn.Conv2d)
             self.fusion_convs = nn.ModuleList(QuantConv2d.like(conv, quant_out=Quantizer()) for conv in self.fusion_convs)  # type: ignore[arg-type]
@@ -980,7 +981,7 @@ class QuantAetherNet(FusedAetherNet):
         for image in images:
             for quantizer in quantizers:
                 quantizer.watched.zero_()
-            self.network(image.to(self.mean))
+            super().forward(image.to(self.mean))
             largest.append(torch.cat([quantizer.largest for quantizer in quantizers]))
         finite = [values for values in largest if bool(values.isfinite().all())]  # some weights run away on an extreme picture
         if not finite:
@@ -996,19 +997,8 @@ class QuantAetherNet(FusedAetherNet):
             quantizer.watched.fill_(1)
         self.train(training)
 
-    def network(self, x: Tensor) -> Tensor:
-        x = _training_layout(x, self.training)
-        shallow = self.quant_head(self.head(x - self.mean))
-        out, features = shallow, []
-        for stage, fusion_conv in zip(self.stages, self.fusion_convs):
-            out = stage(out)
-            features.append(fusion_conv(out))
-        body = self.quant_body(self.fusion(torch.cat(features, 1)) + shallow)
-        body = self.body_conv(self.body_norm(body)) + body
-        return self.tail(self.conv_before_upsample(body))
-
     def forward(self, x: Tensor) -> Tensor:
-        out = self.network(x)
+        out = super().forward(_training_layout(x, self.training))
         if self.training and torch.distributed.is_available() and torch.distributed.is_initialized():
             with torch.no_grad():  # every process saw other images: one range for all
                 ranges: List[Tensor] = [quantizer.range_sum for quantizer in self.quantizers().values()]
@@ -1042,7 +1032,7 @@ class QuantAetherNet(FusedAetherNet):
                 conv.weight, conv.weight_scale = (conv.weight.float() / 2).round().to(torch.int8), conv.weight_scale * 2
         for name, quantizer in other.quantizers().items():
             quantizer.signed = target != "onnxruntime"
-            quantizer.enabled = target == "onnxruntime" or name.endswith(("quant_in", "reparam_conv.quant_out", "quant_body"))
+            quantizer.enabled = target == "onnxruntime" or name.endswith(("quant_in", "reparam_conv.quant_out"))
         other._round_biases()
         return other
 
@@ -1057,10 +1047,10 @@ class QuantAetherNet(FusedAetherNet):
                     stream = block.quant_sum
             yield fusion_conv, stream
         yield self.fusion, getattr(self.fusion, "quant_in", self.fusion)
-        yield self.body_conv, self.quant_body if isinstance(self.body_conv.quant_in, nn.Identity) else self.body_conv.quant_in
+        yield self.body_conv, self.body_conv.quant_in
         for module in self.modules():
             if isinstance(module, SplitConv2d):
-                yield from ((module.fine, module.quant_in), (module.coarse, module.quant_in))
+                yield module.fine, module.quant_in
             if isinstance(module, QuantTail):
                 yield module.conv, module.quant_in
 

@@ -16,6 +16,7 @@ import contextlib
 import copy
 import datetime
 import os
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -193,8 +194,8 @@ def quality(folder: Path, names: tuple[str, ...]) -> str:
     def look(name: str) -> Callable[..., None]:
         def hook(quantizer: Quantizer, inputs: Any, _: Any) -> None:
             values = inputs[0].abs() if quantizer.low is None else inputs[0]
-            largest = values.flatten()[:: max(1, values.numel() // 10**5)].kthvalue(int(min(values.numel(), 10**5) * 0.9999)).values
-            seen[name].append([float(values.max()), float(largest)])
+            some = values.flatten()[:: max(1, values.numel() // 10**5)]
+            seen[name].append([float(values.max()), float(some.quantile(0.9999))])
 
         return hook
 
@@ -215,12 +216,17 @@ def quality(folder: Path, names: tuple[str, ...]) -> str:
         for name, quantizer in nets[f"full, {way}"].quantizers().items():  # type: ignore[operator, union-attr]
             quantizer.range_sum.data.fill_(choose(np.array(seen[name])))
             quantizer.watched.data.fill_(1)
-    parts = {"blocks": lambda name: name.startswith("stages") and "quant_sum" not in name, "sums": lambda name: "quant_sum" in name,
-             "first and body": lambda name: name in ("quant_head", "quant_body"), "tail": lambda name: name.startswith("tail")}  # fmt: skip
+    stream = re.compile(r"quant_(start|sum)$")
+    parts = {
+        "blocks": lambda name: name.startswith("stages") and not stream.search(name),
+        "stream": stream.search,
+        "after the blocks": lambda name: not name.startswith(("stages", "tail")),
+        "tail": lambda name: name.startswith("tail"),
+    }
     for part, belongs in parts.items():
         nets[f"only {part}"] = copy.deepcopy(full)
         for name, quantizer in nets[f"only {part}"].quantizers().items():  # type: ignore[operator, union-attr]
-            quantizer.enabled = belongs(name)
+            quantizer.enabled = bool(belongs(name))
 
     def run(each: AetherBase) -> Callable[[np.ndarray], np.ndarray]:
         each.eval()
