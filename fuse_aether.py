@@ -518,7 +518,7 @@ def fit_half_precision(
     lost = [name for name, output in outputs.items() if not output <= bound]
     sound = [picture for name, picture in pictures.items() if name not in lost]
     if lost:
-        remedy = "; --bound 4 prevents it" if net.options.get("bound") is None else ""
+        remedy = "; --bound 1 prevents it" if net.options.get("bound") is None else ""
         say(f"Note: on {len(lost)} of {len(pictures)} hard pictures the network runs away, in float32 too: {', '.join(lost[:3])}"
             + (", ..." if len(lost) > 3 else "") + remedy)  # fmt: skip
     if not sound:
@@ -755,7 +755,7 @@ def fuse(args: argparse.Namespace, say: Callable[[str], None] = print) -> None:
     if not (math.isfinite(args.img_range) and args.img_range > 0):
         raise UserError(f"--img_range {args.img_range} is not possible; expected a number above 0, 1.0 unless the network was trained with another.")
     if args.bound is not None and not 1e-3 <= args.bound < 1e6:
-        raise UserError(f"--bound {args.bound:g} is not possible; expected a number from 1e-3 to 1e6, such as 4.")
+        raise UserError(f"--bound {args.bound:g} is not possible; expected a number from 1e-3 to 1e6, such as 1.")
     wanted = precisions(args)
     say(f"Reading {source}")
     state, chosen = read_state(source)
@@ -831,7 +831,7 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--img_range", type=float, default=1.0, help="the training option of this name, which no checkpoint holds (default: 1.0)")
     parser.add_argument("--bound", type=float, metavar="B", help="limit what each block's norm gives to -B..B, for weights that run away on some "
-                        "pictures; 4 is beyond what photographs reach. Fused weights are taken too")  # fmt: skip
+                        "pictures, such as 1. Fused weights are taken too")  # fmt: skip
     parser.add_argument("--onnx", metavar="LIST", help="ONNX files to write beside --output_path: fp32, fp16, int8, with commas between")
     parser.add_argument("--int8", action="store_true", help="the same as int8 in --onnx")
     parser.add_argument("--calibration", metavar="FOLDER", help="pictures for int8 without quantisation-aware training")

@@ -9,7 +9,7 @@ validation and every user sees it). drop_path is 0, so that the norms are the on
 
     plain      batch statistics to the end (the default)
     renorm     batch_renorm: true from the first iteration
-    bounded    batch_renorm: true and bound: 4.0
+    bounded    batch_renorm: true and bound: 1.0
     frozen     batch statistics, and for the last quarter the running ones, no longer updated
 """
 
@@ -75,7 +75,7 @@ def train(treatment: str, batch: int, iterations: int, rate: float) -> Tuple[Aet
     generator = torch.Generator().manual_seed(0)
     images = photographs()[0]
     net = AetherNet(scale=SCALE, embed_dim=32, depths=(2, 2), drop_path_rate=0.0, batch_renorm=treatment in ("renorm", "bounded"),
-                    bound=4.0 if treatment == "bounded" else None).train()  # fmt: skip
+                    bound=1.0 if treatment == "bounded" else None).train()  # fmt: skip
     optimizer = torch.optim.AdamW(net.parameters(), rate, betas=(0.9, 0.99), weight_decay=0)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations, rate / 10)
     losses = []

@@ -74,8 +74,8 @@ WHY_ONE_CYCLE = "the rate starts here, peaks at eta_min of the scheduler half-wa
 WHY_EMA = "averages about the last 1000 steps; the norms' statistics are averaged or copied with the weights"
 WHY_RENORM = "for a batch of 4 to 8: validation then sees what training saw, see docs/small_batch.md"
 SMALLER = ", and at 8 or 4 set batch_renorm"
-BOUND = "4.0"
-WHY_BOUND = "no block's norm gives more than this, so no picture makes the network run away; it is in the weights from then on"
+BOUND = "1.0"
+WHY_BOUND = "no block's norm gives more (its spread is 0.25 at first), so no outlier grows from block to block; it is in the weights from then on"
 
 
 def network_options(kind: Kind, size: Size, indent: str, equals: str) -> str:

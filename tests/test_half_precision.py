@@ -248,7 +248,7 @@ def test_a_picture_on_which_the_network_itself_runs_away_is_named_and_does_not_c
     monkeypatch.setattr(fuse_aether, "hard_pictures", lambda channels: {**pictures, "glare": torch.full((1, channels, 9, 9), 1e4)})
     assert run("--model_path", saved(small_net(2), tmp_path / "a.pth"), "--check-fp16") == 0
     report = capsys.readouterr().out
-    assert f"Note: on 1 of {len(pictures) + 1} hard pictures the network runs away, in float32 too: glare; --bound 4 prevents it\n" in report
+    assert f"Note: on 1 of {len(pictures) + 1} hard pictures the network runs away, in float32 too: glare; --bound 1 prevents it\n" in report
     assert "Rescaled" not in report
     assert f" dB over {len(pictures)} hard pictures" in report
 

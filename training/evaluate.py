@@ -1,8 +1,9 @@
 """PSNR-Y of networks on photographs that they were not trained on: scikit-image's own, which no training script here of 2x weights reads.
 
-    python training/evaluate.py FILE [FILE ...]
+    python training/evaluate.py FILE [FILE ...] [--bound B [B ...]]
 
-FILE: .pth or .safetensors in any form, or .onnx. Prints a row per photograph and a column per file, after bicubic. Luma of 8-bit images,
+FILE: .pth or .safetensors in any form, or .onnx. With ``--bound`` a column for each of these bounds in place of the file's own, to see
+which one costs least. Prints a row per photograph and a column per file, after bicubic. Luma of 8-bit images,
 without a border of ``scale`` pixels; low-resolution images are Pillow's bicubic reductions.
 """
 
@@ -30,7 +31,7 @@ PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "camera", "coins", "b
 Upscaler = Callable[[np.ndarray], np.ndarray]
 
 
-def upscaler(path: Path) -> Upscaler:
+def upscaler(path: Path, bound: float | None = None) -> Upscaler:
     """A function from (1, 3, H, W) to (1, 3, scale * H, scale * W), both float32 in [0, 1]."""
     if path.suffix == ".onnx":
         import onnxruntime
@@ -39,6 +40,8 @@ def upscaler(path: Path) -> Upscaler:
         dtype = np.float16 if "float16" in session.get_inputs()[0].type else np.float32
         return lambda image: np.asarray(session.run(["output"], {"input": image.astype(dtype)})[0], dtype=np.float32)
     net = aether_from_state_dict(read_state(path)[0])
+    if bound is not None:
+        net.set_bound(bound)
 
     @torch.no_grad()
     def run(image: np.ndarray) -> np.ndarray:
@@ -84,8 +87,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--scale", type=int, default=2)
+    parser.add_argument("--bound", type=float, nargs="+", help="for float weights")
     args = parser.parse_args()
-    print(markdown(evaluate({path.name: upscaler(path) for path in args.files}, args.scale)))
+    columns: Dict[str, tuple[Path, float | None]] = {path.name: (path, None) for path in args.files}
+    if args.bound:
+        columns = {f"{path.name}, bound {bound:g}": (path, bound) for path in args.files for bound in args.bound}
+    print(markdown(evaluate({name: upscaler(*column) for name, column in columns.items()}, args.scale)))
 
 
 if __name__ == "__main__":

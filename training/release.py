@@ -1,6 +1,6 @@
 """Release files of trained weights, and their model card.
 
-    python training/release.py CHECKPOINT FOLDER --calibration PICTURES [--bound 4]
+    python training/release.py CHECKPOINT FOLDER --calibration PICTURES [--bound 1]
 
 Writes FOLDER/NAME_fp16.safetensors (fused, half precision), and prints the card's table: PSNR-Y on photographs held out from training for
 bicubic, the fused network in fp32, the fp16 file, and both int8 placements of ``prepare_qat`` calibrated on PICTURES, in ONNX Runtime.
