@@ -6,7 +6,8 @@
     python benchmarks/int8.py --picture FOLDER      # docs/int8.png: a photograph in fp32 and int8, and 32 times their difference
 
 Speed is that of one thread, every network of a column takes turns, a figure is the median. The base is our own fused fp32 ONNX file.
-x2 has the weights of this repository, x4 random ones: speed does not depend on them.
+x2 has the weights of this repository, x4 random ones: speed does not depend on them. With other --scales, --sizes or --photographs than the
+default it only prints, and keeps the table in benchmarks/results.
 """
 
 from __future__ import annotations
@@ -278,6 +279,8 @@ def main() -> None:
     else:
         name, text = "int8.md", "\n".join(speed(args.scales, args.sizes, args.rounds))
     print(text)
+    if any(getattr(args, option) != parser.get_default(option) for option in ("scales", "sizes", "photographs")):
+        return
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / name
     part = path.with_name(f"{path.name}.part")
