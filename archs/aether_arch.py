@@ -730,7 +730,7 @@ class Quantizer(nn.Module):
     """Fake quantisation: rounds a tensor to the 256 values that 8 bits hold, one scale for all of it. Any shape.
 
     Reference: https://arxiv.org/abs/1712.05877. The range follows the first ``WATCH`` training batches (a moving average of their
-    largest value), then stays; before the first it is unknown and the tensor passes as it is. Its state is float parameters without
+    largest value), then stays; before the first it is unknown and nothing is rounded. Its state is float parameters without
     gradient, because frameworks average those and not every buffer, and a sum beside its count, because an average of both that starts
     at zero still has the right quotient.
 
@@ -741,7 +741,7 @@ class Quantizer(nn.Module):
     """
 
     WATCH = 100
-    limit: Optional[float] = None  # of what is watched: the network's bound, which rounding then applies
+    limit: Optional[float] = None  # the network's bound; no range goes beyond, so rounding applies it too
     enabled = True
     signed = False  # int8 about zero instead of uint8 about 128: the same values; which one is fast is the runtime's affair
 
@@ -774,17 +774,18 @@ class Quantizer(nn.Module):
         return scale, (-low / scale).round().to(torch.int32)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.enabled:
-            return x
-        if self.training:
+        if self.training and self.enabled:
             self.watch(x)
+        limited = x if self.limit is None else x.clamp(-self.limit, self.limit)
+        if not self.enabled:
+            return limited
         scale, zero_point = self.scale_and_zero_point()
         low, high = (-128, 127) if self.signed else (0, 255)
         if torch.onnx.is_in_onnx_export():  # constants there: what a runtime would have to compute it doesn't see as a quantiser
             return torch.fake_quantize_per_tensor_affine(x, float(scale), int(zero_point), low, high)
         with torch.autocast(x.device.type, enabled=False):  # rounding to 256 values is exact in float32 only
             rounded = torch.fake_quantize_per_tensor_affine(x.float(), scale.float().clamp_min(1e-12), zero_point, low, high)
-        return torch.where(self.watched > 0, rounded.to(x.dtype), x)
+        return torch.where(self.watched > 0, rounded.to(x.dtype), limited)
 
 
 class QuantConv2d(nn.Conv2d):

@@ -118,6 +118,20 @@ def test_a_quantised_network_takes_it_from_a_float_checkpoint_and_no_range_goes_
     assert float(aether_from_state_dict(net.state_dict()).fuse_model().state_dict()["bound"]) == BOUND
 
 
+@pytest.mark.parametrize("placement", [True, "full"])
+@torch.no_grad()
+def test_a_quantised_network_is_bounded_before_its_ranges_are_known_and_where_a_quantiser_is_off(placement: Any) -> None:
+    net: AetherBase = aether_small(scale=2, embed_dim=16, depths=(4, 4), bound=1.0, qat=placement)
+    net.load_state_dict(runaway(bound=1.0).state_dict(), strict=True)
+    image = torch.rand(1, 3, 24, 24).round()
+    assert float(net.eval()(image).abs().max()) < 100
+    net.train()(image)
+    for module in net.modules():
+        if isinstance(module, Quantizer):
+            module.enabled = False
+    assert float(net.eval()(image).abs().max()) < 100
+
+
 @torch.no_grad()
 def test_the_command_keeps_it_in_the_weights_and_in_half_precision(tmp_path: Path) -> None:
     net, image = small_net(2, bound=BOUND).float(), torch.rand(1, 3, 24, 24).round()
