@@ -626,10 +626,16 @@ def precisions(args: argparse.Namespace) -> List[str]:
         except ImportError as error:
             raise UserError(f"--onnx needs the package {error.name}: pip install onnx onnxruntime onnxslim, or leave it out.") from None
         for name in wanted:
-            if not OPSETS[name][0] <= args.opset <= OPSETS[name][1]:
-                raise UserError(f"--opset {args.opset} is not possible for {name}; pass one from {OPSETS[name][0]} to {OPSETS[name][1]}.")
+            target = f"{name} {args.target}"
+            first, last = OPSETS.get(target, OPSETS[name])
+            if not first <= args.opset <= last:
+                raise UserError(f"--opset {args.opset} is not possible for {target if target in OPSETS else name}; pass one from {first} to {last}.")
     elif args.static is not None:
         raise UserError("--static is about ONNX files; pass --onnx too, or leave it out.")
+    if "int8" not in wanted:
+        for option in ("calibration", "placement", "reduce_range"):
+            if getattr(args, option):
+                raise UserError(f"--{option} is about the int8 file; pass --int8 too, or leave it out.")
     return wanted
 
 
@@ -680,8 +686,10 @@ def calibration_pairs(folder: Path, net: AetherBase) -> List[Tuple[Tensor, Tenso
             continue
         try:
             with Image.open(path) as opened:
+                if opened.mode.startswith("I"):  # 16 bits; Pillow would cut off all above 255
+                    opened = Image.fromarray((np.asarray(opened).clip(0, 65535) // 257).astype(np.uint8))
                 image = opened.convert("RGB" if net.options["in_chans"] == 3 else "L")
-        except (UnidentifiedImageError, OSError, Image.DecompressionBombError):
+        except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # what Pillow raises for broken files
             continue
         left, top = max(0, (image.width - side) // 2), max(0, (image.height - side) // 2)
         width, height = (min(side, size) // net.scale * net.scale for size in image.size)
@@ -699,17 +707,20 @@ def calibration_pairs(folder: Path, net: AetherBase) -> List[Tuple[Tensor, Tenso
 @torch.no_grad()
 def quantise(unfused: AetherBase, source: Path, args: argparse.Namespace, say: Callable[[str], None]) -> QuantAetherNet:
     """The network with int8 weights: from quantisation-aware training as it is, any other calibrated on pictures."""
+    trained = unfused.placement if isinstance(unfused, QuantAetherNet) else None
     if args.calibration is None:
         if not isinstance(unfused, QuantAetherNet):
             raise UserError(f"{source} was not trained with qat: true, so int8 needs pictures to find its ranges: pass --calibration FOLDER.")
         if any(bool(quantizer.watched == 0) for quantizer in unfused.quantizers().values()):
             raise UserError(f"{source} was saved before its first training step, so its ranges are unknown; pass --calibration FOLDER.")
+        if args.placement not in (None, trained):
+            raise UserError(f"{source} was trained with placement {trained}; leave --placement out, or pass --calibration FOLDER too.")
         return unfused.float().convert_to_quantized()
     pairs = calibration_pairs(Path(args.calibration), unfused)
-    say(f"Calibrating on {len(pairs)} pictures")
+    say(f"Calibrating on {len(pairs)} pictures" + (", in place of the ranges that training found" if trained else ""))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        net = unfused.fused().float().prepare_qat(args.placement, [low for low, _ in pairs])
+        net = unfused.fused().float().prepare_qat(args.placement or trained or PLACEMENTS[0], [low for low, _ in pairs])
     for warning in caught:
         say(f"Note: {warning.message}")
     float_net, stored = net.fused(), net.convert_to_quantized()
@@ -726,22 +737,25 @@ def psnr(output: Tensor, truth: Tensor) -> float:
 
 
 def write_onnx(nets: Mapping[str, AetherBase], target: Path, args: argparse.Namespace, metadata: Dict[str, str]) -> List[Path]:
-    """One file for each precision, beside ``target``; all of them or none."""
-    written: List[Path] = []
+    """One file for each precision, beside ``target``; all of them or none, and until then those that are there stay."""
+    written: Dict[Path, Path] = {}
     try:
         for precision, net in nets.items():
             static = static_shape(args, net)
-            path = onnx_path(target, precision, static)
-            export_onnx(net, net.scale, precision, str(path), args.target, reduce_range=args.reduce_range,
+            part = target.with_name(f"{precision}.{os.getpid()}.part.onnx")
+            written[part] = onnx_path(target, precision, static)
+            export_onnx(net, net.scale, precision, str(part), args.target, reduce_range=args.reduce_range,
                         static=static, opset=args.opset, simplify=True, metadata=metadata)  # fmt: skip
-            written.append(path)
+        for part, path in written.items():
+            os.replace(part, path)
     except BaseException as error:
-        for path in written:
-            path.unlink()
+        for part in written:
+            if part.exists():
+                part.unlink()
         if not isinstance(error, Exception) or isinstance(error, (OSError, MemoryError)):
             raise
         raise UserError(f"{target} as ONNX: {first_line(error)} Pass other weights, or leave --onnx out.") from None
-    return written
+    return list(written.values())
 
 
 # ------------------------------------------------------------------------------------------------------------------ main
@@ -772,7 +786,10 @@ def fuse(args: argparse.Namespace, say: Callable[[str], None] = print) -> None:
             raise UserError(f"{path} exists; pass --overwrite to replace it, or another --output_path.")
     origin = onnx_metadata(source, args) if wanted else {}
     say(f"Weights: {chosen}")
-    nets = {name: quantise(copy.deepcopy(unfused), source, args, say) if name == "int8" else unfused for name in wanted}
+    try:
+        nets = {name: quantise(copy.deepcopy(unfused), source, args, say) if name == "int8" else unfused for name in wanted}
+    except ValueError as error:
+        raise UserError(f"{source} as int8: {first_line(error)} Pass other weights or pictures, or leave int8 out.") from None
     say("Fusing in float64")
     net = unfused.fused()
     if args.bound is not None:
@@ -835,7 +852,7 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser.add_argument("--onnx", metavar="LIST", help="ONNX files to write beside --output_path: fp32, fp16, int8, with commas between")
     parser.add_argument("--int8", action="store_true", help="the same as int8 in --onnx")
     parser.add_argument("--calibration", metavar="FOLDER", help="pictures for int8 without quantisation-aware training")
-    parser.add_argument("--placement", choices=PLACEMENTS, default=PLACEMENTS[0], help="quantisers of --calibration (default: %(default)s)")
+    parser.add_argument("--placement", choices=PLACEMENTS, help=f"quantisers of --calibration (default: as trained, else {PLACEMENTS[0]})")
     parser.add_argument("--target", choices=TARGETS, default=TARGETS[0], help="whom the int8 file is to be fast in (default: %(default)s)")
     parser.add_argument("--reduce_range", action="store_true", help="int8 weights of 7 bits, for CPUs without VNNI, which overflow on 8")
     parser.add_argument("--check-fp16", action="store_true", help="print each layer's headroom in half precision; needs no --output_path")

@@ -35,7 +35,8 @@ __version__ = "0.1.0"
 SCALES = (1, 2, 3, 4, 8)
 PLACEMENTS = ("default", "full")  # of quantisers, see QuantAetherNet
 TARGETS = ("onnxruntime", "tensorrt", "openvino")  # of an int8 export
-OPSETS = {"fp32": (11, 23), "fp16": (11, 23), "int8": (13, 23)}  # first (one pixel shuffle, a scale for each channel), last of the exporter
+# First (one pixel shuffle, a scale for each channel) and last of the exporter; the two of int8 that ONNX Runtime 1.31 opens, too.
+OPSETS = {"fp32": (11, 23), "fp16": (11, 23), "int8": (13, 23), "int8 tensorrt": (13, 20), "int8 openvino": (13, 20)}
 
 
 # ---------------------------------------------------------------------------------------------------------------- blocks
@@ -369,6 +370,7 @@ class AetherBase(nn.Module):
         if any(value.dim() == 4 and not value.is_contiguous() for value in self.parameters()):
             other = other.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.__class__ = form  # as torch.nn.utils.parametrize does: a module's forward belongs to its class
+        self.training = other.training
         self._parameters, self._buffers, self._modules = other._parameters, other._buffers, other._modules
         for name in ("keep_norm", "placement", "stored"):  # what a form knows besides the options
             self.__dict__.pop(name, None)
@@ -754,7 +756,7 @@ class Quantizer(nn.Module):
     @property
     def largest(self) -> Tensor:
         """The largest value (in a symmetric range: magnitude) that is represented."""
-        return self.range_sum / self.watched.clamp_min(1e-9)
+        return (self.range_sum / self.watched.clamp_min(1e-9)).clamp(max=math.inf if self.limit is None else self.limit)
 
     @torch.no_grad()
     def watch(self, x: Tensor) -> None:
@@ -762,9 +764,9 @@ class Quantizer(nn.Module):
         if self.high is not None:
             seen = torch.full_like(seen, self.high)
         average = torch.where(self.watched > 0, self.largest.lerp(seen, 0.1), seen)
-        count = (self.watched + 1).clamp(max=self.WATCH)
-        self.range_sum.copy_(torch.where(self.watched < self.WATCH, average * count, self.range_sum))
-        self.watched.copy_(count)
+        counts = (self.watched < self.WATCH) & seen.isfinite()  # one batch that ran away would leave no range for good
+        self.range_sum.copy_(torch.where(counts, average * (self.watched + 1), self.range_sum))
+        self.watched.add_(counts)
 
     def scale_and_zero_point(self) -> Tuple[Tensor, Tensor]:
         if self.signed or (self.low is None and self.low_ratio is None):
@@ -963,6 +965,10 @@ class QuantAetherNet(FusedAetherNet):
             weights.update({f"{name}.{key}": torch.zeros_like(value) for key, value in quantizer.state_dict().items()})
         state_dict.update({prefix + name: value for name, value in weights.items()})
 
+    def train(self, mode: bool = True) -> QuantAetherNet:
+        """As everywhere, but stored weights stay in evaluation mode: their ranges belong to them."""
+        return super().train(mode and not self.stored)
+
     def quantizers(self) -> Dict[str, Quantizer]:
         return {name: module for name, module in self.named_modules() if isinstance(module, Quantizer)}
 
@@ -974,20 +980,24 @@ class QuantAetherNet(FusedAetherNet):
         that held this would leave a few steps for everything else: what is beyond is clipped.
 
         Raises:
-            ValueError: no image, or none on which all values are finite.
+            ValueError: no image, or none on which all values are finite; the ranges stay what they were.
         """
         training, quantizers = self.training, list(self.quantizers().values())
-        largest = []
+        before, largest = [(quantizer.range_sum.clone(), quantizer.watched.clone()) for quantizer in quantizers], []
         self.train()
         for image in images:
             for quantizer in quantizers:
                 quantizer.watched.zero_()
             super().forward(image.to(self.mean))
-            largest.append(torch.cat([quantizer.largest for quantizer in quantizers]))
+            largest.append(torch.cat([torch.where(quantizer.watched > 0, quantizer.largest, math.inf) for quantizer in quantizers]))
+        self.train(training)
+        for quantizer, (range_sum, watched) in zip(quantizers, before):
+            quantizer.range_sum.copy_(range_sum)
+            quantizer.watched.copy_(watched)
         finite = [values for values in largest if bool(values.isfinite().all())]  # some weights run away on an extreme picture
         if not finite:
             raise ValueError("calibrate: there is no image on which the network's values are finite.")
-        middles = torch.stack(finite).median(0).values
+        middles = torch.stack(finite).sort(0).values[len(finite) // 2]
         if len(finite) < len(largest):
             _warn(f"values are not finite on {len(largest) - len(finite)} of {len(largest)} images, which were passed over.")
         beyond, worst = (torch.stack(finite).amax(0) / middles).max(0)
@@ -996,7 +1006,6 @@ class QuantAetherNet(FusedAetherNet):
         for middle, quantizer in zip(middles, quantizers):
             quantizer.range_sum.fill_(float(middle))
             quantizer.watched.fill_(1)
-        self.train(training)
 
     def forward(self, x: Tensor) -> Tensor:
         out = super().forward(_training_layout(x, self.training))
@@ -1056,11 +1065,15 @@ class QuantAetherNet(FusedAetherNet):
                 yield module.conv, module.quant_in
 
     def _round_biases(self) -> None:
-        """To what integer kernels can hold: multiples of the input's scale times the weight's. That is a small part of an 8-bit step, and yet
-        without it one value of two hundred rounds to another code than in the exported file, block for block."""
+        """To what integer kernels can hold: multiples of the input's scale times the weight's, in 32 bits. The first is a small part of an 8-bit
+        step, and yet without it one value of two hundred rounds to another code than in the exported file, block for block; the second is
+        too little for a bias whose weights are next to zero, as in a channel that died, so those get a larger step."""
         for conv, source in self._sources():
             if isinstance(conv, StoredConv2d) and conv.weight_scale is not None and isinstance(source, Quantizer):
-                step = conv.weight_scale.flatten() * source.scale_and_zero_point()[0]
+                scale = source.scale_and_zero_point()[0]
+                wide = torch.maximum(conv.weight_scale, (conv.bias.abs() / (scale * 2**30)).view(-1, 1, 1, 1))
+                conv.weight, conv.weight_scale = (conv.weight.float() * (conv.weight_scale / wide)).round().to(torch.int8), wide
+                step = wide.flatten() * scale
                 conv.bias = (conv.bias / step).round() * step
 
     def store(self) -> None:
@@ -1073,19 +1086,26 @@ class QuantAetherNet(FusedAetherNet):
         self.tail.store()
         self.requires_grad_(False)
         self.stored = True
+        self.eval()
 
     def convert_to_quantized(self) -> QuantAetherNet:
         """A copy in evaluation mode that holds int8 weights: a file a third of the float one's size, nothing left to train.
 
         Raises:
-            ValueError: no batch was seen in training and calibrate was not called.
+            ValueError: no batch was seen in training and calibrate was not called; or weights are beyond half precision.
         """
         if self.stored:
             return self
-        if any(quantizer.watched == 0 for quantizer in self.quantizers().values()):
+        if any(quantizer.watched == 0 or not quantizer.largest.isfinite() for quantizer in self.quantizers().values()):
             raise ValueError("convert_to_quantized: the ranges are unknown; train a batch, or call calibrate(images).")
         other = copy.deepcopy(self).eval().float()
+        for quantizer in other.quantizers().values():
+            quantizer.range_sum.copy_(quantizer.largest)  # the sum of a hundred may be beyond half precision
+            quantizer.watched.fill_(1)
         other.store()
+        for name, value in other.state_dict().items():
+            if value.is_floating_point() and not bool(value.isfinite().all()):
+                raise ValueError(f"convert_to_quantized: {name} is beyond half precision; fuse_aether.py scales float weights so that they are not.")
         other._round_biases()
         return other
 
@@ -1437,7 +1457,7 @@ def export_onnx(
         raise ValueError(f"export_onnx: target={target!r} is not known; allowed: {', '.join(map(repr, TARGETS))}.")
     if static is not None and (len(static) != 3 or static[0] != model.options["in_chans"] or not all(type(n) is int and n > 0 for n in static)):
         raise ValueError(f"export_onnx: static={tuple(static)!r} is not possible; expected ({model.options['in_chans']}, height, width).")
-    first, last = OPSETS[precision]
+    first, last = OPSETS.get(f"{precision} {target}", OPSETS[precision])
     if type(opset) is not int or not first <= opset <= last:
         raise ValueError(f"export_onnx: opset={opset!r} is not possible for {precision}; allowed: {first} to {last}.")
     import numpy as np
@@ -1469,6 +1489,8 @@ def export_onnx(
             onnx_model = onnxslim.slim(onnx_model, size_threshold=64)  # bytes: int8 weights are constants too, and are to stay what they are
         del onnx_model.graph.value_info[:]  # shapes between the layers: every reader infers them, for the size that it wants
         described = {"architecture": "AetherNet", "variant": variant_name(model.options), "scale": str(scale), "precision": precision}
+        if isinstance(reference, QuantAetherNet):
+            described.update(placement=reference.placement, target=target)
         onnx.helper.set_model_props(onnx_model, {**described, **(metadata or {})})
         onnx.checker.check_model(onnx_model, full_check=True)
         onnx.save(onnx_model, part)
@@ -1501,8 +1523,9 @@ def _integer_convolutions(model: Any, target: str) -> None:
     """Let the convolutions of an ONNX model between quantisers have int8 weights as runtimes look for them: DequantizeLinear of a constant.
 
     As traced, each of those weights is ``Cast(int8) * scale``. That stays where a convolution computes in float: runtimes compute it once,
-    when they load the file. ONNX Runtime makes an integer convolution of any that stands between quantisers; LeakyRelu with a slope of 1,
-    the identity, keeps the depthwise ones from it (and is computed with them).
+    when they load the file; TensorRT takes no computed weights beside quantisers, and gets them as float constants. ONNX Runtime makes an
+    integer convolution of any that stands between quantisers; LeakyRelu with a slope of 1, the identity, keeps the depthwise ones from it
+    (and is computed with them).
     """
     import numpy as np
     import onnx
@@ -1547,6 +1570,12 @@ def _integer_convolutions(model: Any, target: str) -> None:
             name = node.output[0]
             node.output[0] = f"{name}_float"
             nodes.append(onnx.helper.make_node("LeakyRelu", [f"{name}_float"], [name], alpha=1.0))
+    for node in [node for node in nodes if target == "tensorrt" and node.op_type in ("Cast", "Mul")]:
+        if all(name in constants for name in node.input):
+            factors = [onnx.numpy_helper.to_array(constants[name]).astype(np.float32) for name in node.input]
+            constants[node.output[0]] = onnx.numpy_helper.from_array(np.asarray(math.prod(factors)), node.output[0])
+            graph.initializer.append(constants[node.output[0]])
+            nodes.remove(node)
     used = {output.name for output in graph.output}
     kept: List[Any] = []
     for node in reversed(nodes):  # drop what nothing reads any more

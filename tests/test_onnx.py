@@ -121,8 +121,8 @@ def test_a_size_fixed_by_its_name_reaches_the_output(tmp_path: Path, precision: 
 def test_opsets_from_first_to_last_work_with_allowed_operators(tmp_path: Path, precision: str) -> None:
     net = network(precision)
     first, last = aether_arch.OPSETS[precision]
-    for opset in (first, 17, last):
-        for target in aether_arch.TARGETS if precision == "int8" and opset == 17 else ("onnxruntime",):
+    for opset in (first, 17, 20, last):
+        for target in aether_arch.TARGETS if precision == "int8" and opset <= 20 else ("onnxruntime",):
             model = exported(tmp_path, precision, net=net, target=target, opset=opset, simplify=True)
             assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", opset)]
             assert {node.op_type for node in model.graph.node} <= ALLOWED[precision]
@@ -207,7 +207,8 @@ def test_static_files_carry_their_size_in_the_name_and_take_no_other(checkpoint:
     ("more", "words"),
     [(["--static", "3,9"], "3,H,W"), (["--static", "3,0,9"], "1 to 16384"), (["--static", "1,9,9"], "expected 3,H,W"),
      (["--static", "3,9,99999"], "16384"), (["--static", "3,9,-9"], "3,H,W"), (["--opset", "10"], "11 to 23"), (["--opset", "24"], "11 to 23"),
-     (["--onnx", "int8", "--opset", "12"], "13 to 23")],
+     (["--onnx", "int8", "--opset", "12"], "13 to 23"), (["--onnx", "int8", "--target", "tensorrt", "--opset", "21"], "int8 tensorrt; pass one from 13 to 20"),
+     (["--calibration", "x"], "--int8"), (["--placement", "full"], "--int8"), (["--reduce_range"], "--int8")],
 )  # fmt: skip
 def test_what_can_not_be_exported_is_said_in_one_line(checkpoint: Path, capsys: Any, more: List[str], words: str) -> None:
     line = refused(capsys, checkpoint.parent, "--model_path", checkpoint, "--output_path", checkpoint.with_name("a.pth"), "--onnx", "fp32", *more)
