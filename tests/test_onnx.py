@@ -207,7 +207,8 @@ def test_static_files_carry_their_size_in_the_name_and_take_no_other(checkpoint:
     ("more", "words"),
     [(["--static", "3,9"], "3,H,W"), (["--static", "3,0,9"], "1 to 16384"), (["--static", "1,9,9"], "expected 3,H,W"),
      (["--static", "3,9,99999"], "16384"), (["--static", "3,9,-9"], "3,H,W"), (["--opset", "10"], "11 to 23"), (["--opset", "24"], "11 to 23"),
-     (["--onnx", "int8", "--opset", "12"], "13 to 23"), (["--onnx", "int8", "--target", "tensorrt", "--opset", "21"], "int8 tensorrt; pass one from 13 to 20"),
+     (["--onnx", "int8", "--opset", "12"], "13 to 23"),
+     (["--onnx", "int8", "--target", "tensorrt", "--opset", "21"], "int8 tensorrt; pass one from 13 to 20"),
      (["--calibration", "x"], "--int8"), (["--placement", "full"], "--int8"), (["--reduce_range"], "--int8")],
 )  # fmt: skip
 def test_what_can_not_be_exported_is_said_in_one_line(checkpoint: Path, capsys: Any, more: List[str], words: str) -> None:

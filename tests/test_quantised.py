@@ -294,7 +294,7 @@ def test_stored_weights_stay_in_evaluation_mode_and_survive_half_precision(image
 def test_weights_beyond_half_precision_are_refused() -> None:
     net = quantised("full")
     net.head.weight.data[0, 0, 0, 0] = 1e5
-    with pytest.raises(ValueError, match="head.weight is beyond half precision"):
+    with pytest.raises(ValueError, match=r"head\.weight is beyond half precision"):
         net.convert_to_quantized()
 
 
