@@ -62,19 +62,19 @@ def test_rounding_changes_the_output_a_little_and_taking_it_out_changes_nothing(
 
 def test_a_quantiser_holds_256_values_and_passes_gradients_inside_its_range() -> None:
     quantizer = Quantizer()
-    x = torch.linspace(-1, 1, 2001, requires_grad=True)
+    x = torch.linspace(-1, 1, 2001)[None].requires_grad_()
     quantizer(x)
     out = quantizer.eval()(2 * x)
     assert len(out.detach().unique()) <= 256
     out.sum().backward()
     assert x.grad is not None
-    assert float(x.grad[1000]) == 2
-    assert float(x.grad[0]) == 0
+    assert float(x.grad[0, 1000]) == 2
+    assert float(x.grad[0, 0]) == 0
 
 
 def test_an_unknown_range_rounds_nothing_and_an_average_of_the_state_keeps_the_range() -> None:
     quantizer = Quantizer()
-    x = torch.randn(100)
+    x = torch.randn(2, 100)
     assert torch.equal(quantizer.eval()(x), x)
     averaged = copy.deepcopy(quantizer)
     quantizer.train()
@@ -88,9 +88,18 @@ def test_an_unknown_range_rounds_nothing_and_an_average_of_the_state_keeps_the_r
 def test_the_range_stands_still_after_the_first_batches() -> None:
     quantizer = Quantizer()
     for _ in range(Quantizer.WATCH):
-        quantizer(torch.ones(3))
-    quantizer(torch.full((3,), 50.0))
+        quantizer(torch.ones(1, 3))
+    quantizer(torch.full((1, 3), 50.0))
     assert float(quantizer.largest) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(("batch", "wild", "expected"), [(8, 0.11, 1.0), (4, 0.11, 1.0), (1, 0.11, 1.2)])
+def test_the_range_is_what_usual_images_need_where_some_drive_a_layer_a_thousand_times_as_far(batch: int, wild: float, expected: float) -> None:
+    quantizer, random = Quantizer(), torch.Generator().manual_seed(0)
+    for _ in range(Quantizer.WATCH):
+        factors = torch.where(torch.rand(batch, 1, generator=random) < wild, 1000.0, 1.0)
+        quantizer(torch.cat([torch.ones(batch, 1), torch.zeros(batch, 3)], 1) * factors)
+    assert expected * 0.99 <= float(quantizer.largest) < expected * 1.5
 
 
 @torch.no_grad()
@@ -242,9 +251,9 @@ def test_calibration_passes_over_images_that_a_network_can_not_compute() -> None
 def test_a_range_follows_no_batch_that_ran_away() -> None:
     quantizer, other = Quantizer(), Quantizer()
     for value in (math.inf, 1.0, math.nan, 2.0):
-        quantizer(torch.tensor([0.5, value]))
+        quantizer(torch.tensor([[0.5, value]]))
         if math.isfinite(value):
-            other(torch.tensor([0.5, value]))
+            other(torch.tensor([[0.5, value]]))
     assert float(quantizer.watched) == 2
     assert torch.equal(quantizer.largest, other.largest)
 
@@ -279,7 +288,7 @@ def test_a_channel_that_died_keeps_its_bias_in_the_file(weight: float, target: s
 def test_stored_weights_stay_in_evaluation_mode_and_survive_half_precision(image: torch.Tensor) -> None:
     net = quantised("default", use_channel_attn=False, use_spatial_attn=False).train()
     for _ in range(Quantizer.WATCH):
-        net.body_conv.quant_in(torch.full((1,), 700.0))  # type: ignore[operator, union-attr]
+        net.body_conv.quant_in(torch.full((1, 1), 700.0))  # type: ignore[operator, union-attr]
     stored = net.convert_to_quantized()
     again = aether_small(**TINY, qat=True)
     again.load_state_dict(stored.state_dict())
