@@ -741,6 +741,8 @@ class Quantizer(nn.Module):
         low: the smallest value, where a function has one (sigmoid, SiLU); None: symmetric about zero, as TensorRT wants it.
         low_ratio: in place of ``low``, where it is a fraction of the largest value (LeakyReLU).
         high: the largest value, where it is known (a picture); else it is watched.
+        spread: how many times as far as the middle image others may go and be held too. Where the picture itself runs through, saturated
+            colours must not be cut; elsewhere finer steps are worth more than what is cut.
     """
 
     WATCH = 100
@@ -748,9 +750,9 @@ class Quantizer(nn.Module):
     enabled = True
     signed = False  # int8 about zero instead of uint8 about 128: the same values; which one is fast is the runtime's affair
 
-    def __init__(self, low: Optional[float] = None, low_ratio: Optional[float] = None, high: Optional[float] = None) -> None:
+    def __init__(self, low: Optional[float] = None, low_ratio: Optional[float] = None, high: Optional[float] = None, spread: float = 1.0) -> None:
         super().__init__()
-        self.low, self.low_ratio, self.high = low, low_ratio, high
+        self.low, self.low_ratio, self.high, self.spread = low, low_ratio, high, spread
         self.range_sum = nn.Parameter(torch.zeros(1), requires_grad=False)
         self.watched = nn.Parameter(torch.zeros(1), requires_grad=False)  # training batches so far, up to WATCH
 
@@ -762,7 +764,7 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def watch(self, x: Tensor) -> None:
         largest = (x.abs() if self.low is None else x).amax(tuple(range(1, x.dim()))).float()
-        seen = largest.sort().values[len(largest) // 2].clamp(1e-6, self.limit)
+        seen = self.usual(largest).clamp(1e-6, self.limit)
         if self.high is not None:
             seen = torch.full_like(seen, self.high)
         # In a small batch the middle one may be wild too: it counts as twice what is usual.
@@ -770,6 +772,11 @@ class Quantizer(nn.Module):
         counts = (self.watched < self.WATCH) & seen.isfinite()  # one batch that ran away would leave no range for good
         self.range_sum.copy_(torch.where(counts, average * (self.watched + 1), self.range_sum))
         self.watched.add_(counts)
+
+    def usual(self, largest: Tensor) -> Tensor:
+        """Of the images' largest values, (N,), that of the middle one, or the last within ``spread`` of it."""
+        middle = largest.sort().values[len(largest) // 2]
+        return torch.where(largest <= middle * self.spread, largest, middle).amax()
 
     def scale_and_zero_point(self) -> Tuple[Tensor, Tensor]:
         if self.signed or (self.low is None and self.low_ratio is None):
@@ -809,10 +816,10 @@ class QuantConv2d(nn.Conv2d):
         return made
 
     def forward(self, x: Tensor) -> Tensor:
-        scale = _int8_scale(self.weight)
-        with torch.autocast(x.device.type, enabled=False):
-            weight = torch.fake_quantize_per_channel_affine(self.weight.float(), scale, torch.zeros_like(scale, dtype=torch.int32), 0, -127, 127)
-        x, weight = self.quant_in(x), weight.to(self.weight.dtype)
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            codes, scale = _to_int8(self.weight)
+            rounding = (codes * scale - self.weight).to(self.weight.dtype)
+        x, weight = self.quant_in(x), self.weight + rounding  # the gradient passes straight through
         depthwise = self.groups > 1 and self.groups == self.in_channels
         return self.quant_out(_depthwise_conv(x, weight, _bias(self), self.training) if depthwise else self._conv_forward(x, weight, self.bias))
 
@@ -826,7 +833,7 @@ class SplitConv2d(nn.Module):
 
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
-        self.quant_in = Quantizer()
+        self.quant_in = Quantizer(spread=1.25)
         self.fine = QuantConv2d.like(conv, quant_out=Quantizer())
         self.coarse = nn.Conv2d(conv.in_channels, conv.out_channels, 1)
 
@@ -855,7 +862,7 @@ class QuantTail(CollapsedTail):
     def __init__(self, channels: int, out_channels: int, scale: int) -> None:
         super().__init__(channels, out_channels, scale)
         del self.weight, self.bias
-        self.quant_in = Quantizer(low_ratio=-0.01)  # what LeakyReLU leaves below zero
+        self.quant_in = Quantizer(low_ratio=-0.01, spread=1.25)  # what LeakyReLU leaves below zero
         conv = nn.Conv2d(channels, out_channels * scale**2, 5, padding=2)
         self.conv = QuantConv2d.like(conv, quant_out=Quantizer(low=0.0, high=1.0))
 
@@ -977,10 +984,10 @@ class QuantAetherNet(FusedAetherNet):
 
     @torch.no_grad()
     def calibrate(self, images: Iterable[Tensor]) -> None:
-        """Set every range to the largest value that the middle one of ``images`` brings about, each (N, in_chans, H, W) in [0, 1].
+        """Set every range to what ``images`` bring about, each (N, in_chans, H, W) in [0, 1]; see Quantizer.usual. Takes no training.
 
-        Takes no training. The median, because one picture of many drives some layer ten times as far as all the others do, and a range
-        that held this would leave a few steps for everything else: what is beyond is clipped.
+        The middle image's, because one picture of many drives some layer ten times as far as all the others do, and a range that held
+        this would leave a few steps for everything else: what is beyond is clipped.
 
         Raises:
             ValueError: no image, or none on which all values are finite; the ranges stay what they were.
@@ -1000,14 +1007,14 @@ class QuantAetherNet(FusedAetherNet):
         finite = [values for values in largest if bool(values.isfinite().all())]  # some weights run away on an extreme picture
         if not finite:
             raise ValueError("calibrate: there is no image on which the network's values are finite.")
-        middles = torch.stack(finite).sort(0).values[len(finite) // 2]
+        ranges = [quantizer.usual(values) for quantizer, values in zip(quantizers, torch.stack(finite).unbind(1))]
         if len(finite) < len(largest):
             _warn(f"values are not finite on {len(largest) - len(finite)} of {len(largest)} images, which were passed over.")
-        beyond, worst = (torch.stack(finite).amax(0) / middles).max(0)
+        beyond, worst = (torch.stack(finite).amax(0) / torch.stack(ranges)).max(0)
         if beyond > self.WILD:
             _warn(f"one image drives {list(self.quantizers())[worst]} {beyond:.3g} times as far as the middle one does, and is clipped to that.")
-        for middle, quantizer in zip(middles, quantizers):
-            quantizer.range_sum.fill_(float(middle))
+        for value, quantizer in zip(ranges, quantizers):
+            quantizer.range_sum.fill_(float(value))
             quantizer.watched.fill_(1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -1042,7 +1049,7 @@ class QuantAetherNet(FusedAetherNet):
         other = copy.deepcopy(self)
         for conv in other.modules() if reduce_range else ():
             if isinstance(conv, StoredConv2d) and conv.weight_scale is not None and conv.groups == 1:
-                conv.weight, conv.weight_scale = (conv.weight.float() / 2).round().to(torch.int8), conv.weight_scale * 2
+                conv.weight, conv.weight_scale = _round_taps(conv.weight.float() / 2).to(torch.int8), conv.weight_scale * 2
         for name, quantizer in other.quantizers().items():
             quantizer.signed = target != "onnxruntime"
             quantizer.enabled = target == "onnxruntime" or name.endswith(("quant_in", "reparam_conv.quant_out"))
@@ -1129,15 +1136,31 @@ def _eager_on_cpu(x: Tensor) -> bool:
     return not (compiling and compiling())
 
 
-def _int8_scale(weight: Tensor) -> Tensor:
-    """One step for each output channel, (out_channels,)."""
-    return weight.detach().float().abs().amax((1, 2, 3)).clamp_min(1e-12) / 127
+def _to_int8(weight: Tensor) -> Tuple[Tensor, Tensor]:
+    """Codes from -127 to 127 (still float) and one step for each output channel, (out_channels, 1, 1, 1), of a weight.
+
+    In a dense kernel each tap takes over what the taps before it lost, so that a flat area keeps its value: rounded one by one, the 25 taps
+    of the last convolution shift whole areas by a step of the picture. Noise shaping, as in error diffusion.
+    """
+    weight = weight.detach().float()
+    scale = weight.abs().amax((1, 2, 3), keepdim=True).clamp_min(1e-12) / 127
+    return _round_taps(weight / scale), scale
+
+
+def _round_taps(codes: Tensor) -> Tensor:
+    if codes.shape[1] == 1 or codes.shape[2:].numel() == 1:
+        return codes.round()
+    rounded, lost = [], torch.zeros_like(codes[:, :, 0, 0])
+    for tap in codes.flatten(2).unbind(2):
+        rounded.append((tap + lost).round().clamp(-127, 127))
+        lost = lost + tap - rounded[-1]
+    return torch.stack(rounded, 2).view_as(codes)
 
 
 def _store_int8(module: nn.Module, name: str, weight: Tensor) -> None:
     """Give ``module`` the buffers ``name``, int8, and ``name``_scale."""
-    scale = _int8_scale(weight).view(-1, 1, 1, 1)
-    for key, value in ((name, (weight.detach().float() / scale).round().to(torch.int8)), (f"{name}_scale", scale)):
+    codes, scale = _to_int8(weight)
+    for key, value in ((name, codes.to(torch.int8)), (f"{name}_scale", scale)):
         module._parameters.pop(key, None)
         module.register_buffer(key, value)
 
