@@ -1009,10 +1009,12 @@ class QuantAetherNet(FusedAetherNet):
             raise ValueError("calibrate: there is no image on which the network's values are finite.")
         ranges = [quantizer.usual(values) for quantizer, values in zip(quantizers, torch.stack(finite).unbind(1))]
         if len(finite) < len(largest):
-            _warn(f"values are not finite on {len(largest) - len(finite)} of {len(largest)} images, which were passed over.")
+            passed = f"{len(largest) - len(finite)} of {len(largest)} images"
+            warnings.warn(f"calibrate: values are not finite on {passed}, which were passed over.", stacklevel=2)
         beyond, worst = (torch.stack(finite).amax(0) / torch.stack(ranges)).max(0)
         if beyond > self.WILD:
-            _warn(f"one image drives {list(self.quantizers())[worst]} {beyond:.3g} times as far as the middle one does, and is clipped to that.")
+            name = list(self.quantizers())[worst]
+            warnings.warn(f"calibrate: one image drives {name} {beyond:.3g} times as far as the middle one does, and is clipped there.", stacklevel=2)
         for value, quantizer in zip(ranges, quantizers):
             quantizer.range_sum.fill_(float(value))
             quantizer.watched.fill_(1)
@@ -1163,10 +1165,6 @@ def _store_int8(module: nn.Module, name: str, weight: Tensor) -> None:
     for key, value in ((name, codes.to(torch.int8)), (f"{name}_scale", scale)):
         module._parameters.pop(key, None)
         module.register_buffer(key, value)
-
-
-def _warn(message: str) -> None:
-    warnings.warn(f"calibrate: {message} Weights that run away on some images are better trained on such ones too.", stacklevel=3)
 
 
 def _test_pictures(channels: int) -> Iterable[Tensor]:

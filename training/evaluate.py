@@ -1,8 +1,9 @@
 """PSNR-Y of networks on photographs that they were not trained on: scikit-image's own, which no training script here of 2x weights reads.
 
-    python training/evaluate.py FILE [FILE ...] [--bound B [B ...]]
+    python training/evaluate.py FILE [FILE ...] [--bound B [B ...]] [--data FOLDER [--every N]]
 
-FILE: .pth or .safetensors in any form, or .onnx. With ``--bound`` a column for each of these bounds in place of the file's own, to see
+FILE: .pth or .safetensors in any form, or .onnx. With ``--data`` on pairs of your own instead, FOLDER/gt and FOLDER/lq as
+training/prepare_pictures.py writes them, every Nth. With ``--bound`` a column for each of these bounds in place of the file's own, to see
 which one costs least. Prints a row per photograph and a column per file, after bicubic. Luma of 8-bit images,
 without a border of ``scale`` pixels; low-resolution images are Pillow's bicubic reductions.
 """
@@ -51,6 +52,11 @@ def upscaler(path: Path, bound: float | None = None) -> Upscaler:
 
 
 def pair(name: str, scale: int) -> tuple[Image.Image, Image.Image]:
+    """``name``: one of PHOTOGRAPHS, or the file of a high-resolution picture in a folder gt beside a folder lq."""
+    if name not in PHOTOGRAPHS:
+        path = Path(name)
+        with Image.open(path) as high, Image.open(path.parents[1] / "lq" / path.name) as low:
+            return high.convert("RGB"), low.convert("RGB")
     gt = Image.fromarray(getattr(data, name)()).convert("RGB")
     gt = gt.crop((0, 0, gt.width // scale * scale, gt.height // scale * scale))
     return gt, gt.resize((gt.width // scale, gt.height // scale), Image.Resampling.BICUBIC)
@@ -78,7 +84,7 @@ def evaluate(upscalers: Dict[str, Upscaler], scale: int = 2, names: tuple[str, .
 def markdown(table: Dict[str, Dict[str, float]]) -> str:
     columns = list(next(iter(table.values())))
     rows: List[List[str]] = [["PSNR-Y, dB", *columns], ["---", *("---:" for _ in columns)]]
-    rows += [[name, *(f"{row[column]:.3f}" for column in columns)] for name, row in table.items()]
+    rows += [[Path(name).name, *(f"{row[column]:.3f}" for column in columns)] for name, row in table.items()]
     rows.append(["mean", *(f"{np.mean([row[column] for row in table.values()]):.3f}" for column in columns)])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
@@ -88,11 +94,18 @@ def main() -> None:
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--scale", type=int, default=2)
     parser.add_argument("--bound", type=float, nargs="+", help="for float weights")
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="pairs in FOLDER/gt and FOLDER/lq")
+    parser.add_argument("--every", type=int, default=1, help="take every so many of them")
     args = parser.parse_args()
+    names = PHOTOGRAPHS
+    if args.data:
+        names = tuple(str(path) for path in sorted((args.data / "gt").glob("*.png"))[:: args.every])
+        if not names:
+            parser.error(f"there is no .png in {args.data / 'gt'}")
     columns: Dict[str, tuple[Path, float | None]] = {path.name: (path, None) for path in args.files}
     if args.bound:
         columns = {f"{path.name}, bound {bound:g}": (path, bound) for path in args.files for bound in args.bound}
-    print(markdown(evaluate({name: upscaler(*column) for name, column in columns.items()}, args.scale)))
+    print(markdown(evaluate({name: upscaler(*column) for name, column in columns.items()}, args.scale, names)))
 
 
 if __name__ == "__main__":
