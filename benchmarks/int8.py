@@ -2,7 +2,7 @@
 
     python benchmarks/int8.py                       # speed, to benchmarks/results/int8.md (OpenVINO's columns with the package openvino)
     python benchmarks/int8.py --kernels             # speed of each kind of convolution alone: why some of them stay float
-    python benchmarks/int8.py --quality FOLDER      # quality on scikit-image's photographs, calibrated on the pictures of a folder
+    python benchmarks/int8.py --quality FOLDER      # quality, calibrated on FOLDER, the gt of training/prepare_pictures.py
     python benchmarks/int8.py --picture FOLDER      # docs/int8.png: a photograph in fp32 and int8, and 32 times their difference
 
 Speed is that of one thread, every network of a column takes turns, a figure is the median. The base is our own fused fp32 ONNX file.
@@ -22,6 +22,7 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Tuple
+from unittest import mock
 
 import numpy as np
 import onnx
@@ -32,6 +33,7 @@ from PIL import Image
 from torch import Tensor
 
 sys.path[:0] = [str(ROOT), str(ROOT / "training")]
+import aether_arch  # noqa: E402
 from aether_arch import PLACEMENTS, AetherBase, Quantizer, aether_from_state_dict, aether_small, export_onnx  # noqa: E402
 from evaluate import evaluate, markdown, pair  # noqa: E402
 
@@ -183,8 +185,13 @@ def kernels(size: int, rounds: int) -> List[str]:
 # --------------------------------------------------------------------------------------------------------------- quality
 
 
+# Of the pictures that training/prepare_pictures.py cuts: smooth and of saturated colours, which a range too small or a shifted area spoils.
+SMOOTH = ("01060.png", "00780.png")
+
+
 def quality(folder: Path, names: tuple[str, ...]) -> str:
     """PSNR-Y of ways to choose the ranges, and of rounding one part of the network at a time, all in the placement "full"."""
+    names += tuple(str(folder / name) for name in SMOOTH if (folder / name).is_file())
     net = float_network(2)
     images = [low for low, _ in calibration_pairs(folder, net)]
     nets: Dict[str, AetherBase] = {"fp32": net, "default": copy.deepcopy(net).prepare_qat("default", images)}
@@ -211,14 +218,15 @@ def quality(folder: Path, names: tuple[str, ...]) -> str:
     ways: Dict[str, Callable[[np.ndarray], float]] = {
         "largest of all": lambda values: float(values[:, 0].max()),
         "mean of largest": lambda values: float(values[:, 0].mean()),
+        "middle one's": lambda values: float(np.sort(values[:, 0])[len(values) // 2]),
         "99.99%, largest": lambda values: float(values[:, 1].max()),
         "99.99%, median": lambda values: float(np.median(values[:, 1])),
     }
     for way, choose in ways.items():
         nets[f"full, {way}"] = copy.deepcopy(full)
         for name, quantizer in nets[f"full, {way}"].quantizers().items():  # type: ignore[operator, union-attr]
-            quantizer.range_sum.data.fill_(choose(np.array(seen[name])))
-            quantizer.watched.data.fill_(1)
+            if quantizer.high is None:
+                quantizer.range_sum.data.fill_(choose(np.array(seen[name])))
     stream = re.compile(r"quant_(start|sum)$")
     parts = {
         "blocks": lambda name: name.startswith("stages") and not stream.search(name),
@@ -231,16 +239,18 @@ def quality(folder: Path, names: tuple[str, ...]) -> str:
         for name, quantizer in nets[f"only {part}"].quantizers().items():  # type: ignore[operator, union-attr]
             quantizer.enabled = bool(belongs(name))
 
-    def run(each: AetherBase) -> Callable[[np.ndarray], np.ndarray]:
+    def run(each: AetherBase, round_taps: Callable[[Tensor], Tensor] = aether_arch._round_taps) -> Callable[[np.ndarray], np.ndarray]:
         each.eval()
 
         @torch.no_grad()
         def upscale(image: np.ndarray) -> np.ndarray:
-            return each(torch.from_numpy(image)).numpy()
+            with mock.patch.object(aether_arch, "_round_taps", round_taps):
+                return each(torch.from_numpy(image)).numpy()
 
         return upscale
 
-    return markdown(evaluate({name: run(each) for name, each in nets.items()}, 2, names))
+    upscalers = {name: run(each) for name, each in nets.items()}
+    return markdown(evaluate({**upscalers, "full, taps rounded one by one": run(full, torch.round)}, 2, names))
 
 
 def picture(folder: Path, path: Path, gain: int = 32) -> str:
@@ -269,7 +279,7 @@ def main() -> None:
     parser.add_argument("--kernels", action="store_true")
     parser.add_argument("--quality", type=Path, metavar="FOLDER")
     parser.add_argument("--picture", type=Path, metavar="FOLDER")
-    parser.add_argument("--photographs", nargs="+", default=["chelsea", "coins", "brick"])
+    parser.add_argument("--photographs", nargs="+", default=["chelsea", "coins", "brick"], help="also a file of a folder gt beside lq")
     args = parser.parse_args()
     if args.picture:
         print(picture(args.picture, ROOT / "docs" / "int8.png"))
