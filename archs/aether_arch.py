@@ -741,12 +741,13 @@ class Quantizer(nn.Module):
         low: the smallest value, where a function has one (sigmoid, SiLU); None: symmetric about zero, as TensorRT wants it.
         low_ratio: in place of ``low``, where it is a fraction of the largest value (LeakyReLU).
         high: the largest value, where it is known (a picture); else it is watched.
-        spread: how many times as far as the middle image others may go and be held too. Where the picture itself runs through, saturated
-            colours must not be cut; elsewhere finer steps are worth more than what is cut.
+        spread: how many times as far as the middle image others may go and be held too. Where the picture itself runs through,
+            saturated colours must not be cut; elsewhere finer steps are worth more than what is cut.
     """
 
     WATCH = 100
     limit: Optional[float] = None  # the network's bound; no range goes beyond, so rounding applies it too
+    margin = 1.2  # training's crops show less of what is largest than pictures do; calibrate, which sees pictures, needs none
     enabled = True
     signed = False  # int8 about zero instead of uint8 about 128: the same values; which one is fast is the runtime's affair
 
@@ -764,7 +765,7 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def watch(self, x: Tensor) -> None:
         largest = (x.abs() if self.low is None else x).amax(tuple(range(1, x.dim()))).float()
-        seen = self.usual(largest).clamp(1e-6, self.limit)
+        seen = (self.usual(largest) * self.margin).clamp(1e-6, self.limit)
         if self.high is not None:
             seen = torch.full_like(seen, self.high)
         # In a small batch the middle one may be wild too: it counts as twice what is usual.
@@ -995,15 +996,19 @@ class QuantAetherNet(FusedAetherNet):
         training, quantizers = self.training, list(self.quantizers().values())
         before, largest = [(quantizer.range_sum.clone(), quantizer.watched.clone()) for quantizer in quantizers], []
         self.train()
-        for image in images:
-            for quantizer in quantizers:
-                quantizer.watched.zero_()
-            super().forward(image.to(self.mean))
-            largest.append(torch.cat([torch.where(quantizer.watched > 0, quantizer.largest, math.inf) for quantizer in quantizers]))
-        self.train(training)
-        for quantizer, (range_sum, watched) in zip(quantizers, before):
-            quantizer.range_sum.copy_(range_sum)
-            quantizer.watched.copy_(watched)
+        try:
+            for image in images:
+                for quantizer in quantizers:
+                    quantizer.margin = 1.0
+                    quantizer.watched.zero_()
+                super().forward(image.to(self.mean))
+                largest.append(torch.cat([torch.where(quantizer.watched > 0, quantizer.largest, math.inf) for quantizer in quantizers]))
+        finally:
+            self.train(training)
+            for quantizer, (range_sum, watched) in zip(quantizers, before):
+                quantizer.margin = Quantizer.margin
+                quantizer.range_sum.copy_(range_sum)
+                quantizer.watched.copy_(watched)
         finite = [values for values in largest if bool(values.isfinite().all())]  # some weights run away on an extreme picture
         if not finite:
             raise ValueError("calibrate: there is no image on which the network's values are finite.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 from typing import Any, Iterator
@@ -13,6 +14,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "archs"), str(ROOT)]
 
 import aether_arch  # noqa: E402
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's background job: what the tests interrupt would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def randomize(net: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
