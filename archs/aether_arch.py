@@ -996,10 +996,11 @@ class QuantAetherNet(FusedAetherNet):
         training, quantizers = self.training, list(self.quantizers().values())
         before, largest = [(quantizer.range_sum.clone(), quantizer.watched.clone()) for quantizer in quantizers], []
         self.train()
+        for quantizer in quantizers:
+            quantizer.margin = 1.0
         try:
             for image in images:
                 for quantizer in quantizers:
-                    quantizer.margin = 1.0
                     quantizer.watched.zero_()
                 super().forward(image.to(self.mean))
                 largest.append(torch.cat([torch.where(quantizer.watched > 0, quantizer.largest, math.inf) for quantizer in quantizers]))
@@ -1012,11 +1013,12 @@ class QuantAetherNet(FusedAetherNet):
         finite = [values for values in largest if bool(values.isfinite().all())]  # some weights run away on an extreme picture
         if not finite:
             raise ValueError("calibrate: there is no image on which the network's values are finite.")
-        ranges = [quantizer.usual(values) for quantizer, values in zip(quantizers, torch.stack(finite).unbind(1))]
+        seen = torch.stack(finite, 1)  # (quantizers, images)
+        ranges = torch.stack([quantizer.usual(values) for quantizer, values in zip(quantizers, seen)])
         if len(finite) < len(largest):
             passed = f"{len(largest) - len(finite)} of {len(largest)} images"
             warnings.warn(f"calibrate: values are not finite on {passed}, which were passed over.", stacklevel=2)
-        beyond, worst = (torch.stack(finite).amax(0) / torch.stack(ranges)).max(0)
+        beyond, worst = (seen.amax(1) / ranges).max(0)
         if beyond > self.WILD:
             name = list(self.quantizers())[worst]
             warnings.warn(f"calibrate: one image drives {name} {beyond:.3g} times as far as the middle one does, and is clipped there.", stacklevel=2)
@@ -1155,7 +1157,7 @@ def _to_int8(weight: Tensor) -> Tuple[Tensor, Tensor]:
 
 
 def _round_taps(codes: Tensor) -> Tensor:
-    if codes.shape[1] == 1 or codes.shape[2:].numel() == 1:
+    if codes.shape[1] == 1:  # depthwise: 121 taps in a row cost a training step time
         return codes.round()
     rounded, lost = [], torch.zeros_like(codes[:, :, 0, 0])
     for tap in codes.flatten(2).unbind(2):
