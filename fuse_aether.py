@@ -674,7 +674,7 @@ def calibration_pairs(folder: Path, net: AetherBase) -> List[Tuple[Tensor, Tenso
     """(low resolution, high resolution) of the middle of each picture: (1, 3, H, W) in [0, 1], reduced with Pillow's bicubic."""
     try:
         import numpy as np
-        from PIL import Image, UnidentifiedImageError
+        from PIL import Image
     except ImportError as error:
         raise UserError(f"--calibration needs the package {error.name}: pip install pillow numpy.") from None
     if not folder.is_dir():
@@ -689,7 +689,7 @@ def calibration_pairs(folder: Path, net: AetherBase) -> List[Tuple[Tensor, Tenso
                 if opened.mode.startswith("I"):  # 16 bits; Pillow would cut off all above 255
                     opened = Image.fromarray((np.asarray(opened).clip(0, 65535) // 257).astype(np.uint8))
                 image = opened.convert("RGB" if net.options["in_chans"] == 3 else "L")
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # what Pillow raises for broken files
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # what Pillow raises for broken files
             continue
         left, top = max(0, (image.width - side) // 2), max(0, (image.height - side) // 2)
         width, height = (min(side, size) // net.scale * net.scale for size in image.size)

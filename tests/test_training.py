@@ -34,7 +34,18 @@ def test_evaluate_takes_every_nth_pair_of_a_folder(tmp_path: Path) -> None:
     assert 25 < float(rows[4][1]) < 45
 
 
-def test_evaluate_says_where_it_finds_no_pairs(tmp_path: Path) -> None:
-    done = evaluate(tmp_path / "net.pth", "--data", tmp_path)
-    assert done.returncode == 2
-    assert f"no .png in {tmp_path / 'gt'}" in done.stderr
+def test_evaluate_says_what_is_missing(tmp_path: Path) -> None:
+    def refused(*arguments: object) -> str:
+        done = evaluate(*arguments)
+        assert done.returncode == 2
+        assert "Traceback" not in done.stderr
+        return done.stderr
+
+    network = tmp_path / "net.pth"
+    assert f"no {network}" in refused(network)
+    network.write_bytes(b"no network")
+    assert f"no .png in {tmp_path / 'gt'}" in refused(network, "--data", tmp_path)
+    (tmp_path / "gt").mkdir()
+    Image.new("RGB", (64, 64)).save(tmp_path / "gt" / "a.png")
+    assert "lacks a.png (1 of 1" in refused(network, "--data", tmp_path)
+    assert str(network) in refused(network)

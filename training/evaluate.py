@@ -26,7 +26,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 
 from aether_arch import aether_from_state_dict  # noqa: E402
 
-from fuse_aether import read_state  # noqa: E402
+from fuse_aether import UserError, read_state  # noqa: E402
 
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "camera", "coins", "brick", "grass", "gravel")
 Upscaler = Callable[[np.ndarray], np.ndarray]
@@ -97,15 +97,25 @@ def main() -> None:
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="pairs in FOLDER/gt and FOLDER/lq")
     parser.add_argument("--every", type=int, default=1, help="take every so many of them")
     args = parser.parse_args()
+    for path in args.files:
+        if not path.is_file():
+            parser.error(f"there is no {path}")
     names = PHOTOGRAPHS
     if args.data:
-        names = tuple(str(path) for path in sorted((args.data / "gt").glob("*.png"))[:: args.every])
+        names = tuple(str(path) for path in sorted((args.data / "gt").glob("*.png"))[:: max(1, args.every)])
         if not names:
             parser.error(f"there is no .png in {args.data / 'gt'}")
+        lonely = [Path(name).name for name in names if not (args.data / "lq" / Path(name).name).is_file()]
+        if lonely:
+            parser.error(f"{args.data / 'lq'} lacks {lonely[0]} ({len(lonely)} of {len(names)} pictures of gt have no pair there)")
     columns: Dict[str, tuple[Path, float | None]] = {path.name: (path, None) for path in args.files}
     if args.bound:
         columns = {f"{path.name}, bound {bound:g}": (path, bound) for path in args.files for bound in args.bound}
-    print(markdown(evaluate({name: upscaler(*column) for name, column in columns.items()}, args.scale, names)))
+    try:
+        upscalers = {name: upscaler(*column) for name, column in columns.items()}
+    except UserError as error:
+        parser.error(str(error))
+    print(markdown(evaluate(upscalers, args.scale, names)))
 
 
 if __name__ == "__main__":
