@@ -361,13 +361,13 @@ def markdown(result: Row) -> str:
     for scale in sorted({row["scale"] for row in result["networks"]}):
         rows = [row for row in result["networks"] if row["scale"] == scale]
         columns = list(dict.fromkeys(column for row in rows for column in row["ms"]))
-        base: Row = next((row["ms"] for row in rows if row["network"] == BASE), {})
-        lines += [f"x{scale}, {result['size']}x{result['size']} input, ms. Ratio: {columns[-1]}, relative to {BASE}.", ""]
+        base = next((row["ms"].get(columns[-1]) for row in rows if row["network"] == BASE), None)
+        lines += [f"x{scale}, {result['size']}x{result['size']} input, ms." + (f" Ratio: {columns[-1]}, relative to {BASE}." if base else ""), ""]
         cells = []
         for row in rows:
-            ratio = row["ms"].get(columns[-1], float("nan")) / base.get(columns[-1], float("nan"))
+            ratio = f"{row['ms'][columns[-1]] / base:.2f}" if base and columns[-1] in row["ms"] else "-"
             counts = [f"{row['parameters_training']:,}", f"{row['parameters_deploy']:,}", f"{row['gigamacs']:.1f}", f"{row['peak_mib']:.0f}"]
-            cells.append([row["network"], *counts, *(short(row["ms"].get(column)) for column in columns), f"{ratio:.2f}"])
+            cells.append([row["network"], *counts, *(short(row["ms"].get(column)) for column in columns), ratio])
         lines += table(["network", "params, training", "params, deploy", "GMAC", "peak MiB", *columns, "ratio"], cells)
     if result["targets"]:
         columns = list(result["targets"][0]["gain"])
