@@ -8,16 +8,19 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
+import sys
 import tempfile
 import types
 from pathlib import Path
 from typing import Any, Callable, Dict
 
 import torch
-from aether_arch import FusedAetherBlock
-from benchmark import aether, export, milliseconds, session, table, threads_of_torch
+from benchmark import ROOT, aether, export, milliseconds, session, table, threads_of_torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+sys.path.insert(0, str(ROOT / "archs"))
+from aether_arch import FusedAetherBlock
 
 
 def attention(block: Any, out: Tensor) -> Tensor:

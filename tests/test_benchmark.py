@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -72,6 +74,17 @@ def test_a_run_writes_its_tables(tmp_path: Path, capsys: pytest.CaptureFixture) 
     assert all(ms > 0 for row in result["networks"] for ms in row["ms"].values())
     assert {len(row["ms"]) for row in result["networks"]} == {2}, "eager and ONNX Runtime"
     assert result["networks"][0]["parameters_training"] == 1_536_451
+
+
+@pytest.mark.parametrize(
+    "script", sorted(path for path in (ROOT / "benchmarks").glob("*.py") if path.name != "published.py"), ids=lambda path: path.stem
+)
+def test_each_script_starts_by_itself(script: Path, tmp_path: Path) -> None:
+    """The test run's own paths would hide an import that only they can resolve."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, script, "--help"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert script.stem in done.stdout
 
 
 @pytest.mark.parametrize("name", [name for name in int8.CONVOLUTIONS if "180" not in name])
