@@ -49,3 +49,11 @@ def test_the_table_of_int8_is_what_the_command_printed() -> None:
     rows = [line for line in README.splitlines() if "ONNX Runtime |" in line or ", OpenVINO f32 |" in line]
     assert len(rows) == 6
     assert all(row in printed for row in rows)
+
+
+def test_the_table_of_fusing_is_what_the_command_printed() -> None:
+    results = ROOT / "benchmarks" / "results"
+    printed = [line for name in ("aether_small.md", "aether_medium_large.md") for line in (results / name).read_text(encoding="utf-8").splitlines()]
+    rows = [line for line in README.splitlines() if re.match(r"\| aether_\w+ x4 \|", line)]
+    assert len(rows) == 3
+    assert set(rows) <= set(printed)
