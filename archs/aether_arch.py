@@ -541,7 +541,7 @@ class AetherNet(AetherBase):
 class FusedAetherBlock(nn.Module):
     """AetherBlock as plain convolutions: (N, C, H, W) -> (N, C, H, W)."""
 
-    STRIP = 4096  # pixels at once, see forward
+    STRIP = 1536  # pixels for each thread at once, see forward
     bound: Optional[float] = None  # see AetherBase.set_bound
 
     def __init__(self, channels: int, hidden: int, kernel: int, channel_attn: bool, spatial_attn: bool) -> None:
@@ -564,8 +564,8 @@ class FusedAetherBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out = self.reparam_conv(x)
         eager = _eager_on_cpu(x)
-        rows = self.STRIP // (x.shape[0] * x.shape[3]) if eager else x.shape[2]
-        if rows < x.shape[2]:  # the hidden tensor, wider than all others, then stays in the cache and takes next to no memory
+        rows = self.STRIP * torch.get_num_threads() // (x.shape[0] * x.shape[3]) if eager else x.shape[2]
+        if rows < x.shape[2]:  # the hidden tensor, wider than all others, then stays in each core's cache and takes next to no memory
             for strip in out.split(max(1, rows), 2):
                 strip.copy_(self.feed_forward(strip))
         else:
