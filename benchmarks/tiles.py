@@ -2,15 +2,18 @@
 
     python benchmarks/tiles.py                     # aether_medium's width and attention, eight blocks
     python benchmarks/tiles.py --embed_dim 180     # aether_large's
+    python benchmarks/tiles.py --model FILE        # weights of your own, .pth or .safetensors, x2
 
-The network is trained for some minutes first, as in small_batch.py, since random weights say nothing. Then it upscales a photograph that it
-was not trained on, whole and in tiles with the overlap of its receptive field, with which networks without channel attention differ by nothing.
+Without --model the network is trained for some minutes first, as in small_batch.py, since random weights say nothing. Then it upscales a
+photograph that it was not trained on, whole and in tiles with the overlap of its receptive field, with which networks without channel attention
+differ by nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 import torch
 from benchmark import ROOT, table
@@ -18,8 +21,9 @@ from small_batch import SCALE, crops, photographs, psnr
 from torch.nn import functional as F
 
 sys.path.insert(0, str(ROOT))
-from aether_arch import AetherNet
+from aether_arch import AetherNet, aether_from_state_dict
 
+from fuse_aether import UserError, read_state
 from upscale import receptive_field, upscale_tiled
 
 
@@ -44,11 +48,22 @@ def main() -> None:
     parser.add_argument("--embed_dim", type=int, default=128)
     parser.add_argument("--depths", type=int, nargs="+", default=[2, 2, 2, 2])
     parser.add_argument("--iterations", type=int, default=300)
+    parser.add_argument("--model", type=Path, help="weights to measure with, instead of a training")
     parser.add_argument("--tiles", type=int, nargs="+", default=[64, 128, 256])
     args = parser.parse_args()
-    with torch.enable_grad():
-        net = trained(args.embed_dim, args.depths, args.iterations)
-    fused, cells = net.fused(), []
+    if args.model:
+        try:
+            fused, title = aether_from_state_dict(read_state(args.model)[0]).fused(), args.model.name
+        except UserError as error:
+            parser.error(str(error))
+        if fused.scale != SCALE:
+            parser.error(f"{args.model} is x{fused.scale}; pass weights that are x{SCALE}")
+    else:
+        with torch.enable_grad():
+            fused = trained(args.embed_dim, args.depths, args.iterations).fused()
+        depths = ", ".join(map(str, args.depths))
+        title = f"x{SCALE}, width {args.embed_dim}, blocks {depths}, channel and spatial attention, {args.iterations} iterations"
+    cells = []
     truth = photographs()[1][0][None]  # coffee, 400x600
     image = F.interpolate(truth, scale_factor=1 / SCALE, mode="bicubic", antialias=True).clamp(0, 1)
     for name, picture, gt in (("coffee, reduced", image, truth), ("coffee, as it is", truth, None)):
@@ -61,9 +76,8 @@ def main() -> None:
             change = "-" if gt is None else f"{psnr(tiled, gt) - psnr(whole, gt):+.4f}"
             seen = tile + 2 * receptive_field(fused)
             size = f"{picture.shape[3]}x{picture.shape[2]}"
-            cells.append([f"{name}, {size}", str(tile), str(seen), f"{steps.mean():.3f}", f"{steps.max():.2f}", change])
-    depths = ", ".join(map(str, args.depths))
-    print(f"x{SCALE}, width {args.embed_dim}, blocks {depths}, channel and spatial attention, {args.iterations} iterations\n")
+            cells.append([f"{name}, {size}", str(tile), str(seen), f"{steps.mean():.2g}", f"{steps.max():.2g}", change])
+    print(f"{title}\n")
     print("\n".join(table(["picture", "tile", "with overlap", "mean, 1/255", "largest, 1/255", "PSNR, dB"], cells)))
 
 
