@@ -1,0 +1,86 @@
+"""TensorRT's own parser and builder take the files, and see integers where they count.
+
+TensorRT for RTX builds without a GPU. Its licence is NVIDIA's own, so it is not among the requirements: pip install tensorrt-rtx, or these tests
+are skipped.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, List, Tuple
+
+import pytest
+from aether_arch import AetherNet, export_onnx
+from conftest import randomize
+from test_quantised import TINY, float_net, quantised
+
+trt = pytest.importorskip("tensorrt_rtx", reason="needs TensorRT for RTX: pip install tensorrt-rtx")
+
+
+def build(path: str, *options: Tuple[int, ...]) -> Tuple[Any, List[str], Any]:
+    """TensorRT's network, the parser's and builder's errors, and the engine; ``options``: smallest, usual and largest shape, or nothing."""
+    errors: List[str] = []
+
+    class Logger(trt.ILogger):
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.Logger.ERROR:
+                errors.append(message)
+
+    builder = trt.Builder(Logger())
+    network = builder.create_network(0)
+    if not trt.OnnxParser(network, builder.logger).parse_from_file(path):
+        return network, errors, None
+    config = builder.create_builder_config()
+    if options:
+        profile = builder.create_optimization_profile()
+        profile.set_shape("input", *options)
+        config.add_optimization_profile(profile)
+    return network, errors, builder.build_serialized_network(network, config)
+
+
+ANY_SIZE = ((1, 3, 16, 16), (1, 3, 64, 64), (2, 3, 256, 320))
+
+
+def integer_convolutions(network: Any) -> int:
+    """Convolutions whose input and kernel are dequantised integers: those that TensorRT fuses into integer ones."""
+    layers = [network.get_layer(index) for index in range(network.num_layers)]
+    made = {layer.get_output(index).name: layer for layer in layers for index in range(layer.num_outputs)}
+    dequantised = {name for name, layer in made.items() if layer.type == trt.LayerType.DEQUANTIZE}
+    convolutions = [layer for layer in layers if layer.type == trt.LayerType.CONVOLUTION]
+    return sum(layer.num_inputs > 1 and all(layer.get_input(index).name in dequantised for index in (0, 1)) for layer in convolutions)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("attention", [False, True])
+def test_it_builds_the_float_files(precision: str, attention: bool, tmp_path: Path) -> None:
+    net = float_net(use_channel_attn=attention, use_spatial_attn=attention, bound=1.0)
+    path = export_onnx(net.fused(), 2, precision, str(tmp_path / "net.onnx"))
+    _, errors, engine = build(path, *ANY_SIZE)
+    assert engine is not None, errors
+
+
+@pytest.mark.parametrize(("placement", "others"), [("default", 1), ("full", 4)])
+def test_it_builds_the_integer_files(placement: str, others: int, tmp_path: Path) -> None:
+    path = export_onnx(quantised(placement, bound=1.0), 2, "int8", str(tmp_path / "net.onnx"), "tensorrt")
+    network, errors, engine = build(path, *ANY_SIZE)
+    assert engine is not None, errors
+    # Of three blocks gate, main and out; body_conv, and in full the fusion and what is 8-bit of the last two layers.
+    assert integer_convolutions(network) == 3 * 3 + others
+
+
+def test_it_builds_a_file_of_one_size(tmp_path: Path) -> None:
+    net = randomize(AetherNet(**TINY)).eval()
+    path = export_onnx(net.fused(), 2, "fp16", str(tmp_path / "net.onnx"), static=(3, 32, 48))
+    _, errors, engine = build(path)
+    assert engine is not None, errors
+
+
+def test_it_refuses_the_flavour_of_onnx_runtime(tmp_path: Path) -> None:
+    """Which is why there is --target tensorrt; and were this file taken, the tests above would prove little."""
+    path = export_onnx(quantised("default"), 2, "int8", str(tmp_path / "net.onnx"), "onnxruntime")
+    _, errors, engine = build(path, *ANY_SIZE)
+    assert engine is None
+    assert any("zero point" in error for error in errors)
