@@ -6,7 +6,8 @@ Reads what neosr, traiNNer-redux and BasicSR write (.pth or .safetensors, EMA we
 written file back and compares it with the unfused network. Needs torch alone; safetensors only where such a file is named.
 
 With ``--onnx fp32,fp16,int8`` ONNX files are written beside the weights (needs onnx, onnxruntime and onnxslim). int8 comes from a checkpoint of
-quantisation-aware training, or from any other with ``--calibration FOLDER`` (pictures as large as the network's output; needs Pillow).
+quantisation-aware training, or from any other with ``--calibration FOLDER`` (pictures as large as the network's output; needs Pillow). With
+these two --model_path may be fused weights too.
 
 What half precision could not hold is rescaled inside the network, exactly. ``--check-fp16`` prints every layer's headroom, and fp16 and bf16
 against fp32; alone, without --output_path, it writes nothing and takes fused weights too:
@@ -206,8 +207,9 @@ def build(path: Path, state: Mapping[str, Tensor], args: argparse.Namespace) -> 
     form = state_dict_form(list(state))
     if form == "int8":
         raise UserError(f"{path} holds int8 weights already, expected a training checkpoint; export it, or pass another (--model_path).")
-    if (form == "fused" and args.output_path and args.bound is None) or (form == "older fused" and not args.accept_older_fused):
-        remedy = "it can be used as it is" if form == "fused" else "pass --accept_older_fused to bake the rest of it"
+    nothing_to_do = args.output_path and args.bound is None and not (args.onnx or args.int8)
+    if (form == "fused" and nothing_to_do) or (form == "older fused" and not args.accept_older_fused):
+        remedy = "it can be used as it is, and --onnx exports it" if form == "fused" else "pass --accept_older_fused to bake the rest of it"
         raise UserError(f"{path} is fused already ({form} form), expected a training checkpoint; {remedy}, or pass another (--model_path).")
     if args.bound is not None:
         if form == "quantised":
@@ -841,7 +843,7 @@ def fuse(args: argparse.Namespace, say: Callable[[str], None] = print) -> None:
 
 def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--model_path", required=True, help="the unfused checkpoint, .pth or .safetensors")
+    parser.add_argument("--model_path", required=True, help="the checkpoint, .pth or .safetensors")
     parser.add_argument("--output_path", help="the fused weights to write, .pth or .safetensors")
     parser.add_argument("--model_type", choices=[variant.__name__ for variant in VARIANTS], help="checked (default: read from the weights)")
     parser.add_argument("--upscale", type=int, choices=(2, 3, 4), help="checked (default: read from the weights)")

@@ -7,6 +7,7 @@ from typing import Any, Dict
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from conftest import small_net
@@ -99,3 +100,21 @@ def test_pictures_that_are_broken_are_passed_over_and_16_bits_are_not_cut_off(pi
     Image.fromarray(grey).save(pictures / "a16.png")
     (_, picture), *_ = calibration_pairs(pictures, net)
     assert np.array_equal((picture[0, 0] * 255).round().numpy(), grey // 257)
+
+
+def test_finished_weights_become_onnx_files_too(tmp_path: Path, pictures: Path, capsys: Any) -> None:
+    net = small_net(2, **SMALL).float()
+    torch.save(net.state_dict(), tmp_path / "net.pth")
+    torch.save(net.fused().half().state_dict(), tmp_path / "fused.pth")
+    options = ["--onnx", "fp32,int8", "--calibration", pictures]
+    for name in ("net", "fused"):
+        assert run("--model_path", tmp_path / f"{name}.pth", "--output_path", tmp_path / f"{name}_out.pth", *options) == 0
+    image = torch.rand(1, 3, 20, 24, generator=torch.Generator().manual_seed(1)).numpy()
+    for precision in ("fp32", "int8"):
+        sessions = [onnxruntime.InferenceSession(str(tmp_path / f"{name}_out_{precision}.onnx")) for name in ("net", "fused")]
+        first, second = (session.run(None, {"input": image})[0] for session in sessions)
+        assert np.abs(first - second).mean() < 0.01 * first.std(), precision
+    assert placement(tmp_path / "fused_out_int8.onnx") == "default"
+    line = refused(capsys, tmp_path, "--model_path", tmp_path / "fused.pth", "--output_path", tmp_path / "b.pth")
+    assert "fused already" in line
+    assert "--onnx exports it" in line
