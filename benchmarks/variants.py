@@ -8,19 +8,15 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
-import sys
 import tempfile
 import types
 from pathlib import Path
 from typing import Any, Callable, Dict
 
 import torch
-from benchmark import ROOT, aether, export, milliseconds, session, table, threads_of_torch
+from benchmark import aether, aether_arch, export, milliseconds, session, table, threads_of_torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-sys.path.insert(0, str(ROOT / "archs"))
-from aether_arch import FusedAetherBlock
 
 
 def attention(block: Any, out: Tensor) -> Tensor:
@@ -48,7 +44,7 @@ def in_place(block: Any, x: Tensor) -> Tensor:
 
 def in_strips(block: Any, x: Tensor) -> Tensor:
     """As FusedAetherBlock does it: the same, and in eager mode some rows at a time."""
-    return FusedAetherBlock.forward(block, x)
+    return aether_arch.FusedAetherBlock.forward(block, x)
 
 
 def one_convolution(block: Any, x: Tensor) -> Tensor:

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any, List, Tuple
 
 import pytest
-from aether_arch import AetherNet, export_onnx
-from conftest import randomize
-from test_quantised import TINY, float_net, quantised
+from aether_arch import export_onnx
+from test_quantised import float_net, quantised
 
 trt = pytest.importorskip("tensorrt_rtx", reason="needs TensorRT for RTX: pip install tensorrt-rtx")
 
@@ -72,8 +71,7 @@ def test_it_builds_the_integer_files(placement: str, others: int, tmp_path: Path
 
 
 def test_it_builds_a_file_of_one_size(tmp_path: Path) -> None:
-    net = randomize(AetherNet(**TINY)).eval()
-    path = export_onnx(net.fused(), 2, "fp16", str(tmp_path / "net.onnx"), static=(3, 32, 48))
+    path = export_onnx(float_net().fused(), 2, "fp16", str(tmp_path / "net.onnx"), static=(3, 32, 48))
     _, errors, engine = build(path)
     assert engine is not None, errors
 
