@@ -1,22 +1,50 @@
-# `make demo` and `make test` set up their own virtual environment. The plain commands for Windows are in README.md.
+# Each command sets up its own virtual environment, .venv. README.md has the plain commands for Windows.
 PYTHON ?= python3
 BIN := .venv/bin
+# One thread a process and two processes: the networks of the tests are too small for more.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+FAST := $(wildcard $(addprefix tests/test_, $(addsuffix .py, network fusion loading checkpoint identify fuse upscale)))
+RUNTIMES := $(wildcard tests/test_onnx*.py tests/test_ncnn.py tests/test_openvino.py tests/test_tensorrt.py tests/test_spandrel.py)
 
-.PHONY: demo test lint options bench requirements clean
+.PHONY: demo test test-fast test-runtimes lint format options train gpu bench requirements clean
 
 demo: .venv/.installed
 	$(BIN)/python demo/demo.py
 
 test: .venv/.installed
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+# The network, fusing, loading and the commands.
+test-fast: .venv/.installed
+	$(PYTEST) $(FAST)
+
+test-runtimes: .venv/.installed
+	$(PYTEST) $(RUNTIMES)
 
 lint: .venv/.installed
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+format: .venv/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+options: .venv/.installed
+	$(BIN)/python options/generate_options.py
+
+# make train ARGS="--traiNNer-redux CHECKOUT --data FOLDER"
+train: .venv/.installed
+	$(BIN)/python training/train.py $(ARGS)
 
 bench: .venv/.installed
 	$(BIN)/pip install --disable-pip-version-check -q -r benchmarks/requirements.txt
-	$(BIN)/python benchmarks/benchmark.py
+	$(BIN)/python benchmarks/benchmark.py $(ARGS)
+
+# What a card can do, in four minutes. Install the PyTorch of your card first.
+gpu: .venv/.installed
+	$(BIN)/pip install --disable-pip-version-check -q -r benchmarks/requirements.txt
+	$(BIN)/python benchmarks/gpu.py $(ARGS)
 
 .venv/.installed: requirements.txt requirements-basicsr.txt
 	$(PYTHON) -m venv .venv
@@ -32,4 +60,4 @@ requirements: .venv/.installed
 		$(UPGRADE) --output-file requirements.txt requirements.in
 
 clean:
-	rm -rf .venv demo_output
+	rm -rf .venv demo_output build dist *.egg-info
