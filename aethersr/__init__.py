@@ -1,0 +1,32 @@
+"""The tools round AetherNet: checkpoint files, export, upscaling, the loader for spandrel. ``archs/`` holds the network itself.
+
+What is named here is imported when it is used, so that ``import aethersr`` needs PyTorch alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+if importlib.util.find_spec("aether_arch") is None:  # a checkout whose archs/ is not on the path yet
+    sys.path.append(str(Path(__file__).resolve().parents[1] / "archs"))
+
+_HOME = {
+    "__version__": "aether_arch",
+    "aether_from_state_dict": "aethersr.identify",
+    "export_onnx": "aethersr.onnx",
+    "install_spandrel": "aethersr.spandrel",
+    "read_checkpoint": "aethersr.checkpoint",
+    "upscale_tiled": "aethersr.tiling",
+}
+__all__ = sorted(_HOME)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = "install" if name == "install_spandrel" else name
+    return getattr(importlib.import_module(_HOME[name]), home)

@@ -1,0 +1,236 @@
+"""Which network a state dict belongs to: variant, scale and form are read from names and shapes; older and foreign layouts are named."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+from typing import Any, Dict, List, Mapping, Tuple
+
+import torch
+from aether_arch import SCALES, VARIANTS, AetherBase, AetherNet, DeploymentNorm, FusedAetherNet
+from torch import Tensor
+
+from aethersr.checkpoint import unwrap
+
+try:
+    from aether_arch import form_of
+except ImportError:  # until aether_arch.py has it
+    from aether_arch import QuantAetherNet, state_dict_form
+
+    def form_of(names: Any) -> Any:
+        form = state_dict_form(list(names))
+        return {None: None, "training": AetherNet, "older fused": AetherNet, "fused": FusedAetherNet}.get(
+            form, QuantAetherNet
+        )
+
+
+OLDER_KERNEL = (
+    ".conv.fused_conv.weight"  # only in the fused layout of older tools, which merged nothing but the kernels
+)
+OLDER_NORM = re.compile(r"(stages\.\d+\.\d+\.)?norm\.weight")
+# Tensors of the same names that compute something else, and whose they are.
+OTHER_VERSIONS = {"num_batches_tracked": "v3 or v4", "scale": "1.1.0", "scale_tensor": "3.x"}
+TRAINING_ONLY = (
+    "scale",
+    "in_chans",
+    "sk_kernel",
+    "drop",
+    "drop_path_rate",
+    "img_range",
+    "norm",
+    "batch_renorm",
+    "bound",
+    "qat",
+)
+
+
+def form_name(state: Mapping[str, Any]) -> str:
+    """The form in words: "training", "fused", "older fused", "quantised", "int8", or "" for another network."""
+    if any(name.endswith(OLDER_KERNEL) for name in state):
+        return "older fused"
+    form = form_of(list(state))
+    if form is None or form in (AetherNet, FusedAetherNet):
+        return {None: "", AetherNet: "training", FusedAetherNet: "fused"}[form]
+    return "int8" if any(name.endswith(".reparam_conv.weight_scale") for name in state) else "quantised"
+
+
+def aether_from_state_dict(state_dict: Mapping[str, Any], img_range: float = 1.0) -> AetherBase:
+    """Build the network that a state dict belongs to and load it: any form, in evaluation mode, float32.
+
+    Variant, scale, kernels and attention come from names and shapes; what a framework wrapped round the tensors is taken off (see
+    aethersr.checkpoint.unwrap). Not readable from a training form: img_range (assumed as given here), and drop and drop_path_rate, which
+    change nothing in evaluation (assumed 0). A fused form holds img_range in its weights; its sk_kernel no longer matters.
+
+    Raises:
+        ValueError: not an AetherNet of a known layout; the message says what is missing or does not fit.
+    """
+    state = unwrap(state_dict).state
+    options = {**read_options(state), "img_range": img_range}
+    if form_name(state) == "older fused":
+        state = older_fused_to_training(state, options["sk_kernel"])
+    form = form_of(list(state))
+    assert form is not None  # read_options knows the form
+    if form is not AetherNet:
+        options["keep_norm"] = "body_norm.weight" in state
+    if form not in (AetherNet, FusedAetherNet):
+        options["placement"] = "full" if "fusion.quant_in.range_sum" in state else "default"
+        options["stored"] = form_name(state) == "int8"
+    if hasattr(torch.device, "__enter__"):  # PyTorch 2: compare shapes before any memory is taken for them
+        with torch.device("meta"):
+            compare_shapes(form(**options), state)
+    net = form(**options).eval()
+    compare_shapes(net, state)
+    net.load_state_dict(state)
+    return net
+
+
+def read_options(state: Mapping[str, Tensor]) -> Dict[str, Any]:
+    """Constructor options from the shapes of a state dict without wrappers.
+
+    Raises:
+        ValueError: not an AetherNet, or a tensor is missing or has the wrong number of dimensions.
+    """
+    form = form_name(state)
+    if not form:
+        raise ValueError(
+            f"not an AetherNet: no tensor 'stages.0.0.conv.lk_conv.weight' among {len(state)}; the first is {next(iter(state), '')[:80]!r}."
+        )
+    _refuse_other_versions(state)
+    fused = form in ("fused", "quantised", "int8")
+    gate, kernel = ("gate_conv", "reparam_conv") if fused else ("ffn.conv_gate", "conv.lk_conv")
+    if form == "older fused":
+        kernel = "conv.fused_conv"
+
+    def shape(name: str) -> Tuple[int, ...]:
+        if name not in state:
+            raise ValueError(f"an AetherNet in {form} form, but {name!r} is missing.")
+        if state[name].dim() != 4:
+            raise ValueError(f"{name!r} has {state[name].dim()} dimensions, expected 4.")
+        return tuple(state[name].shape)
+
+    embed_dim, in_chans = shape("head.weight" if fused else "conv_first.weight")[:2]
+    hidden, lk_kernel = shape(f"stages.0.0.{gate}.weight")[0], shape(f"stages.0.0.{kernel}.weight")[2]
+    depths = _depths(state)
+    if fused:
+        tail = shape("tail.conv.weight" if "tail.conv.weight" in state else "tail.weight")
+        scale = math.isqrt(tail[0] // max(1, in_chans))
+    else:
+        convs = sorted(name for name in state if re.fullmatch(r"upsample\.blocks\.\d+\.weight", name))
+        scale = 2 ** len(convs)
+        if len(convs) == 1:
+            scale = math.isqrt(shape(convs[0])[0] // max(1, shape("conv_last.weight")[1]))
+    if scale not in SCALES:
+        raise ValueError(f"the upsampling tensors fit none of the scales {SCALES}.")
+    if "bound" in state and (state["bound"].numel() != 1 or not 1e-3 <= float(state["bound"]) < 1e6):
+        raise ValueError("'bound' is not one number from 1e-3 to 1e6.")
+    ratio = hidden / max(1, embed_dim)
+    return {
+        "scale": scale,
+        "in_chans": in_chans,
+        "embed_dim": embed_dim,
+        "depths": depths,
+        "mlp_ratio": ratio if int(embed_dim * ratio) == hidden else (hidden + 0.5) / embed_dim,
+        "lk_kernel": lk_kernel,
+        "sk_kernel": shape("stages.0.0.conv.sk_conv.weight")[2] if form == "training" else min(3, lk_kernel),
+        "use_channel_attn": "stages.0.0.channel_attn.fc.0.weight" in state,
+        "use_spatial_attn": "stages.0.0.spatial_attn.conv.weight" in state,
+        "drop_path_rate": 0.0,
+        "bound": float(state["bound"]) if "bound" in state else None,
+    }
+
+
+def _refuse_other_versions(state: Mapping[str, Tensor]) -> None:
+    empty = [name for name, value in state.items() if value.numel() == 0]
+    if empty:
+        raise ValueError(
+            f"tensor {empty[0][:80]!r} holds no value; its shape is {tuple(state[empty[0]].shape)}."
+        )
+    for name, version in OTHER_VERSIONS.items():
+        if any(key == name or key.endswith("." + name) for key in state):
+            raise ValueError(
+                f"this is the layout of AetherNet {version} (tensor {name!r}): the same names, another function."
+            )
+
+
+def _depths(state: Mapping[str, Tensor]) -> List[int]:
+    """Blocks in each stage, from the names ``stages.i.j``."""
+    found = map(re.compile(r"stages\.(\d{1,4})\.(\d{1,4})\.").match, state)
+    blocks = {(int(match.group(1)), int(match.group(2))) for match in found if match}
+    if len(state) < 8 * len(blocks):  # before modules are made for them
+        raise ValueError(f"not a whole AetherNet: {len(state)} tensors for {len(blocks)} blocks.")
+    last: Dict[int, int] = {}
+    for stage, block in blocks:
+        last[stage] = max(last.get(stage, 0), block)
+    depths = [last.get(stage, -1) + 1 for stage in range(max(last) + 1)]
+    if 0 in depths or sum(depths) != len(blocks):
+        raise ValueError(
+            f"the blocks 'stages.i.j' have gaps: {len(blocks)} found, {sum(depths)} expected from the numbers."
+        )
+    return depths
+
+
+def older_fused_to_training(state: Mapping[str, Tensor], sk_kernel: int) -> Dict[str, Tensor]:
+    """An older fused form as the training form of the same function.
+
+    Its norms hold scale and shift already; running statistics beside them are stale and would normalise a second time.
+    """
+    state = dict(state)
+    kernels = [name for name in state if name.endswith(OLDER_KERNEL)]
+    norms = [name for name in state if OLDER_NORM.fullmatch(name)]
+    missing = [
+        name for name in (name[: -len("weight")] + "bias" for name in kernels + norms) if name not in state
+    ]
+    if missing:
+        raise ValueError(f"an AetherNet in older fused form, but {missing[0]!r} is missing.")
+    for name in kernels:
+        block = name[: -len("fused_conv.weight")]
+        weight, bias = state.pop(name), state.pop(block + "fused_conv.bias")
+        state[block + "lk_conv.weight"], state[block + "lk_bias"] = weight, bias
+        state[block + "sk_conv.weight"] = weight.new_zeros(weight.shape[0], 1, sk_kernel, sk_kernel)
+        state[block + "sk_bias"] = torch.zeros_like(bias)
+    for name in norms:
+        norm = name[: -len("weight")]
+        state[norm + "weight"], state[norm + "bias"] = (
+            state[norm + part].reshape(1, -1, 1, 1) for part in ("weight", "bias")
+        )
+        state[norm + "running_mean"] = torch.zeros_like(state[norm + "weight"])
+        state[norm + "running_var"] = (
+            torch.ones_like(state[norm + "weight"], dtype=torch.float32) - DeploymentNorm.eps
+        )
+    return state
+
+
+def compare_shapes(net: AetherBase, state: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless ``state`` has the tensors of ``net``, each in its shape."""
+    expected = net.state_dict()
+    wrong = [name for name in expected if name in state and state[name].shape != expected[name].shape]
+    problems = {
+        "missing": sorted(set(expected) - set(state)),
+        "unexpected": sorted(set(state) - set(expected)),
+        "of another shape": wrong,
+    }
+    listed = [
+        f"{kind}: {len(names)} ({', '.join(name[:80] for name in names[:3])}{', ...' if len(names) > 3 else ''})"
+        for kind, names in problems.items()
+        if names
+    ]
+    if listed:
+        raise ValueError("not a whole AetherNet; tensors " + "; ".join(listed) + ".")
+
+
+def variant_name(options: Mapping[str, Any]) -> str:
+    """The name of the variant that has these options (training options aside), or a description of the network."""
+    for variant in VARIANTS:
+        defaults = {
+            name: value.default
+            for name, value in inspect.signature(variant).parameters.items()
+            if name not in TRAINING_ONLY
+        }
+        if all(
+            (tuple(options[name]) if name == "depths" else options[name]) == value
+            for name, value in defaults.items()
+        ):
+            return variant.__name__
+    told = ", ".join(f"{name}={options[name]}" for name in ("embed_dim", "depths", "lk_kernel", "mlp_ratio"))
+    return f"a network of its own ({told})"

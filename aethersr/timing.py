@@ -1,0 +1,98 @@
+"""The one definition of a measured time: networks in turn, medians, and the spread that says whether a ratio means anything.
+
+A machine's speed drifts by more than most differences that one wants to see: one run after the other compares two moments. Here every round
+calls each candidate once, in an order that changes, so that a drift meets all of them alike, and a ratio is taken inside each round.
+Needs nothing beside Python.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Tuple
+
+
+class Ratio(NamedTuple):
+    """How many times as long one candidate takes as another: the median over the rounds, and the middle half of them."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def measurable(self) -> bool:
+        """Whether the effect is larger than the spread: the middle half of the rounds lies on one side of 1, further off than it is wide."""
+        if not all(math.isfinite(number) and number > 0 for number in self):
+            return False
+        return abs(math.log(self.value)) > math.log(self.high / self.low)
+
+    def __str__(self) -> str:
+        spread = f"{self.low:.2f} to {self.high:.2f}"
+        return f"{self.value:.2f} ({spread})" if self.measurable else f"no measurable difference ({spread})"
+
+
+class Comparison:
+    """The times of several candidates, in ms, one entry a round: round k of one was measured beside round k of all others."""
+
+    def __init__(self, times: Mapping[str, List[float]]) -> None:
+        self.times: Dict[str, List[float]] = dict(times)
+
+    def median(self, name: str) -> float:
+        """The median time in ms."""
+        return statistics.median(self.times[name])
+
+    def spread(self, name: str) -> Tuple[float, float]:
+        """First and last time of the middle half, in ms."""
+        return _quartiles(self.times[name])
+
+    def ratio(self, slow: str, fast: str) -> Ratio:
+        """How many times as long ``slow`` takes as ``fast``, in words: ``str(comparison.ratio("unfused", "fused"))``."""
+        ratios = [one / other for one, other in zip(self.times[slow], self.times[fast]) if other > 0]
+        if not ratios:
+            return Ratio(math.nan, math.nan, math.nan)
+        return Ratio(statistics.median(ratios), *_quartiles(ratios))
+
+
+def interleaved(
+    candidates: Mapping[str, Callable[[], Any]],
+    rounds: int = 15,
+    seconds: float = 10.0,
+    warmup: int = 1,
+    wait: Optional[Callable[[], Any]] = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Comparison:
+    """Time every candidate once a round.
+
+    Args:
+        candidates: by name, what is called without arguments.
+        rounds: measured rounds at most; at least three are measured whatever they take.
+        seconds: no round begins later than this after the first.
+        warmup: rounds before, which are not counted.
+        wait: called before the clock is read, such as torch.cuda.synchronize, so that work in a queue counts.
+        clock: in seconds.
+    """
+    wait = wait or (lambda: None)
+    names = list(candidates)
+    times: Dict[str, List[float]] = {name: [] for name in names}
+    begin = clock()
+    for number in range(-warmup, rounds):
+        if number == 0:
+            begin = clock()
+        if number >= 3 and clock() - begin > seconds:
+            break
+        for name in names if number % 2 else names[::-1]:
+            wait()
+            start = clock()
+            candidates[name]()
+            wait()
+            if number >= 0:
+                times[name].append((clock() - start) * 1e3)
+    return Comparison(times)
+
+
+def _quartiles(values: List[float]) -> Tuple[float, float]:
+    if len(values) < 2:
+        return values[0], values[0]
+    first, _, last = statistics.quantiles(values, n=4, method="inclusive")
+    return first, last
