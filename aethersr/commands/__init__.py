@@ -1,0 +1,49 @@
+"""The commands: arguments, messages and exit codes, nothing else. This file holds what all of them end with."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from typing import Callable
+
+from aethersr.errors import UserError, is_out_of_memory
+
+
+def exit_code(program: str, action: Callable[[], None], stopped: str) -> int:
+    """Run a command's action: 0, or 2 after one line for what the user can mend, or 130 where the user stopped it.
+
+    Args:
+        program: the name before each line.
+        action: the command; raises UserError.
+        stopped: what is true after an interruption, such as "nothing was written."
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a name that the terminal's encoding lacks is no reason to fail
+            stream.reconfigure(errors="backslashreplace")
+
+    def error_line(message: object) -> int:
+        for line in str(message).split(f"\n{program}: error: "):
+            printable = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+            print(f"{program}: error: {printable}", file=sys.stderr)
+        return 2
+
+    old = None
+    if threading.current_thread() is threading.main_thread():  # elsewhere Python allows none
+        # A polite kill leaves no temporary file either.
+        old = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        action()
+    except UserError as error:
+        return error_line(error)
+    except KeyboardInterrupt:
+        print(f"{program}: stopped; {stopped}", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return error_line("there is not enough memory; close other programs, or pass --device cpu.")
+    finally:
+        if old is not None:
+            signal.signal(signal.SIGTERM, old)
+    return 0
