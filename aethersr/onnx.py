@@ -1,0 +1,212 @@
+"""ONNX files: written from the fused or quantised network, run in ONNX Runtime, and only then kept."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import io
+import os
+import warnings
+from typing import TYPE_CHECKING, Any, Dict, Mapping, Optional, Sequence
+
+import torch
+from aether_quant import TARGETS
+from torch import Tensor
+
+from aethersr.identify import variant_name
+from aethersr.onnx_int8 import integer_convolutions
+
+if TYPE_CHECKING:
+    from aether_arch import AetherBase
+
+PRECISIONS = ("fp32", "fp16", "int8")
+# First and last opset. 11: the first with this pixel shuffle. 13: the first with a scale for each channel.
+# Last: what PyTorch's exporter writes; of int8, what ONNX Runtime 1.31 opens as well.
+OPSETS = {
+    "fp32": (11, 23),
+    "fp16": (11, 23),
+    "int8": (13, 23),
+    "int8 tensorrt": (13, 20),
+    "int8 openvino": (13, 20),
+}
+# How far ONNX Runtime's output may be from the network's, as a part of the largest value.
+TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "int8": 4e-3}
+
+
+def export_onnx(
+    model: AetherBase,
+    scale: int,
+    precision: str = "fp32",
+    output_path: Optional[str] = None,
+    target: str = "onnxruntime",
+    *,
+    reduce_range: bool = False,
+    static: Optional[Sequence[int]] = None,
+    opset: int = 17,
+    simplify: bool = False,
+    metadata: Optional[Mapping[str, str]] = None,
+) -> str:
+    """Write the fused network as one ONNX file and return its path. The model stays as it was.
+
+    Input ``input`` (N, in_chans, H, W) in [0, 1], output ``output`` (N, in_chans, scale * H, scale * W), both
+    in the precision named, float32 for "int8". Batch, height and width are dynamic. ONNX Runtime runs the
+    file on two odd sizes before it is kept. Needs the packages onnx and onnxruntime.
+
+    Args:
+        scale: the model's scale, named again so that a mistaken export can't pass.
+        precision: "fp32", "fp16", or "int8" for a network from prepare_qat. An int8 file has int8 weights,
+            and QuantizeLinear and DequantizeLinear around the quantised convolutions.
+        output_path: default ``aether_x{scale}_{precision}.onnx`` in the current folder.
+        target: for "int8", where the file is to be fast: "onnxruntime" (on a CPU: uint8, between convolutions
+            too), "tensorrt" or "openvino" (int8 about zero, only what goes into convolutions).
+        reduce_range: for "int8", weights of 7 bits. Integer kernels of CPUs without VNNI overflow on 8.
+        static: (in_chans, height, width) for a file that takes one picture of this size; default: any size.
+        opset: see OPSETS. 17 is what ONNX Runtime, TensorRT 10 and 11, OpenVINO and most of DirectML take.
+        simplify: remove what is doubled or constant, with the package onnxslim. The function stays the same.
+        metadata: written into the file, for instance license and author; architecture, variant, scale and
+            precision are there without it.
+
+    Raises:
+        ValueError: scale, precision, target, static or opset do not fit.
+        RuntimeError: ONNX Runtime's output differs from the network's. Nothing is left at output_path.
+    """
+    _check_arguments(model, scale, precision, target, static, opset)
+    import onnx
+
+    described = {
+        "architecture": "AetherNet",
+        "variant": variant_name(model.options),
+        "scale": str(scale),
+        "precision": precision,
+    }
+    with torch.inference_mode(False), torch.no_grad():  # the tracer can't follow inference tensors
+        if precision == "int8":
+            reference: Any = model.convert_to_quantized().cpu().for_target(target, reduce_range)
+            described.update(placement=reference.placement, target=target)
+        else:
+            reference = model.fused().cpu().float()
+        network = copy.deepcopy(reference).half() if precision == "fp16" else reference
+        file = trace(network, opset, fold=precision != "int8")
+        if precision == "int8":
+            integer_convolutions(file, target)
+        if simplify:
+            import onnxslim
+
+            # Larger constants are not computed beforehand (size in bytes): int8 weights stay int8.
+            file = onnxslim.slim(file, size_threshold=64)
+        del file.graph.value_info[:]  # shapes between layers: every reader infers them for its own size
+        onnx.helper.set_model_props(file, {**described, **(metadata or {})})
+        onnx.checker.check_model(file, full_check=True)
+        compare(file.SerializeToString(), reference, precision)
+    if static is not None:
+        fix_size(file, (1, *static), scale)
+        onnx.checker.check_model(file, full_check=True)  # infers the output's size and compares
+    path = output_path or f"aether_x{scale}_{precision}.onnx"
+    part = f"{path}.{os.getpid()}.part"
+    try:
+        with open(part, "wb") as stream:  # written here: onnx and ONNX Runtime can't take every file name
+            stream.write(file.SerializeToString())
+        os.replace(part, path)
+    finally:
+        if os.path.exists(part):
+            os.remove(part)
+    return path
+
+
+def _check_arguments(
+    model: AetherBase,
+    scale: int,
+    precision: str,
+    target: str,
+    static: Optional[Sequence[int]],
+    opset: int,
+) -> None:
+    channels = model.options["in_chans"]
+    if scale != model.scale:
+        raise ValueError(f"export_onnx: scale={scale} was asked for, the model has scale={model.scale}.")
+    if precision not in PRECISIONS:
+        allowed = ", ".join(map(repr, PRECISIONS))
+        raise ValueError(f"export_onnx: precision={precision!r} is not known; allowed: {allowed}.")
+    if precision == "int8" and not hasattr(model, "placement"):
+        raise ValueError(
+            "export_onnx: precision='int8' needs a quantised network: "
+            "prepare_qat(), fine-tune, convert_to_quantized()."
+        )
+    if target not in TARGETS:
+        raise ValueError(
+            f"export_onnx: target={target!r} is not known; allowed: {', '.join(map(repr, TARGETS))}."
+        )
+    if static is not None and not (
+        len(static) == 3 and static[0] == channels and all(type(size) is int and size > 0 for size in static)
+    ):
+        expected = f"({channels}, height, width)"
+        raise ValueError(f"export_onnx: static={tuple(static)!r} is not possible; expected {expected}.")
+    first, last = OPSETS.get(f"{precision} {target}", OPSETS[precision])
+    if type(opset) is not int or not first <= opset <= last:
+        raise ValueError(
+            f"export_onnx: opset={opset!r} is not possible for {precision}; allowed: {first} to {last}."
+        )
+
+
+def picture(like: Tensor, *shape: int) -> Tensor:
+    """Noise in [0, 1], always the same, in the type of ``like``. Leaves the global random generator alone."""
+    return torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(like.dtype)
+
+
+def trace(network: AetherBase, opset: int, fold: bool) -> Any:
+    """The network as an ONNX model of any batch, height and width. ``fold``: compute constants beforehand."""
+    import onnx
+
+    # The output has names of its own: DirectML and ONNX Runtime fix a size by its name, on both ends alike.
+    axes = {
+        "input": {0: "batch", 2: "height", 3: "width"},
+        "output": {0: "batch", 2: "out_height", 3: "out_width"},
+    }
+    # The tracing exporter is deprecated, but it writes one small file in every PyTorch from 1.13 on.
+    takes_dynamo = "dynamo" in inspect.signature(torch.onnx.export).parameters
+    more: Dict[str, Any] = {"dynamo": False} if takes_dynamo else {}
+    written = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            network,
+            (picture(network.mean, 1, network.options["in_chans"], 19, 23),),
+            written,  # type: ignore[arg-type, unused-ignore]
+            input_names=["input"],
+            output_names=["output"],
+            opset_version=opset,
+            do_constant_folding=fold,
+            dynamic_axes=axes,
+            **more,
+        )
+    return onnx.load_model_from_string(written.getvalue())
+
+
+def compare(file: bytes, reference: AetherBase, precision: str) -> None:
+    """Run an ONNX file on two sizes. Raises RuntimeError where ONNX Runtime and the network do not agree."""
+    import numpy as np
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    like = torch.zeros((), dtype=torch.float16 if precision == "fp16" else torch.float32)
+    for height, width in ((17, 31), (33, 13)):
+        image = picture(like, 2, reference.options["in_chans"], height, width)
+        expected = reference(image.float())
+        output = torch.from_numpy(np.asarray(session.run(["output"], {"input": image.numpy()})[0])).float()
+        error = (output - expected).abs()
+        # Integer kernels may round a value to the next code. They must not compute another function.
+        largest = float(error.mean() if precision == "int8" else error.max())
+        allowed = TOLERANCE[precision] * max(1.0, float(expected.abs().max()))
+        if not largest <= allowed:
+            raise RuntimeError(
+                f"export_onnx: ONNX Runtime differs from the network by {largest:.3g} at {width}x{height}, "
+                f"allowed {allowed:.3g}."
+            )
+
+
+def fix_size(file: Any, shape: Sequence[int], scale: int) -> None:
+    """Let an ONNX model take pictures of one shape only. No node of the graph holds a size, so it stays."""
+    for value, factor in ((file.graph.input[0], 1), (file.graph.output[0], scale)):
+        sizes = (*shape[:2], shape[2] * factor, shape[3] * factor)
+        for dim, size in zip(value.type.tensor_type.shape.dim, sizes):
+            dim.dim_value = size
