@@ -1,11 +1,13 @@
-"""The option templates are current, and each framework's own parser takes every one of them."""
+"""The option templates are current, complete, and what the networks and the frameworks' parsers take."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, Dict
 
 import aether_arch
 import pytest
@@ -13,47 +15,88 @@ import yaml
 from conftest import ROOT
 
 OPTIONS = ROOT / "options"
-GENERATOR = OPTIONS / "generate_options.py"
 YAML = sorted(OPTIONS.glob("basicsr/*/AetherNet/*.yml"))
 REDUX = sorted(OPTIONS.glob("traiNNer-redux/*/AetherNet/*.yml"))
 TOML = sorted(OPTIONS.glob("neosr/*.toml"))
+ALL = [*YAML, *REDUX, *TOML]
+ON_THE_FLY = [path for path in (*YAML, *REDUX) if "otf" in path.stem.lower()]
+FINE_TUNING = [path for path in ALL if path.stem.endswith(("gan", "qat"))]
+STAGES = ("fidelity", "gan", "otf_fidelity", "otf_gan", "qat")
+NUMBERS = ("lr", "weight_decay", "total_iter", "loss_weight", "ema_decay", "ema", "val_freq", "eta_min_ratio")
 
 
-def read(path: Path) -> dict:
+def read(path: Path) -> Dict[str, Any]:
+    text = path.read_text(encoding="utf-8")
     if path.suffix == ".toml":
-        tomllib = pytest.importorskip("tomllib", reason="reading TOML needs Python 3.11")
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return pytest.importorskip("tomllib", reason="reading TOML needs Python 3.11").loads(text)
+    return yaml.safe_load(text)
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(OPTIONS).as_posix()
+
+
+def generate(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(folder / "generate_options.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.fixture
+def copied(tmp_path: Path) -> Path:
+    """A folder of our own with the generator, its skeletons and values, and every template."""
+    return Path(shutil.copytree(OPTIONS, tmp_path / "options"))
 
 
 def test_every_template_on_disk_is_what_the_generator_writes() -> None:
-    done = subprocess.run([sys.executable, str(GENERATOR), "--check"], capture_output=True, text=True)
+    done = generate(OPTIONS, "--check")
     assert done.returncode == 0, done.stderr
 
 
-def test_a_template_that_was_edited_by_hand_is_noticed(tmp_path: Path) -> None:
-    (tmp_path / "generate_options.py").write_text(GENERATOR.read_text(encoding="utf-8"), encoding="utf-8")
-    command = [sys.executable, str(tmp_path / "generate_options.py")]
-    subprocess.run(command, check=True, capture_output=True)
-    path = tmp_path / TOML[0].relative_to(OPTIONS)
-    path.write_text(path.read_text(encoding="utf-8").replace("scale", "scales"), encoding="utf-8")
-    done = subprocess.run([*command, "--check"], capture_output=True, text=True)
+@pytest.mark.parametrize("damage", ["edited", "deleted", "added", "a skeleton edited"])
+def test_check_names_the_file_that_is_not_current_and_changes_nothing(copied: Path, damage: str) -> None:
+    path = copied / "neosr" / "test_aether_small_x2.toml"
+    if damage == "edited":
+        path.write_text(path.read_text(encoding="utf-8").replace("scale", "scales"), encoding="utf-8")
+    elif damage == "deleted":
+        path.unlink()
+    elif damage == "added":
+        path = path.with_name("my_own.toml")
+        path.write_text("", encoding="utf-8")
+    else:
+        skeleton = copied / "skeletons" / "neosr" / "test.toml"
+        skeleton.write_text(skeleton.read_text(encoding="utf-8") + "# more\n", encoding="utf-8")
+    before = {file: file.read_bytes() for file in copied.rglob("*") if file.is_file()}
+    done = generate(copied, "--check")
     assert done.returncode == 1
-    assert path.name in done.stderr
+    assert f"options/neosr/{path.name}" in done.stderr
+    assert {file: file.read_bytes() for file in copied.rglob("*") if file.is_file()} == before
 
 
-def test_there_is_a_training_template_for_every_framework_size_scale_and_kind() -> None:
-    kinds = ("fidelity", "gan", "otf_fidelity", "otf_gan", "qat")
+def test_the_generator_restores_a_template_and_leaves_a_file_that_is_not_its_own(copied: Path) -> None:
+    template, own = copied / "neosr" / "test_aether_small_x2.toml", copied / "neosr" / "my_own.toml"
+    text = template.read_bytes()
+    template.write_bytes(b"")
+    own.write_bytes(b"mine")
+    done = generate(copied)
+    assert done.returncode == 0, done.stderr
+    assert template.read_bytes() == text
+    assert own.read_bytes() == b"mine"
+
+
+def test_there_is_a_training_template_for_every_framework_size_scale_and_stage() -> None:
     for files, folder in ((YAML, "basicsr"), (REDUX, "traiNNer-redux"), (TOML, "neosr")):
         names = {path.stem.lower() for path in files if "train" in path.as_posix().split(folder, 1)[1]}
-        expected = [(size, scale, kind) for size in ("small", "medium", "large") for scale in (2, 3, 4) for kind in kinds]
-        expected = [(size, scale, kind) for size, scale, kind in expected if not (scale == 3 and "otf" in kind)]  # none of the three can
-        missing = [wanted for wanted in expected if not any(name.endswith("_{}_x{}_{}".format(*wanted)) for name in names)]
+        sizes, scales = ("small", "medium", "large"), (2, 3, 4)
+        wanted = [(size, scale, stage) for size in sizes for scale in scales for stage in STAGES]
+        # No framework degrades pictures on the fly at x3.
+        wanted = [(size, scale, stage) for size, scale, stage in wanted if scale != 3 or "otf" not in stage]
+        ends = ["_{}_x{}_{}".format(*one) for one in wanted]
+        missing = [end for end in ends if not any(name.endswith(end) for name in names)]
         assert not missing, f"{folder} has no template for {missing}"
-        assert len(names) == len(expected)
+        assert len(names) == len(wanted)
 
 
-@pytest.mark.parametrize("path", [*YAML, *REDUX, *TOML], ids=lambda path: path.relative_to(OPTIONS).as_posix())
+@pytest.mark.parametrize("path", ALL, ids=name_of)
 def test_the_network_of_a_template_is_one_that_this_file_builds(path: Path) -> None:
     options = read(path)
     network = dict(options["network_g"])
@@ -61,25 +104,35 @@ def test_the_network_of_a_template_is_one_that_this_file_builds(path: Path) -> N
     assert network.pop("scale", options["scale"]) == options["scale"], "two scales in one template"
     assert f"_x{options['scale']}" in path.stem
     assert variant.__name__.split("_")[1] in path.stem
-    variant(**network, scale=options["scale"], embed_dim=16 if "large" not in path.stem else 20, depths=[1] * (5 if "large" in path.stem else 4))
+    stages = 5 if "large" in path.stem else 4
+    variant(**network, scale=options["scale"], embed_dim=4 * stages, depths=[1] * stages)
 
 
-@pytest.mark.parametrize("path", [*YAML, *REDUX, *TOML], ids=lambda path: path.relative_to(OPTIONS).as_posix())
+@pytest.mark.parametrize("path", ALL, ids=name_of)
 def test_every_number_of_a_template_is_a_number(path: Path) -> None:
     def numbers(value: object, name: str) -> None:
         if isinstance(value, dict):
             for key, inner in value.items():
                 numbers(inner, str(key))
-        elif name in ("lr", "weight_decay", "total_iter", "loss_weight", "ema_decay", "ema", "val_freq"):
+        elif name in NUMBERS:
             assert isinstance(value, (int, float)), f"{name}: {value!r}"  # YAML reads a bare 5e-4 as text
 
     numbers(read(path), "")
 
 
-def test_the_batch_divides_the_queue_of_images_degraded_on_the_fly() -> None:
-    for path in [path for path in (*YAML, *REDUX) if "otf" in path.stem.lower()]:
-        options = read(path)
-        assert options["queue_size"] % options["datasets"]["train"]["batch_size_per_gpu"] == 0, path.name
+@pytest.mark.parametrize("path", ON_THE_FLY, ids=name_of)
+def test_the_batch_divides_the_queue_of_pictures_degraded_on_the_fly(path: Path) -> None:
+    options = read(path)
+    assert options["queue_size"] % options["datasets"]["train"]["batch_size_per_gpu"] == 0
+
+
+@pytest.mark.parametrize("path", FINE_TUNING, ids=name_of)
+def test_a_fine_tuning_starts_from_the_result_of_another_template_of_its_size_and_scale(path: Path) -> None:
+    parent = path.with_name(path.name.replace("otf_gan", "otf_fidelity").replace("OTF_gan", "OTF_fidelity"))
+    if parent == path:
+        parent = path.with_name(path.name.replace("gan", "fidelity").replace("qat", "fidelity"))
+    pretrained = Path(read(path)["path"]["pretrain_network_g"])
+    assert pretrained.parts[:2] == ("experiments", read(parent)["name"])
 
 
 def test_trainner_redux_parses_every_template_strictly() -> None:
