@@ -1,6 +1,6 @@
-"""The tools round AetherNet: checkpoint files, export, upscaling, the loader for spandrel. ``archs/`` holds the network itself.
+"""The tools round AetherNet, the network in aether_arch: checkpoint files, export, upscaling, spandrel.
 
-What is named here is imported when it is used, so that ``import aethersr`` needs PyTorch alone.
+What is named here is imported when it is used: ``import aethersr`` needs PyTorch alone.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ _HOME = {
     "read_checkpoint": "aethersr.checkpoint",
     "upscale_tiled": "aethersr.tiling",
 }
-__all__ = sorted(_HOME)  # noqa: PLE0605
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = "install" if name == "install_spandrel" else name
-    return getattr(importlib.import_module(_HOME[name]), home)
+    module = importlib.import_module(_HOME[name])
+    return getattr(module, "install" if name == "install_spandrel" else name)

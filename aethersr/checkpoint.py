@@ -14,34 +14,37 @@ import warnings
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Tuple, Union
+from typing import Any, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Pattern, Set, Tuple, Union
 
 import torch
 from torch import Tensor
 
-from aethersr.errors import UserError, first_line, missing_package
+from aethersr.errors import UserError, first_line
 
 ENDINGS = (".pth", ".safetensors")  # that are written
 READ_ENDINGS = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
-WRAPPERS = (
-    "params",
-    "state_dict",
-    "model_state_dict",
-    "model",
-    "net_g",
-    "generator",
-    "state",
-)  # the common ones, in order of preference
-DEPTH = 3  # wrappers inside one another
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-_NOISE = re.compile(
-    r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
-)  # no layer is called so
-_BLOCK = re.compile(r"(?:^|\.)(?=stages\.\d+\.\d+\.)")  # every AetherNet has blocks of these names
-_KERNEL = re.compile(r"(?:^|\.)(?=stages\.\d+\.\d+\.(conv\.lk_conv|conv\.fused_conv|reparam_conv)\.weight$)")
-_COUNTERS = ("n_averaged", "initted", "step")  # of AveragedModel and ema-pytorch, beside the weights
+# The common wrappers in order of preference. Any other name is looked into as well, up to DEPTH inside one
+# another.
+WRAPPERS = ("params", "state_dict", "model_state_dict", "model", "net_g", "generator", "state")
+DEPTH = 3
+_BETWEEN = (
+    "module",
+    "_orig_mod",
+    "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",
+)  # DDP, torch.compile, ...
+_NOISE = re.compile(rf"(?<![^.])({'|'.join(_BETWEEN)})\.")  # no layer is called so
+_COUNTERS = ("n_averaged", "initted", "step")  # beside the weights: of AveragedModel and of ema-pytorch
 _AVERAGED = re.compile(r"(?<![a-z])(ema|swa|avg|averaged?|averaging|shadow)(?![a-z])")
+_ONLINE = re.compile(r"(?<![a-z])online(?![a-z])")
+_OPTIMIZER = re.compile(r"optim|sched")  # its tensors may bear the names of the weights
+
+# What every AetherNet has: a block's large kernel, or, in a damaged or unknown one, at least a block.
+# Prefixes end here.
+_KERNEL = re.compile(r"(?<![^.])stages\.\d+\.\d+\.(conv\.lk_conv|conv\.fused_conv|reparam_conv)\.weight$")
+_BLOCK = re.compile(r"(?<![^.])stages\.\d+\.\d+\.")
 
 
 class Checkpoint(NamedTuple):
@@ -51,112 +54,109 @@ class Checkpoint(NamedTuple):
     chosen: str
 
 
-# ------------------------------------------------------------------------------------------------- finding the weights
+# ---------------------------------------------------------------------------------------- finding the weights
 
 
 class _Candidate(NamedTuple):
+    """A network in a checkpoint."""
+
     wrappers: Tuple[str, ...]
-    prefix: str  # before every name, beside those of _NOISE
-    state: Dict[str, Any]
+    prefix: str  # before every name, those of _NOISE aside
+    state: Dict[str, Tensor]
     averaged: bool
 
-    @property
-    def rank(self) -> Tuple[bool, int, int]:
-        known = [WRAPPERS.index(name) for name in self.wrappers if name in WRAPPERS]
-        return not self.averaged, known[0] if known else len(WRAPPERS), len(self.wrappers)
+    def rank(self) -> Tuple[bool, List[int]]:
+        """The smaller, the better."""
+        words = [*self.wrappers, *self.prefix.split(".")[:-1]]
+        return not self.averaged, [
+            WRAPPERS.index(word) if word in WRAPPERS else len(WRAPPERS) for word in words
+        ]
 
     def __str__(self) -> str:
-        where = repr("/".join(self.wrappers)) if self.wrappers else ""
-        return (
-            where
-            + (", " if where and self.prefix else "")
-            + (f"names under {self.prefix!r}" if self.prefix else "")
-        )
+        where = [repr("/".join(self.wrappers))] if self.wrappers else []
+        return ", ".join([*where, f"names under {self.prefix!r}"] if self.prefix else where)
 
 
 def unwrap(content: Mapping[Any, Any]) -> Checkpoint:
-    """Find the network in what a checkpoint holds: wrappers, other networks beside it, prefixes; averaged weights are preferred.
+    """The network in what a checkpoint holds, without wrappers, prefixes and what stands beside it.
+
+    Averaged weights (EMA) are preferred, then the wrappers in the order of WRAPPERS.
 
     Raises:
         ValueError: there is none; the message names the keys that were seen and the wrappers that are known.
     """
     candidates = [found for path, mapping in _mappings(content) for found in _networks(path, mapping)]
-    candidates.sort(key=lambda candidate: candidate.rank)
     if not candidates:
         raise ValueError(_foreign(content))
-    best = candidates[0]
-    others = [
-        other for other in candidates if other.averaged == best.averaged and other.rank[1] == best.rank[1]
-    ][1:]
-    chosen = f"{best}, not averaged" if best.wrappers or best.prefix else "the only ones in the file"
-    state = dict(best.state)
-    if best.averaged:
-        chosen = f"the averaged ones, {best}"
-        online = next((other for other in candidates if not other.averaged), None)
+    candidates.sort(key=_Candidate.rank)
+    best, others = candidates[0], candidates[1:]
+    state, where = dict(best.state), str(best)
+    if not best.averaged:
+        chosen = f"{where}, not averaged" if where else "the only ones in the file"
+    else:
+        chosen = f"the averaged ones, {where}" if where else "the averaged ones"
+        online = next((other for other in others if not other.averaged), None)
         if online and _never_updated(state) and not _never_updated(online.state):
             state.update({name: value for name, value in online.state.items() if _is_statistic(name)})
             chosen += f"; their norm statistics were never updated, so those are the online ones of {online}"
-    if others:
-        chosen += f"; not {others[0]}"
+    if others and others[0].rank() == best.rank():
+        chosen += f"; the file holds others too, {others[0]}"
     return Checkpoint(state, chosen)
 
 
 def _mappings(
     content: Mapping[Any, Any], path: Tuple[str, ...] = ()
 ) -> Iterator[Tuple[Tuple[str, ...], Mapping[Any, Any]]]:
+    """Every mapping in a checkpoint, optimizers aside, each with the keys that lead to it."""
     yield path, content
-    if len(path) < DEPTH:
-        for key, value in content.items():
-            if isinstance(key, str) and isinstance(value, Mapping):
-                yield from _mappings(value, (*path, key))
+    for key, value in content.items() if len(path) < DEPTH else ():
+        if isinstance(key, str) and isinstance(value, Mapping) and not _OPTIMIZER.search(key):
+            yield from _mappings(value, (*path, key))
 
 
-def _networks(path: Tuple[str, ...], mapping: Mapping[Any, Any]) -> List[_Candidate]:
-    """The networks whose tensors stand in one mapping, side by side: one for each prefix before ``stages.0.0.``."""
-    plain = {_NOISE.sub("", name): name for name in mapping if isinstance(name, str)}
-    for anchor in (_KERNEL, _BLOCK):
-        prefixes = {
-            name[: found.end()]
-            for name in plain
-            for found in [anchor.search(name)]
-            if found and isinstance(mapping[plain[name]], Tensor)
-        }
-        if prefixes:
-            break
-    candidates = []
+def _networks(path: Tuple[str, ...], mapping: Mapping[Any, Any]) -> Iterator[_Candidate]:
+    """The networks whose tensors stand side by side in one mapping, one for each prefix."""
+    tensors = {_NOISE.sub("", name): value for name, value in mapping.items() if _is_weight(name, value)}
+    prefixes = _prefixes(tensors, _KERNEL) or _prefixes(tensors, _BLOCK)
     for prefix in sorted(prefixes):
-        state = {
-            name[len(prefix) :]: mapping[long] for name, long in plain.items() if name.startswith(prefix)
-        }
-        if not prefix:
-            state = {
-                name: value
-                for name, value in state.items()
-                if isinstance(value, Tensor) and name not in _COUNTERS
-            }
+        longer = tuple(other for other in prefixes if other.startswith(prefix) and other != prefix)
+        names = [
+            name for name in tensors if name.startswith(prefix) and not (longer and name.startswith(longer))
+        ]
+        state = {name[len(prefix) :]: tensors[name] for name in names}
+        counted = "n_averaged" in state
+        for counter in _COUNTERS:
+            state.pop(counter, None)
         words = re.sub(r"([a-z])([A-Z])", r"\1_\2", "/".join((*path, prefix))).lower()
-        averaged = bool(_AVERAGED.search(words)) or any(name.split(".")[-1] == "n_averaged" for name in plain)
-        candidates.append(_Candidate(path, prefix, state, averaged))
-    return candidates
+        averaged = counted or (bool(_AVERAGED.search(words)) and not _ONLINE.search(words))
+        yield _Candidate(path, prefix, state, averaged)
+
+
+def _prefixes(names: Iterable[str], anchor: Pattern[str]) -> Set[str]:
+    found = ((name, anchor.search(name)) for name in names)
+    return {name[: match.start()] for name, match in found if match}
+
+
+def _is_weight(name: Any, value: Any) -> bool:
+    return isinstance(name, str) and isinstance(value, Tensor) and not _OPTIMIZER.search(name)
 
 
 def _foreign(content: Mapping[Any, Any]) -> str:
     """What to say of a file without an AetherNet."""
     names = [
-        str(name)
+        name
         for _, mapping in _mappings(content)
         for name, value in mapping.items()
-        if isinstance(value, Tensor)
+        if _is_weight(name, value)
     ]
-    if any(
-        re.search(r"(^|\.)layers\.", name) and re.search(r"\.(dwconv|ffn|conv)\.", name) for name in names
-    ):
-        return "this is AetherNet's first layout (v1, tensors 'layers.*'): another network, which these tools do not read."
-    keys = [repr(str(key)[:40]) for key in content]
-    seen = ", ".join(keys[:6]) + (f", ... ({len(keys)})" if len(keys) > 6 else "") if keys else "none"
+    if any(re.search(r"(?<![^.])layers\.(.*\.)?(dwconv|ffn|conv)\.", name) for name in names):
+        return "this is AetherNet's first layout (v1, tensors 'layers.*'): another network, not read here."
+    keys = ", ".join(repr(str(key)[:40]) for key in list(content)[:6]) or "none"
+    more = f" and {len(content) - 6} more" if len(content) > 6 else ""
     return (
-        f"not an AetherNet: no tensor 'stages.0.0.conv.lk_conv.weight' among {len(names)}. The keys at the top: {seen}. "
-        f"Known wrappers, {DEPTH} deep at most: {', '.join(WRAPPERS)}, each with or without ema, and any prefix before all names."
+        f"not an AetherNet: no tensor 'stages.0.0.conv.lk_conv.weight' among {len(names)}. "
+        f"Keys at the top: {keys}{more}; known wrappers: {', '.join(WRAPPERS)}, with or without _ema, "
+        f"and any other up to {DEPTH} deep."
     )
 
 
@@ -164,23 +164,25 @@ def _is_statistic(name: str) -> bool:
     return name.endswith((".running_mean", ".running_var"))
 
 
-def _never_updated(state: Mapping[str, Any]) -> bool:
-    found = {
-        name: value for name, value in state.items() if _is_statistic(name) and isinstance(value, Tensor)
-    }
-    return bool(found) and all(
-        bool((value == float(name.endswith("var"))).all()) for name, value in found.items()
-    )
+def _never_updated(state: Mapping[str, Tensor]) -> bool:
+    """Whether the norms' statistics are those of a new network: an averaging that passes over buffers leaves
+    them so."""
+    found = [(name, value) for name, value in state.items() if _is_statistic(name)]
+    return bool(found) and all(bool((value == float(name.endswith("var"))).all()) for name, value in found)
 
 
-# --------------------------------------------------------------------------------------------------------------- reading
+# ---------------------------------------------------------------------------------------------------- reading
 
 
 def read_checkpoint(path: Union[str, Path], flag: str = "--model_path") -> Checkpoint:
-    """Read a network's weights from a file. Runs no code from it.
+    """The network's weights in a file. Runs no code from it.
+
+    Args:
+        path: a file that ends in one of READ_ENDINGS.
+        flag: the option that error messages name.
 
     Raises:
-        UserError: there is no such file, or no whole network of plain finite tensors in it; ``flag`` is the option that the message names.
+        UserError: there is no such file, or no network of plain finite tensors in it.
     """
     path = Path(path)
     if not os.path.exists(
@@ -192,37 +194,36 @@ def read_checkpoint(path: Union[str, Path], flag: str = "--model_path") -> Check
     ending = path.suffix.lower()
     if ending not in READ_ENDINGS:
         endings = f"{', '.join(READ_ENDINGS[:-1])} or {READ_ENDINGS[-1]}"
-        raise UserError(
-            f"{path} ends in {path.suffix or 'nothing'!r}; expected a checkpoint that ends in {endings} ({flag})."
-        )
+        found = f"{path} ends in {path.suffix or 'nothing'!r}"
+        raise UserError(f"{found}; expected a checkpoint that ends in {endings} ({flag}).")
     if path.stat().st_size == 0:
         raise UserError(f"{path} is empty; expected a checkpoint, so copy it again ({flag}).")
     content = _read_safetensors(path, flag) if ending == ".safetensors" else _read_pickled(path, flag)
     if not isinstance(content, Mapping):
+        kind = type(content).__name__
         raise UserError(
-            f"{path} holds a {type(content).__name__}, expected a state dict; pass a network's checkpoint ({flag})."
+            f"{path} holds a {kind}, expected a state dict; pass a network's checkpoint ({flag})."
         )
     try:
-        found = unwrap(content)
+        checkpoint = unwrap(content)
     except ValueError as error:
         raise UserError(f"{path}: {error} Pass a checkpoint of AetherNet ({flag}).") from None
-    _check(path, found.state, flag)
-    return found
+    _check_tensors(path, checkpoint.state, flag)
+    return checkpoint
 
 
 def _read_safetensors(path: Path, flag: str) -> Any:
     try:
         from safetensors.torch import load_file
     except ImportError as error:
-        raise UserError(
-            f"{path} needs the package {error.name}: pip install {error.name}, or pass a .pth file ({flag})."
-        ) from None
+        remedy = f"pip install {error.name}, or pass a .pth file ({flag})"
+        raise UserError(f"{path} needs the package {error.name}: {remedy}.") from None
     try:
         return load_file(str(path))
     except Exception as error:
-        raise UserError(
-            f"{path} is not a whole .safetensors file ({first_line(error)}); copy it again or pass another ({flag})."
-        ) from None
+        reason = first_line(error)
+        remedy = f"copy it again or pass another ({flag})"
+        raise UserError(f"{path} is not a whole .safetensors file ({reason}); {remedy}.") from None
 
 
 def _read_pickled(path: Path, flag: str) -> Any:
@@ -238,114 +239,104 @@ def _read_pickled(path: Path, flag: str) -> Any:
     except Exception as error:
         # Not PyTorch's own words: they speak of its inside, and advise to let the code run.
         reason = error.strerror if isinstance(error, OSError) else "it is damaged, or something else"
-        raise UserError(
-            f"{path} is not a readable checkpoint: {reason}; copy it again or pass another ({flag})."
-        ) from None
+        remedy = f"copy it again or pass another ({flag})"
+        raise UserError(f"{path} is not a readable checkpoint: {reason}; {remedy}.") from None
 
 
-# What a checkpoint may name: tensors, and what optimizers and schedulers keep. Each makes no more than its arguments already are.
+# What a file may name: the parts of tensors, and what optimizers and schedulers keep. None makes more than it
+# is given.
 _GLOBALS = re.compile(
-    r"collections (OrderedDict|Counter|defaultdict)|torch\._utils _rebuild_(tensor_v2|parameter)|torch \w+Storage|torch (Size|device)"
-    r"|torch (u?int\d+|b?float\d+\w*|bool|complex\d+)"
+    r"collections (OrderedDict|Counter|defaultdict)|torch\._utils _rebuild_(tensor_v2|parameter)"
+    r"|torch (\w+Storage|Size|device|u?int\d+|b?float\d+\w*|bool|complex\d+)"
 )
+_LARGEST_PICKLE = 2**20  # bytes; of a checkpoint with optimizers it takes a tenth
 
 
 def _check_pickles(path: Path, content: io.BytesIO, flag: str) -> None:
     """Refuse what is no plain checkpoint before PyTorch sees it.
 
-    Without running code, PyTorch still makes what a pickle asks for: bytearray(2**40), a text encoded over and over, a set for every byte.
+    Without running code, PyTorch still makes what a pickle asks for: bytearray(2**40), a text encoded over
+    and over, a set for every byte.
     """
+    refused = f"{path} is not a readable checkpoint: it"
     streams = [content] * 5  # before PyTorch 1.6: five pickles, one after another, then the raw weights
     if zipfile.is_zipfile(content):
-        with zipfile.ZipFile(
-            content
-        ) as archive:  # PyTorch stores, it does not compress: more inside than outside is no checkpoint
+        with zipfile.ZipFile(content) as archive:
             entries = archive.infolist()
+            # PyTorch stores, it does not compress: more inside than outside is no checkpoint.
             if sum(max(entry.file_size, entry.compress_size) for entry in entries) > len(content.getbuffer()):
-                raise UserError(
-                    f"{path} is a compressed archive, expected a checkpoint as torch.save writes it ({flag})."
-                )
+                expected = f"expected a checkpoint as torch.save writes it ({flag})"
+                raise UserError(f"{path} is a compressed archive, {expected}.")
             streams = [
                 io.BytesIO(archive.read(entry)) for entry in entries if entry.filename.endswith(".pkl")
             ]
     content.seek(0)
     for stream in streams:
-        begin, texts = stream.tell(), [""]
+        begin, texts = stream.tell(), ("?", "?")
         for opcode, argument, position in pickletools.genops(stream):
-            if opcode.name in ("GLOBAL", "INST", "STACK_GLOBAL", "EMPTY_SET"):
-                # STACK_GLOBAL takes module and name from the two texts before it; from elsewhere it is not allowed anyway.
-                name = (
-                    str(argument)
-                    if argument
-                    else "builtins set"
-                    if opcode.name == "EMPTY_SET"
-                    else " ".join(texts[-2:])
+            name = {"EMPTY_SET": "builtins set", "STACK_GLOBAL": " ".join(texts)}.get(
+                opcode.name, str(argument)
+            )
+            if opcode.name in ("EMPTY_SET", "STACK_GLOBAL") or (
+                opcode.name in ("GLOBAL", "INST") and not _GLOBALS.fullmatch(name)
+            ):
+                name = name.replace(" ", ".")[:80]
+                remedy = (
+                    "save the weights alone, torch.save(model.state_dict(), 'weights.pth'), or pass another"
                 )
-                if opcode.name not in ("GLOBAL", "INST") or not _GLOBALS.fullmatch(name):
-                    raise UserError(
-                        f"{path} is not a readable checkpoint: it asks to run code on loading ({name.replace(' ', '.')[:80]!r}), which is "
-                        f"refused; save the weights alone, torch.save(model.state_dict(), 'weights.pth'), or pass another ({flag})."
-                    )
-            elif isinstance(argument, str):
-                texts = [texts[-1], argument[:80]]
-            if (position or 0) - begin > 2**20:
-                raise UserError(
-                    f"{path} is not a readable checkpoint: it holds more than weights; pass another ({flag})."
-                )
+                reason = f"asks to run code on loading ({name!r}), which is refused"
+                raise UserError(f"{refused} {reason}; {remedy} ({flag}).")
+            if isinstance(argument, str):
+                texts = (texts[1], argument[:80])
+            if (position or 0) - begin > _LARGEST_PICKLE:
+                raise UserError(f"{refused} holds more than weights; pass another ({flag}).")
     content.seek(0)
 
 
-def _check(path: Path, state: Mapping[str, Any], flag: str) -> None:
-    """Look at every tensor: plain finite numbers that the file has room for."""
-    size = path.stat().st_size
+def _check_tensors(path: Path, state: Mapping[str, Tensor], flag: str) -> None:
+    """Plain finite numbers, and no more of them than the file has room for."""
+    room = path.stat().st_size
     for name, value in state.items():
-        if not isinstance(value, Tensor):
-            raise UserError(
-                f"{path}: entry {name[:80]!r} is a {type(value).__name__}, expected a state dict of tensors ({flag})."
-            )
+        described = f"{path}: tensor {name[:80]!r}"
         stored = value.dtype == torch.int8 and f"{name}_scale" in state  # a weight of the int8 form
-        if (
-            value.layout != torch.strided
-            or not (stored or value.dtype in DTYPES)
-            or value.is_nested
-            or value.device.type != "cpu"
-        ):
+        plain = value.layout == torch.strided and not value.is_nested and value.device.type == "cpu"
+        if not plain or not (stored or value.dtype in DTYPES):
             kind = f"{value.dtype} {'nested' if value.is_nested else value.layout} on {value.device}"
-            raise UserError(
-                f"{path}: tensor {name[:80]!r} is {kind}, expected dense floating-point weights ({flag})."
-            )
-        size -= value.numel() * value.element_size()
-        if size < 0:
-            raise UserError(
-                f"{path}: the tensors claim more than the file holds, expected a plain checkpoint ({flag})."
-            )
+            raise UserError(f"{described} is {kind}, expected dense floating-point weights ({flag}).")
+        room -= value.numel() * value.element_size()
+        if room < 0:
+            found = f"{path}: the tensors claim more than the file holds"
+            raise UserError(f"{found}, expected a plain checkpoint ({flag}).")
         if not bool(torch.isfinite(value).all()):
-            raise UserError(
-                f"{path}: tensor {name[:80]!r} holds NaN or Inf; training has diverged, so pass an earlier checkpoint ({flag})."
-            )
+            remedy = f"training has diverged, so pass an earlier checkpoint ({flag})"
+            raise UserError(f"{described} holds NaN or Inf; {remedy}.")
 
 
-# --------------------------------------------------------------------------------------------------------------- writing
+# ---------------------------------------------------------------------------------------------------- writing
 
 
 def write_state(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
-    """Write a flat float32 state dict, .safetensors or .pth by the ending of ``path``; the same tensors give the same bytes."""
+    """Write a flat float32 state dict, .safetensors or .pth by the ending of ``path``.
+
+    The same tensors give the same bytes; ``metadata`` goes into .safetensors files only. The file is on the
+    disk when this returns.
+    """
     plain = OrderedDict(
         (name, value.detach().float().cpu().clone().contiguous()) for name, value in state.items()
     )
-    if path.name.endswith(".safetensors"):
+    if path.suffix.lower() == ".safetensors":
         from safetensors.torch import save
 
         content = save(plain, dict(metadata))
-        size = int.from_bytes(
-            content[:8], "little"
-        )  # of the header, whose metadata the library writes in an order of chance
+        # The library writes the header's metadata in an order of chance.
+        size = int.from_bytes(content[:8], "little")
         header = json.loads(content[8 : 8 + size])
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        content = (
-            content[:8] + json.dumps(header, separators=(",", ":")).encode().ljust(size) + content[8 + size :]
-        )
-    else:  # to memory first: to a path, torch.save writes that path's name into the file, and a full disk is no OSError
+        ordered = json.dumps(header, separators=(",", ":")).encode().ljust(size)
+        content = content[:8] + ordered + content[8 + size :]
+    else:
+        # To memory first: to a path, torch.save writes that path's name into the file, and a full disk is no
+        # OSError.
         buffer = io.BytesIO()
         torch.save(plain, buffer)
         content = buffer.getvalue()

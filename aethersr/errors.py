@@ -1,4 +1,4 @@
-"""What a user can mend: one line that says the file, what was found, what was expected and the flag that mends it."""
+"""What a user can mend: one line with the file, what was found, what was expected and the remedy."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def missing_package(error: ImportError, why: str, extra: str) -> UserError:
     )
 
 
-# What the allocators of PyTorch and ONNX Runtime say when they get no memory. Not the word "memory" alone: an illegal memory access and
-# an unknown memory format are faults of another kind.
+# What the allocators of PyTorch and ONNX Runtime say when they get no memory. The word "memory" alone does
+# not mean it: an illegal memory access and an unknown memory format are other faults.
 _ALLOCATORS = (
     "DefaultCPUAllocator: can't allocate memory",  # Linux, macOS
     "DefaultCPUAllocator: not enough memory",  # Windows

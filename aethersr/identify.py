@@ -1,4 +1,4 @@
-"""Which network a state dict belongs to: variant, scale and form are read from names and shapes; older and foreign layouts are named."""
+"""Which network a state dict belongs to: variant, scale and form, read from the tensors' names and shapes."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ TRAINING_ONLY = (
 
 
 def form_name(state: Mapping[str, Any]) -> str:
-    """The form in words: "training", "fused", "older fused", "quantised", "int8", or "" for another network."""
+    """The form: "training", "fused", "older fused", "quantised" or "int8"; "" for another network."""
     if any(name.endswith(OLDER_KERNEL) for name in state):
         return "older fused"
     form = form_of(list(state))
@@ -58,9 +58,10 @@ def form_name(state: Mapping[str, Any]) -> str:
 def aether_from_state_dict(state_dict: Mapping[str, Any], img_range: float = 1.0) -> AetherBase:
     """Build the network that a state dict belongs to and load it: any form, in evaluation mode, float32.
 
-    Variant, scale, kernels and attention come from names and shapes; what a framework wrapped round the tensors is taken off (see
-    aethersr.checkpoint.unwrap). Not readable from a training form: img_range (assumed as given here), and drop and drop_path_rate, which
-    change nothing in evaluation (assumed 0). A fused form holds img_range in its weights; its sk_kernel no longer matters.
+    Variant, scale, kernels and attention come from names and shapes; what a framework wrapped round the
+    tensors is taken off (see aethersr.checkpoint.unwrap). Not readable from a training form: img_range
+    (assumed as given here), and drop and drop_path_rate, which change nothing in evaluation (assumed 0). A
+    fused form holds img_range in its weights; its sk_kernel no longer matters.
 
     Raises:
         ValueError: not an AetherNet of a known layout; the message says what is missing or does not fit.
@@ -94,7 +95,8 @@ def read_options(state: Mapping[str, Tensor]) -> Dict[str, Any]:
     form = form_name(state)
     if not form:
         raise ValueError(
-            f"not an AetherNet: no tensor 'stages.0.0.conv.lk_conv.weight' among {len(state)}; the first is {next(iter(state), '')[:80]!r}."
+            f"not an AetherNet: no tensor 'stages.0.0.conv.lk_conv.weight' among {len(state)}; "
+            f"the first is {next(iter(state), '')[:80]!r}."
         )
     _refuse_other_versions(state)
     fused = form in ("fused", "quantised", "int8")
@@ -149,7 +151,8 @@ def _refuse_other_versions(state: Mapping[str, Tensor]) -> None:
     for name, version in OTHER_VERSIONS.items():
         if any(key == name or key.endswith("." + name) for key in state):
             raise ValueError(
-                f"this is the layout of AetherNet {version} (tensor {name!r}): the same names, another function."
+                f"this is the layout of AetherNet {version} (tensor {name!r}): "
+                "the same names, another function."
             )
 
 
@@ -165,7 +168,8 @@ def _depths(state: Mapping[str, Tensor]) -> List[int]:
     depths = [last.get(stage, -1) + 1 for stage in range(max(last) + 1)]
     if 0 in depths or sum(depths) != len(blocks):
         raise ValueError(
-            f"the blocks 'stages.i.j' have gaps: {len(blocks)} found, {sum(depths)} expected from the numbers."
+            f"the blocks 'stages.i.j' have gaps: {len(blocks)} found, "
+            f"{sum(depths)} expected from the numbers."
         )
     return depths
 
@@ -173,7 +177,8 @@ def _depths(state: Mapping[str, Tensor]) -> List[int]:
 def older_fused_to_training(state: Mapping[str, Tensor], sk_kernel: int) -> Dict[str, Tensor]:
     """An older fused form as the training form of the same function.
 
-    Its norms hold scale and shift already; running statistics beside them are stale and would normalise a second time.
+    Its norms hold scale and shift already; running statistics beside them are stale and would normalise a
+    second time.
     """
     state = dict(state)
     kernels = [name for name in state if name.endswith(OLDER_KERNEL)]
@@ -210,17 +215,16 @@ def compare_shapes(net: AetherBase, state: Mapping[str, Tensor]) -> None:
         "unexpected": sorted(set(state) - set(expected)),
         "of another shape": wrong,
     }
-    listed = [
-        f"{kind}: {len(names)} ({', '.join(name[:80] for name in names[:3])}{', ...' if len(names) > 3 else ''})"
-        for kind, names in problems.items()
-        if names
-    ]
+    listed = []
+    for kind, names in problems.items():
+        first = ", ".join(name[:80] for name in names[:3]) + (", ..." if len(names) > 3 else "")
+        listed += [f"{kind}: {len(names)} ({first})"] if names else []
     if listed:
-        raise ValueError("not a whole AetherNet; tensors " + "; ".join(listed) + ".")
+        raise ValueError(f"not a whole AetherNet; tensors {'; '.join(listed)}.")
 
 
 def variant_name(options: Mapping[str, Any]) -> str:
-    """The name of the variant that has these options (training options aside), or a description of the network."""
+    """The variant that has these options (training options aside), or a description of the network."""
     for variant in VARIANTS:
         defaults = {
             name: value.default

@@ -1,8 +1,8 @@
-"""The one definition of a measured time: networks in turn, medians, and the spread that says whether a ratio means anything.
+"""The one definition of a measured time: candidates in turn, medians, and a spread beside each ratio.
 
-A machine's speed drifts by more than most differences that one wants to see: one run after the other compares two moments. Here every round
-calls each candidate once, in an order that changes, so that a drift meets all of them alike, and a ratio is taken inside each round.
-Needs nothing beside Python.
+A machine's speed drifts by more than most differences one wants to see, and one run after the other compares
+two moments. Here every round calls each candidate once, in an order that changes, so that a drift meets all
+of them alike, and a ratio is taken inside each round. Needs Python alone.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Tup
 
 
 class Ratio(NamedTuple):
-    """How many times as long one candidate takes as another: the median over the rounds, and the middle half of them."""
+    """How many times as long one candidate takes as another: the rounds' median and middle half."""
 
     value: float
     low: float
@@ -22,7 +22,7 @@ class Ratio(NamedTuple):
 
     @property
     def measurable(self) -> bool:
-        """Whether the effect is larger than the spread: the middle half of the rounds lies on one side of 1, further off than it is wide."""
+        """Whether the effect is larger than the spread: further from 1 than the middle half is wide."""
         if not all(math.isfinite(number) and number > 0 for number in self):
             return False
         return abs(math.log(self.value)) > math.log(self.high / self.low)
@@ -33,7 +33,7 @@ class Ratio(NamedTuple):
 
 
 class Comparison:
-    """The times of several candidates, in ms, one entry a round: round k of one was measured beside round k of all others."""
+    """Times in ms: round k of one candidate was measured beside round k of all others."""
 
     def __init__(self, times: Mapping[str, List[float]]) -> None:
         self.times: Dict[str, List[float]] = dict(times)
@@ -47,7 +47,7 @@ class Comparison:
         return _quartiles(self.times[name])
 
     def ratio(self, slow: str, fast: str) -> Ratio:
-        """How many times as long ``slow`` takes as ``fast``, in words: ``str(comparison.ratio("unfused", "fused"))``."""
+        """How many times as long ``slow`` takes as ``fast``; ``str()`` of it says it in words."""
         ratios = [one / other for one, other in zip(self.times[slow], self.times[fast]) if other > 0]
         if not ratios:
             return Ratio(math.nan, math.nan, math.nan)

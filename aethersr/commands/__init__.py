@@ -1,4 +1,4 @@
-"""The commands: arguments, messages and exit codes, nothing else. This file holds what all of them end with."""
+"""The commands: arguments, messages and exit codes, nothing else. All of them end in exit_code."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from aethersr.errors import UserError, is_out_of_memory
 
 
 def exit_code(program: str, action: Callable[[], None], stopped: str) -> int:
-    """Run a command's action: 0, or 2 after one line for what the user can mend, or 130 where the user stopped it.
+    """Run a command: 0, or 2 after one line for what the user can mend, or 130 where the user stopped it.
 
     Args:
         program: the name before each line.
