@@ -1,13 +1,638 @@
-"""The quantised form of AetherNet (being moved here from aether_arch.py)."""
+"""AetherNet's quantised form: fake quantisation for training, calibration, and int8 weights.
 
-from aether_arch import (  # noqa: F401
-    PLACEMENTS,
-    TARGETS,
-    QuantAetherBlock,
-    QuantAetherNet,
-    QuantConv2d,
-    Quantizer,
-    QuantTail,
-    SplitConv2d,
-    StoredConv2d,
-)
+Quantisation-aware training (``qat: true``) and int8 files need it beside aether_arch.py. Needs only torch.
+``prepare_qat(net)`` turns any AetherNet into a QuantAetherNet; ``convert_to_quantized()`` of that holds the weights
+as they are shipped.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+import warnings
+from typing import TYPE_CHECKING, Any, Dict, Iterable, Iterator, List, Mapping, Optional, Tuple, Union
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+if TYPE_CHECKING or not __package__:  # installed, or on the path
+    import aether_arch as arch
+else:  # copied into a framework
+    from . import aether_arch as arch
+
+PLACEMENTS = ("default", "full")  # of quantisers, see QuantAetherNet
+TARGETS = ("onnxruntime", "tensorrt", "openvino")  # whom an int8 network is to be fast in, see for_target
+_bias = arch._bias
+
+
+def prepare_qat(
+    net: arch.AetherBase, placement: str = "default", calibration: Optional[Iterable[Tensor]] = None
+) -> QuantAetherNet:
+    """Fuse a network and insert fake quantisation, in place, for fine-tuning. Make the optimizer afterwards.
+
+    Args:
+        placement: "default" or "full", see QuantAetherNet.
+        calibration: pictures for the first ranges, each (N, in_chans, H, W) in [0, 1]. Default: synthetic ones.
+            Training sets the ranges anew.
+    """
+    quantised = insert_quantizers(net, placement)
+    quantised.calibrate(_test_pictures(net.options["in_chans"]) if calibration is None else calibration)
+    return quantised
+
+
+@torch.inference_mode(False)
+def insert_quantizers(net: arch.AetherBase, placement: Union[bool, str] = "default") -> QuantAetherNet:
+    """prepare_qat without calibration: nothing is rounded before the first training batch sets the ranges.
+
+    Raises:
+        ValueError: no such placement; True means "default".
+    """
+    if placement is not True and placement not in PLACEMENTS:
+        allowed = f"true, false, {', '.join(PLACEMENTS)}"
+        raise ValueError(f"AetherNet: qat={placement!r} is not possible; allowed: {allowed}.")
+    net.become(_quantised(net.fused(), "default" if placement is True else str(placement)))
+    return net  # type: ignore[return-value]
+
+
+def _quantised(fused: arch.FusedAetherNet, placement: str) -> QuantAetherNet:
+    """A quantised network with a fused one's weights, and ranges unknown."""
+    weights = fused.state_dict()
+    if placement == "full":
+        before = "conv_before_upsample.0."
+        parts = SplitConv2d.split(weights.pop(before + "weight"), weights.pop(before + "bias"))
+        weights.update({before + name: value for name, value in parts.items()})
+        weights.update({f"tail.conv.{name}": weights.pop(f"tail.{name}") for name in ("weight", "bias")})
+    net = QuantAetherNet(placement, keep_norm=fused.keep_norm, **fused.options).to(fused.mean.dtype)
+    for name, quantizer in net.quantizers().items():
+        weights.update({f"{name}.{key}": value for key, value in quantizer.state_dict().items()})
+    net.load_state_dict(weights)
+    return net
+
+
+class Quantizer(nn.Module):
+    """Fake quantisation: rounds a tensor, (N, ...), to the 256 values that 8 bits hold, one scale for all of it.
+
+    Reference: https://arxiv.org/abs/1712.05877. The range follows the first ``WATCH`` training batches, then stays; before the first it is
+    unknown and nothing is rounded. It is a moving average of the largest value that the middle image of a batch brings about: where one
+    image in ten drives a layer a hundred times as far as the others do, the batch's largest value leaves no steps for those. Its state is
+    float parameters without gradient, because frameworks average those and not every buffer, and a sum beside its count, because an
+    average of both that starts at zero still has the right quotient.
+
+    Args:
+        low: the smallest value, where a function has one (sigmoid, SiLU); None: symmetric about zero, as TensorRT wants it.
+        low_ratio: in place of ``low``, where it is a fraction of the largest value (LeakyReLU).
+        high: the largest value, where it is known (a picture); else it is watched.
+        spread: how many times as far as the middle image others may go and be held too. Where the picture itself runs through,
+            saturated colours must not be cut; elsewhere finer steps are worth more than what is cut.
+    """
+
+    WATCH = 100
+    limit: Optional[float] = None  # the network's bound; no range goes beyond, so rounding applies it too
+    margin = 1.2  # training's crops show less of what is largest than pictures do; calibrate, which sees pictures, needs none
+    enabled = True
+    signed = False  # int8 about zero instead of uint8 about 128: the same values; which one is fast is the runtime's affair
+
+    def __init__(
+        self,
+        low: Optional[float] = None,
+        low_ratio: Optional[float] = None,
+        high: Optional[float] = None,
+        spread: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.low, self.low_ratio, self.high, self.spread = low, low_ratio, high, spread
+        self.range_sum = nn.Parameter(torch.zeros(1), requires_grad=False)
+        self.watched = nn.Parameter(
+            torch.zeros(1), requires_grad=False
+        )  # training batches so far, up to WATCH
+
+    @property
+    def largest(self) -> Tensor:
+        """The largest value (in a symmetric range: magnitude) that is represented."""
+        return (self.range_sum / self.watched.clamp_min(1e-9)).clamp(
+            max=math.inf if self.limit is None else self.limit
+        )
+
+    @torch.no_grad()
+    def watch(self, x: Tensor) -> None:
+        largest = (x.abs() if self.low is None else x).amax(tuple(range(1, x.dim()))).float()
+        seen = (self.usual(largest) * self.margin).clamp(1e-6, self.limit)
+        if self.high is not None:
+            seen = torch.full_like(seen, self.high)
+        # In a small batch the middle one may be wild too: it counts as twice what is usual.
+        average = torch.where(
+            self.watched > 0, self.largest.lerp(torch.minimum(seen, 2 * self.largest), 0.1), seen
+        )
+        counts = (
+            self.watched < self.WATCH
+        ) & seen.isfinite()  # one batch that ran away would leave no range for good
+        self.range_sum.copy_(torch.where(counts, average * (self.watched + 1), self.range_sum))
+        self.watched.add_(counts)
+
+    def usual(self, largest: Tensor) -> Tensor:
+        """Of the images' largest values, (N,), that of the middle one, or the last within ``spread`` of it."""
+        middle = largest.sort().values[len(largest) // 2]
+        return torch.where(largest <= middle * self.spread, largest, middle).amax()
+
+    def scale_and_zero_point(self) -> Tuple[Tensor, Tensor]:
+        if self.signed or (self.low is None and self.low_ratio is None):
+            return self.largest / 127, torch.full_like(
+                self.watched, 0 if self.signed else 128, dtype=torch.int32
+            )
+        low = (
+            self.largest * self.low_ratio
+            if self.low_ratio is not None
+            else torch.full_like(self.watched, self.low or 0.0)
+        )
+        scale = (self.largest - low) / 255
+        return scale, (-low / scale).round().to(torch.int32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and self.enabled:
+            self.watch(x)
+        limited = x if self.limit is None else x.clamp(-self.limit, self.limit)
+        if not self.enabled:
+            return limited
+        scale, zero_point = self.scale_and_zero_point()
+        low, high = (-128, 127) if self.signed else (0, 255)
+        if (
+            torch.onnx.is_in_onnx_export()
+        ):  # constants there: what a runtime would have to compute it doesn't see as a quantiser
+            return torch.fake_quantize_per_tensor_affine(x, float(scale), int(zero_point), low, high)
+        with torch.autocast(x.device.type, enabled=False):  # rounding to 256 values is exact in float32 only
+            rounded = torch.fake_quantize_per_tensor_affine(
+                x.float(), scale.float().clamp_min(1e-12), zero_point, low, high
+            )
+        return torch.where(self.watched > 0, rounded.to(x.dtype), limited)
+
+
+class QuantConv2d(arch.PlainConv2d):
+    """Convolution with an 8-bit weight, one scale an output channel, and optional quantisers of what comes in and goes out."""
+
+    quant_in: nn.Module
+    quant_out: nn.Module
+
+    @classmethod
+    def like(
+        cls, conv: nn.Conv2d, quant_in: Optional[Quantizer] = None, quant_out: Optional[Quantizer] = None
+    ) -> QuantConv2d:
+        kernel: Any = conv.kernel_size
+        padding: Any = conv.padding
+        made = cls(conv.in_channels, conv.out_channels, kernel, padding=padding, groups=conv.groups)
+        made.quant_in = quant_in or nn.Identity()
+        made.quant_out = quant_out or nn.Identity()
+        return made
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            codes, scale = _to_int8(self.weight)
+            rounding = (codes * scale - self.weight).to(self.weight.dtype)
+        x, weight = self.quant_in(x), self.weight + rounding  # the gradient passes straight through
+        depthwise = self.groups > 1 and self.groups == self.in_channels
+        convolve = arch.depthwise_conv if depthwise else self._conv_forward
+        return self.quant_out(convolve(x, weight, _bias(self)))
+
+
+class SplitConv2d(nn.Module):
+    """A 3x3 convolution as the sum of a float 1x1 one with the few large weights in the middle of the kernel, and an 8-bit one with all others.
+
+    Where an image runs through a network some weights are near one and the rest near 1/50: in one set of 8-bit steps those all but
+    vanish. Splitting large values off is known from https://arxiv.org/abs/2208.07339. Float also spares the image a rounding.
+    """
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.quant_in = Quantizer(spread=1.25)
+        self.fine = QuantConv2d.like(conv, quant_out=Quantizer())
+        self.coarse = arch.PlainConv2d(conv.in_channels, conv.out_channels, 1)
+
+    @staticmethod
+    def split(weight: Tensor, bias: Tensor) -> Dict[str, Tensor]:
+        middle = (slice(None), slice(None), slice(1, 2), slice(1, 2))
+        usual = (
+            weight.abs().flatten(1).float().quantile(0.99, dim=1).view(-1, 1, 1, 1)
+        )  # no quantile in half precision
+        coarse = torch.where(
+            weight[middle].abs() > 4 * usual, weight[middle], torch.zeros_like(weight[middle])
+        )
+        fine = weight.clone()
+        fine[middle] -= coarse
+        return {
+            "fine.weight": fine,
+            "fine.bias": bias,
+            "coarse.weight": coarse,
+            "coarse.bias": torch.zeros_like(bias),
+        }
+
+    @staticmethod
+    def join(parts: Mapping[str, Tensor]) -> Dict[str, Tensor]:
+        weight = F.pad(parts["coarse.weight"], (1, 1, 1, 1)) + parts["fine.weight"]
+        return {"weight": weight, "bias": parts["fine.bias"] + parts["coarse.bias"]}
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.quant_in(x)
+        return self.fine(x) + self.coarse(x)
+
+
+class StorableTail(arch.CollapsedTail):
+    """CollapsedTail whose border corrections can be held as int8: exact enough for a line of pixels."""
+
+    def border(self, name: str) -> Tuple[Tensor, Tensor]:
+        weight, bias = (value.to(self._one.dtype) for value in super().border(name))
+        scale = getattr(self, f"{name}_weight_scale", None)
+        return weight if scale is None else weight * scale, bias
+
+    def convolve(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight.to(x.dtype), self.bias.to(x.dtype), padding=2)
+
+    def store(self) -> None:
+        """Hold the corrections as int8, and the one convolution, where it lies here, in half precision."""
+        for name in arch.BORDERS:
+            _store_int8(self, f"{name}_weight", getattr(self, f"{name}_weight"))
+        for value in self.parameters(recurse=False):
+            value.data = value.data.half()
+
+
+class QuantTail(StorableTail):
+    """CollapsedTail whose one convolution is 8-bit and writes the picture in steps of 1/255. Borders stay float."""
+
+    def __init__(self, channels: int, out_channels: int, scale: int) -> None:
+        super().__init__(channels, out_channels, scale)
+        del self.weight, self.bias
+        self.quant_in = Quantizer(low_ratio=-0.01, spread=1.25)  # what LeakyReLU leaves below zero
+        conv = arch.PlainConv2d(channels, out_channels * scale**2, 5, padding=2)
+        self.conv = QuantConv2d.like(conv, quant_out=Quantizer(low=0.0, high=1.0))
+
+    def convolve(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+    def forward(self, x: Tensor, image: Tensor) -> Tensor:
+        return super().forward(self.quant_in(x), image)
+
+
+class StoredConv2d(nn.Module):
+    """What a convolution of a quantised network becomes in the end: an int8 weight with its scales, or a half-precision weight."""
+
+    bias: Tensor
+    weight: Tensor
+    weight_scale: Optional[Tensor]
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.padding: Any = conv.padding
+        self.groups = conv.groups
+        self.quant_in: nn.Module = getattr(conv, "quant_in", nn.Identity())
+        self.quant_out: nn.Module = getattr(conv, "quant_out", nn.Identity())
+        self.register_buffer("bias", _bias(conv).detach().float())
+        self.register_buffer("weight_scale", None)
+        if isinstance(conv, QuantConv2d):
+            _store_int8(self, "weight", conv.weight)
+        else:
+            self.register_buffer("weight", conv.weight.detach().half())
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.to(self.bias.dtype)
+        if self.weight_scale is not None:
+            weight = weight * self.weight_scale
+        return self.quant_out(
+            F.conv2d(self.quant_in(x), weight, self.bias, padding=self.padding, groups=self.groups)
+        )
+
+
+class QuantAetherBlock(arch.FusedAetherBlock):
+    """FusedAetherBlock whose 1x1 convolutions, and all between them, are 8-bit: (N, C, H, W) -> (N, C, H, W).
+
+    The depthwise convolution computes in float: integer kernels of 11x11 are slower. So does the sum, in the default placement: rounding
+    adds up in the stream that runs through all blocks.
+    """
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        super().__init__(options)
+        self.reparam_conv = QuantConv2d.like(self.reparam_conv, quant_out=Quantizer())
+        self.gate_conv = QuantConv2d.like(self.gate_conv, quant_out=Quantizer())
+        self.main_conv = QuantConv2d.like(self.main_conv, quant_out=Quantizer())
+        self.out_conv = QuantConv2d.like(self.out_conv, quant_in=Quantizer(), quant_out=Quantizer())
+        self.quant_sigmoid = Quantizer(low=0.0)
+        self.quant_silu = Quantizer(low=-0.2785)  # the minimum of SiLU
+        self.quant_start: nn.Module = nn.Identity()  # where the 8-bit stream begins and
+        self.quant_sum: nn.Module = nn.Identity()  # what each block adds up to, in full
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.quant_start(x)
+        out = self.reparam_conv(x)
+        gate = self.gate_conv(out)
+        gate = self.quant_silu(gate * self.quant_sigmoid(torch.sigmoid(gate)))  # as the integer kernels do it
+        return self.quant_sum(
+            self.spatial_attn(self.channel_attn(self.out_conv(gate * self.main_conv(out)))) + x
+        )
+
+
+class QuantAetherNet(arch.FusedAetherNet):
+    """FusedAetherNet with fake quantisation, for quantisation-aware training; see prepare_qat and convert_to_quantized.
+
+    Args: those of FusedAetherNet, and
+        placement: "default" (the 1x1 convolutions of the blocks with all between them, and the 3x3 one after them) or "full" (all convolutions
+            but the first and the depthwise ones, and the blocks' sums: faster, and less exact).
+        stored: weights are held as int8, or half precision where they are not quantised; nothing can be trained any more.
+    """
+
+    WILD = 20.0  # times further than on the middle image: calibrate warns
+    block = QuantAetherBlock
+    warns_in_training = False
+
+    def __init__(self, placement: str = "default", stored: bool = False, **options: Any) -> None:
+        if placement not in PLACEMENTS:
+            raise ValueError(
+                f"AetherNet: placement={placement!r} is not possible; allowed: {', '.join(PLACEMENTS)}."
+            )
+        super().__init__(**options)
+        self.placement, self.stored = placement, False
+        full = placement == "full"
+        self.body_conv = QuantConv2d.like(self.body_conv, quant_in=Quantizer(), quant_out=Quantizer())
+        if full:
+            blocks = [block for block in self.stages.modules() if isinstance(block, QuantAetherBlock)]
+            blocks[0].quant_start = Quantizer()
+            for block in blocks:
+                block.quant_sum = Quantizer()
+            before, activation = self.conv_before_upsample
+            assert isinstance(before, nn.Conv2d)
+            self.fusion_convs = nn.ModuleList(
+                QuantConv2d.like(conv, quant_out=Quantizer()) for conv in self.fusion_convs
+            )  # type: ignore[arg-type]
+            self.fusion = QuantConv2d.like(self.fusion, quant_in=Quantizer(), quant_out=Quantizer())
+            self.conv_before_upsample = nn.Sequential(SplitConv2d(before), activation)
+        tail = QuantTail if full else StorableTail
+        self.tail = tail(self.options["embed_dim"], self.options["in_chans"], self.scale)
+        self.set_bound(self.options["bound"])
+        if stored:
+            self.store()
+
+    @classmethod
+    def layout(cls, names: Iterable[str]) -> Dict[str, Any]:
+        names = list(names)
+        return {
+            **super().layout(names),
+            "placement": "full" if "fusion.quant_in.range_sum" in names else "default",
+            "stored": any(name.endswith(".reparam_conv.weight_scale") for name in names),
+        }
+
+    def set_bound(self, bound: Optional[float]) -> None:
+        super().set_bound(bound)
+        for block in self.modules():
+            if isinstance(block, QuantAetherBlock):
+                block.reparam_conv.quant_out.limit = bound  # type: ignore[union-attr, assignment]
+
+    def _take_form_of(self, state_dict: Dict[str, Tensor], prefix: str, strict: bool) -> None:
+        """A float network's weights are taken in, with ranges unknown."""
+        own = {name[len(prefix) :]: value for name, value in state_dict.items() if name.startswith(prefix)}
+        form = arch.form_of(own)
+        if form in (arch.AetherNet, arch.FusedAetherNet):
+            bound = float(own["bound"]) if "bound" in own else None
+            net = form(**{**self.options, "bound": bound}, **form.layout(own))
+            net.load_state_dict(own)
+            state = _quantised(net.eval().fuse_model(), self.placement).state_dict()
+            for name in own:
+                del state_dict[prefix + name]
+            state_dict.update({prefix + name: value for name, value in state.items()})
+        super()._take_form_of(state_dict, prefix, strict)
+
+    def train(self, mode: bool = True) -> QuantAetherNet:
+        """As everywhere, but stored weights stay in evaluation mode: their ranges belong to them."""
+        return super().train(mode and not self.stored)
+
+    def quantizers(self) -> Dict[str, Quantizer]:
+        return {name: module for name, module in self.named_modules() if isinstance(module, Quantizer)}
+
+    @torch.no_grad()
+    def calibrate(self, images: Iterable[Tensor]) -> None:
+        """Set every range to what ``images`` bring about, each (N, in_chans, H, W) in [0, 1]; see Quantizer.usual. Takes no training.
+
+        The middle image's, because one picture of many drives some layer ten times as far as all the others do, and a range that held
+        this would leave a few steps for everything else: what is beyond is clipped.
+
+        Raises:
+            ValueError: no image, or none on which all values are finite; the ranges stay what they were.
+        """
+        training, quantizers = self.training, list(self.quantizers().values())
+        before, largest = (
+            [(quantizer.range_sum.clone(), quantizer.watched.clone()) for quantizer in quantizers],
+            [],
+        )
+        self.train()
+        for quantizer in quantizers:
+            quantizer.margin = 1.0
+        try:
+            for image in images:
+                for quantizer in quantizers:
+                    quantizer.watched.zero_()
+                super().forward(image.to(self.mean))
+                largest.append(
+                    torch.cat(
+                        [
+                            torch.where(quantizer.watched > 0, quantizer.largest, math.inf)
+                            for quantizer in quantizers
+                        ]
+                    )
+                )
+        finally:
+            self.train(training)
+            for quantizer, (range_sum, watched) in zip(quantizers, before):
+                quantizer.margin = Quantizer.margin
+                quantizer.range_sum.copy_(range_sum)
+                quantizer.watched.copy_(watched)
+        finite = [
+            values for values in largest if bool(values.isfinite().all())
+        ]  # some weights run away on an extreme picture
+        if not finite:
+            raise ValueError("calibrate: there is no image on which the network's values are finite.")
+        seen = torch.stack(finite, 1)  # (quantizers, images)
+        ranges = torch.stack([quantizer.usual(values) for quantizer, values in zip(quantizers, seen)])
+        if len(finite) < len(largest):
+            passed = f"{len(largest) - len(finite)} of {len(largest)} images"
+            warnings.warn(
+                f"calibrate: values are not finite on {passed}, which were passed over.", stacklevel=2
+            )
+        beyond, worst = (seen.amax(1) / ranges).max(0)
+        if beyond > self.WILD:
+            name = list(self.quantizers())[worst]
+            warnings.warn(
+                f"calibrate: one image drives {name} {beyond:.3g} times as far as the middle one does, and is clipped there.",
+                stacklevel=2,
+            )
+        for value, quantizer in zip(ranges, quantizers):
+            quantizer.range_sum.fill_(float(value))
+            quantizer.watched.fill_(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)
+        if self.training and torch.distributed.is_available() and torch.distributed.is_initialized():
+            with torch.no_grad():  # every process saw other images: one range for all
+                ranges: List[Tensor] = [quantizer.range_sum for quantizer in self.quantizers().values()]
+                mean = torch.cat(ranges)
+                torch.distributed.all_reduce(mean)
+                for value, new in zip(ranges, mean / torch.distributed.get_world_size()):
+                    value.copy_(new)
+        return out
+
+    @torch.no_grad()
+    def fuse_model(self) -> arch.FusedAetherNet:
+        """Take the quantisers out again: a FusedAetherNet with these weights, in place."""
+        weights = {
+            name: value.float()
+            for name, value in self.state_dict().items()
+            if not re.search(r"\.(range_sum|watched)$", name)
+        }
+        for name in [name for name in weights if name.endswith("weight_scale")]:
+            weights[name[: -len("_scale")]] *= weights.pop(name)
+        if self.placement == "full":
+            before = "conv_before_upsample.0."
+            parts = {
+                name[len(before) :]: weights.pop(name) for name in list(weights) if name.startswith(before)
+            }
+            weights.update({before + name: value for name, value in SplitConv2d.join(parts).items()})
+            weights.update({f"tail.{name}": weights.pop(f"tail.conv.{name}") for name in ("weight", "bias")})
+        other = arch.FusedAetherNet(**self.options, keep_norm=self.keep_norm)
+        other.load_state_dict(weights)
+        self.become(other)
+        return self
+
+    def for_target(self, target: str, reduce_range: bool = False) -> QuantAetherNet:
+        """A copy, of a network with stored weights, that suits a runtime. ONNX Runtime on a CPU is fast in uint8, and only where a convolution's
+        output is rounded as well; TensorRT and OpenVINO fuse better with float in between, and want int8 about zero. CPUs without VNNI add pairs
+        of products in 16 bits, which ``reduce_range``, weights of 7 bits, keeps from overflowing."""
+        other = copy.deepcopy(self)
+        for conv in other.modules() if reduce_range else ():
+            if isinstance(conv, StoredConv2d) and conv.weight_scale is not None and conv.groups == 1:
+                conv.weight, conv.weight_scale = (
+                    _round_taps(conv.weight.float() / 2).to(torch.int8),
+                    conv.weight_scale * 2,
+                )
+        for name, quantizer in other.quantizers().items():
+            quantizer.signed = target != "onnxruntime"
+            quantizer.enabled = target == "onnxruntime" or name.endswith(
+                ("quant_in", "reparam_conv.quant_out")
+            )
+        other._round_biases()
+        return other
+
+    def _sources(self) -> Iterator[Tuple[nn.Module, Any]]:
+        """The convolutions that may be 8-bit, each with the quantiser that its input comes from, or what stands in its place."""
+        for stage, fusion_conv in zip(self.stages, self.fusion_convs):
+            for block in stage.modules():
+                if isinstance(block, QuantAetherBlock):
+                    yield block.gate_conv, block.reparam_conv.quant_out
+                    yield block.main_conv, block.reparam_conv.quant_out
+                    yield block.out_conv, block.out_conv.quant_in
+                    stream = block.quant_sum
+            yield fusion_conv, stream
+        yield self.fusion, getattr(self.fusion, "quant_in", self.fusion)
+        yield self.body_conv, self.body_conv.quant_in
+        for module in self.modules():
+            if isinstance(module, SplitConv2d):
+                yield module.fine, module.quant_in
+            if isinstance(module, QuantTail):
+                yield module.conv, module.quant_in
+
+    def _round_biases(self) -> None:
+        """To what integer kernels can hold: multiples of the input's scale times the weight's, in 32 bits. The first is a small part of an 8-bit
+        step, and yet without it one value of two hundred rounds to another code than in the exported file, block for block; the second is
+        too little for a bias whose weights are next to zero, as in a channel that died, so those get a larger step."""
+        for conv, source in self._sources():
+            if (
+                isinstance(conv, StoredConv2d)
+                and conv.weight_scale is not None
+                and isinstance(source, Quantizer)
+            ):
+                scale = source.scale_and_zero_point()[0]
+                wide = torch.maximum(conv.weight_scale, (conv.bias.abs() / (scale * 2**30)).view(-1, 1, 1, 1))
+                conv.weight, conv.weight_scale = (
+                    (conv.weight.float() * (conv.weight_scale / wide)).round().to(torch.int8),
+                    wide,
+                )
+                step = wide.flatten() * scale
+                conv.bias = (conv.bias / step).round() * step
+
+    def store(self) -> None:
+        """Hold the weights as they will be shipped: int8 with scales, half precision where a convolution is not quantised."""
+        small = {
+            conv
+            for module in self.modules()
+            if isinstance(module, (arch.ChannelAttention, arch.SpatialAttention))
+            for conv in module.modules()
+        }
+        for module in [module for module in self.modules() if module not in small]:
+            for name, conv in list(module.named_children()):
+                if isinstance(conv, nn.Conv2d):
+                    setattr(module, name, StoredConv2d(conv))
+        self.tail.store()
+        self.requires_grad_(False)
+        self.stored = True
+        self.eval()
+
+    def convert_to_quantized(self) -> QuantAetherNet:
+        """A copy in evaluation mode that holds int8 weights: a file a third of the float one's size, nothing left to train.
+
+        Raises:
+            ValueError: no batch was seen in training and calibrate was not called; or weights are beyond half precision.
+        """
+        if self.stored:
+            return self
+        if any(
+            quantizer.watched == 0 or not quantizer.largest.isfinite()
+            for quantizer in self.quantizers().values()
+        ):
+            raise ValueError(
+                "convert_to_quantized: the ranges are unknown; train a batch, or call calibrate(images)."
+            )
+        other = copy.deepcopy(self).eval().float()
+        for quantizer in other.quantizers().values():
+            quantizer.range_sum.copy_(quantizer.largest)  # the sum of a hundred may be beyond half precision
+            quantizer.watched.fill_(1)
+        other.store()
+        for name, value in other.state_dict().items():
+            if value.is_floating_point() and not bool(value.isfinite().all()):
+                raise ValueError(
+                    f"convert_to_quantized: {name} is beyond half precision; fuse_aether.py scales float weights so that they are not."
+                )
+        other._round_biases()
+        return other
+
+
+def _to_int8(weight: Tensor) -> Tuple[Tensor, Tensor]:
+    """Codes from -127 to 127 (still float) and one step for each output channel, (out_channels, 1, 1, 1), of a weight.
+
+    In a dense kernel each tap takes over what the taps before it lost, so that a flat area keeps its value: rounded one by one, the 25 taps
+    of the last convolution shift whole areas by a step of the picture. Noise shaping, as in error diffusion.
+    """
+    weight = weight.detach().float()
+    scale = weight.abs().amax((1, 2, 3), keepdim=True).clamp_min(1e-12) / 127
+    return _round_taps(weight / scale), scale
+
+
+def _round_taps(codes: Tensor) -> Tensor:
+    if codes.shape[1] == 1:  # depthwise: 121 taps in a row cost a training step time
+        return codes.round()
+    rounded, lost = [], torch.zeros_like(codes[:, :, 0, 0])
+    for tap in codes.flatten(2).unbind(2):
+        rounded.append((tap + lost).round().clamp(-127, 127))
+        lost = lost + tap - rounded[-1]
+    return torch.stack(rounded, 2).view_as(codes)
+
+
+def _store_int8(module: nn.Module, name: str, weight: Tensor) -> None:
+    """Give ``module`` the buffers ``name``, int8, and ``name``_scale."""
+    codes, scale = _to_int8(weight)
+    for key, value in ((name, codes.to(torch.int8)), (f"{name}_scale", scale)):
+        module._parameters.pop(key, None)
+        module.register_buffer(key, value)
+
+
+def _test_pictures(channels: int) -> Iterable[Tensor]:
+    """Pictures that ask much of a network: noise, edges, gradients, flat black and white. (1, channels, 64, 64) in [0, 1]."""
+    ramp = torch.linspace(0, 1, 64).expand(64, 64)
+    checks = (torch.arange(64).view(-1, 1) // 4 + torch.arange(64) // 4) % 2
+    noise = torch.rand(channels, 64, 64, generator=torch.Generator().manual_seed(0))
+    for picture in (ramp, ramp.t(), checks.float(), noise, noise.round(), ramp * 0, ramp * 0 + 1):
+        yield picture.expand(1, channels, 64, 64)
