@@ -1,0 +1,281 @@
+"""Break a module on purpose, one small change at a time, and see whether its tests notice.
+
+    python tests/mutate.py archs/aether_arch.py --count 100 --seed 1
+    python tests/mutate.py aethersr/checkpoint.py --tests tests/test_checkpoint.py --all
+
+Prints every change that the tests did not notice (a survivor) and the share that they did. Works on copies of the
+checkout. Linux and macOS only: each mutant runs in a fork of one process that has PyTorch loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import copy
+import difflib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Dict, Iterator, List, NamedTuple, Optional, Tuple
+
+ROOT = Path(__file__).resolve().parents[1]
+TESTS = {  # of modules whose tests are not tests/test_<module>.py
+    "aether_arch": ["network", "fusion", "loading"],
+    "aether_quant": ["quantised"],
+}
+SWAPPED: Dict[type, type] = {
+    **{
+        ast.Lt: ast.LtE,
+        ast.LtE: ast.Lt,
+        ast.Gt: ast.GtE,
+        ast.GtE: ast.Gt,
+        ast.Eq: ast.NotEq,
+        ast.NotEq: ast.Eq,
+    },
+    **{ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In},
+    **{ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult},
+    **{ast.Mod: ast.Mult, ast.Pow: ast.Mult, ast.MatMult: ast.Mult, ast.And: ast.Or, ast.Or: ast.And},
+}
+
+
+class Mutant(NamedTuple):
+    """The source with ``new`` in place of the bytes from ``start`` to ``end``."""
+
+    line: int
+    start: int
+    end: int
+    new: str
+
+
+# ------------------------------------------------------------------------------------------------------ what is changed
+
+
+def changed(node: ast.AST, parent: ast.AST) -> Iterator[ast.AST]:
+    """Every small change of one node; its children are visited by themselves."""
+
+    def other(**fields: object) -> ast.AST:
+        made = copy.deepcopy(node)
+        for name, value in fields.items():
+            setattr(made, name, value)
+        return made
+
+    if isinstance(node, ast.Compare):
+        for k, operator in enumerate(node.ops):
+            yield other(ops=[*node.ops[:k], SWAPPED[type(operator)](), *node.ops[k + 1 :]])
+    elif isinstance(node, (ast.BinOp, ast.BoolOp, ast.AugAssign)) and type(node.op) in SWAPPED:
+        yield other(op=SWAPPED[type(node.op)]())
+    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.Not)):
+        yield node.operand
+    elif isinstance(node, ast.Constant):
+        if isinstance(node.value, bool):
+            yield other(value=not node.value)
+        elif isinstance(node.value, int):
+            yield other(value=node.value + 1)
+        elif isinstance(node.value, float):
+            yield other(value=node.value * 2 + 1)
+        elif isinstance(node.value, str) and not isinstance(parent, (ast.JoinedStr, ast.Expr)):
+            yield other(value=node.value + "x")
+    elif isinstance(node, ast.IfExp):
+        yield other(body=node.orelse, orelse=node.body)
+    elif isinstance(node, (ast.If, ast.While)):  # its test, so that the rest of the text stays
+        yield ast.copy_location(ast.UnaryOp(ast.Not(), node.test), node.test)
+    elif isinstance(node, ast.Call):
+        for k, argument in enumerate(node.args):
+            if k == len(node.args) - 1 and not isinstance(argument, ast.Starred):
+                yield other(args=node.args[:k])
+        for k in range(len(node.keywords)):
+            yield other(keywords=node.keywords[:k] + node.keywords[k + 1 :])
+    elif isinstance(node, ast.Slice):
+        for bound in ("lower", "upper"):
+            if getattr(node, bound) is not None:
+                yield other(**{bound: None})
+    elif isinstance(node, (ast.Break, ast.Continue)):
+        yield ast.Continue() if isinstance(node, ast.Break) else ast.Break()
+    elif isinstance(node, ast.Return) and node.value is not None:
+        yield ast.Return(None)
+    elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+        yield ast.Pass()
+    elif isinstance(node, ast.Assign) and any(not isinstance(target, ast.Name) for target in node.targets):
+        yield ast.Pass()
+    elif isinstance(node, ast.AugAssign):
+        yield ast.Pass()
+
+
+def visited(tree: ast.AST) -> Iterator[Tuple[ast.AST, ast.AST]]:
+    """Nodes that run, each with its parent: no annotations, docstrings, imports and words of error messages."""
+    for name, value in ast.iter_fields(tree):
+        if name in ("annotation", "returns", "decorator_list", "type_comment"):
+            continue
+        for child in value if isinstance(value, list) else [value]:
+            if not isinstance(child, ast.AST) or isinstance(child, (ast.Import, ast.ImportFrom)):
+                continue
+            if isinstance(child, ast.Constant) and isinstance(child.value, str) and message(tree):
+                continue
+            if isinstance(child, ast.If) and "__name__" in ast.unparse(child.test):
+                continue
+            yield child, tree
+            if not isinstance(child, ast.JoinedStr):
+                yield from visited(child)
+
+
+def message(node: ast.AST) -> bool:
+    """Whether a text in this call is for people: any wording is as right."""
+    words = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+    return words.endswith(("Error", "warn", "print", "help", "add_argument"))
+
+
+def mutants(source: str) -> List[Mutant]:
+    lines = source.encode().splitlines(keepends=True)
+    starts = [0]
+    for line in lines:
+        starts.append(starts[-1] + len(line))
+    found = []
+    for node, parent in visited(ast.parse(source)):
+        for new in changed(node, parent):
+            old = node.test if isinstance(node, (ast.If, ast.While)) else node
+            if not hasattr(old, "lineno"):
+                if not (isinstance(old, ast.Slice) and (old.lower or old.upper)):
+                    continue
+                old = ast.copy_location(old, parent)
+            start, end = (starts[line - 1] + column for line, column in
+                          ((old.lineno, old.col_offset), (old.end_lineno, old.end_col_offset)))  # type: ignore[attr-defined] # fmt: skip
+            text = ast.unparse(new)
+            if isinstance(new, ast.expr) and not isinstance(
+                new, (ast.Constant, ast.Name, ast.Call, ast.Attribute, ast.Slice)
+            ):
+                text = f"({text})"
+            found.append(Mutant(old.lineno, start, end, text))  # type: ignore[attr-defined]
+    return sorted(set(found))
+
+
+def apply(source: str, mutant: Mutant) -> str:
+    raw = source.encode()
+    return (raw[: mutant.start] + mutant.new.encode() + raw[mutant.end :]).decode()
+
+
+def difference(source: str, mutant: Mutant, name: str) -> str:
+    lines = difflib.unified_diff(
+        source.splitlines(), apply(source, mutant).splitlines(), name, name, n=0, lineterm=""
+    )
+    return "\n".join(line for line in lines if not line.startswith(("---", "+++")))
+
+
+# ------------------------------------------------------------------------------------------------------- running the tests
+
+
+def checkout(folder: Path) -> Path:
+    """A copy of what git would commit of the working tree."""
+    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    for name in subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
+        "\0"
+    ):
+        if name and (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+def start(folder: Path, tests: List[str], limit: int) -> int:
+    """Run the tests in a fork, in ``folder``, and return its process id. It ends by itself, at the limit by a signal."""
+    process = os.fork()
+    if process:
+        return process
+    os.setsid()
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(limit)
+    os.chdir(folder)
+    sink = os.open("mutate.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(sink, 1)
+    os.dup2(sink, 2)
+    import pytest
+
+    os._exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests])))
+
+
+def finished() -> Tuple[int, int]:
+    """Process id and status of the next fork that ends; what it started ends with it."""
+    process, status = os.wait()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process, signal.SIGKILL)
+    return process, status
+
+
+def outcomes(
+    module: str, source: str, chosen: List[Mutant], tests: List[str], limit: int, jobs: int
+) -> Iterator[Tuple[Mutant, str]]:
+    """Each mutant with "survives", "fails" or "too slow"."""
+    with tempfile.TemporaryDirectory() as name:
+        free = [checkout(Path(name, str(k))) for k in range(jobs)]
+        begin = time.monotonic()
+        start(free[0], tests, limit)
+        if finished()[1] != 0:
+            sys.exit(
+                f"{module}: the tests fail or take over {limit} s without a change\n{(free[0] / 'mutate.log').read_text()}"
+            )
+        print(f"{module}: the tests take {time.monotonic() - begin:.0f} s; {len(chosen)} mutants", flush=True)
+        running: Dict[int, Tuple[Mutant, Path]] = {}
+        waiting = list(chosen)
+        while waiting or running:
+            if waiting and free:
+                mutant, folder = waiting.pop(0), free.pop()
+                (folder / module).write_text(apply(source, mutant), encoding="utf-8")
+                running[start(folder, tests, limit)] = mutant, folder
+                continue
+            process, status = finished()
+            mutant, folder = running.pop(process)
+            free.append(folder)
+            slow = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM
+            yield mutant, "survives" if status == 0 else "too slow" if slow else "fails"
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("module", help="file to change, from the checkout's root")
+    parser.add_argument("--tests", nargs="+", help="files of tests (default: tests/test_<module>.py)")
+    parser.add_argument("--count", type=int, default=100, help="mutants, taken at random (default: 100)")
+    parser.add_argument("--all", action="store_true", help="every mutant there is")
+    parser.add_argument("--lines", help="only those on lines FIRST-LAST")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument(
+        "--limit", type=int, default=20, help="seconds for the tests; longer counts as noticed (default: 20)"
+    )
+    parser.add_argument("--jobs", type=int, default=1)
+    args = parser.parse_args(argv)
+    source = (ROOT / args.module).read_text(encoding="utf-8")
+    stem = Path(args.module).stem
+    tests = args.tests or [f"tests/test_{name}.py" for name in TESTS.get(stem, [stem])]
+    found = mutants(source)
+    if args.lines:
+        first, last = map(int, args.lines.split("-"))
+        found = [mutant for mutant in found if first <= mutant.line <= last]
+    chosen = found if args.all else random.Random(args.seed).sample(found, min(args.count, len(found)))
+    os.environ.update(OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1")
+    sys.dont_write_bytecode = True
+    import torch  # so that the forks need not
+
+    torch.set_num_threads(1)
+    counted = {"survives": 0, "fails": 0, "too slow": 0}
+    for mutant, outcome in outcomes(args.module, source, chosen, tests, args.limit, args.jobs):
+        counted[outcome] += 1
+        if outcome == "survives":
+            print(
+                f"survives: {args.module}:{mutant.line}\n{difference(source, mutant, args.module)}\n",
+                flush=True,
+            )
+    share = 1 - counted["survives"] / max(1, len(chosen))
+    print(
+        f"{args.module}: {share:.0%} of {len(chosen)} mutants noticed, out of {len(found)} possible: "
+        f"{counted['fails']} failed a test, {counted['too slow']} ran into the limit of {args.limit} s"
+    )
+    return int(share < 0.9)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
