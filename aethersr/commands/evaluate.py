@@ -1,0 +1,212 @@
+"""PSNR and SSIM of networks on your own pictures, beside bicubic interpolation.
+
+    aether-evaluate 2x_net.safetensors 2x_net_int8.onnx --hr Set5 Set14
+    aether-evaluate 2x_net.pth --hr pictures/hr --lr pictures/lr --each
+    aether-evaluate --scale 2 --hr Set5                       # bicubic alone
+
+Every form and file works: training and fused weights, half precision, int8, ONNX. With ``--hr`` alone the
+low-resolution pictures are made as papers make them (MATLAB's bicubic reduction); with ``--lr`` they are
+yours, of the same names. PSNR and SSIM are those of the luma, without a border of ``scale`` pixels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
+
+import torch
+
+from aethersr.commands import exit_code
+from aethersr.errors import UserError, first_line, missing_package
+
+KINDS = (".png", ".bmp", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
+MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")  # of Pillow, 8 bits
+Upscaler = Callable[[Any], Any]  # (H, W, 3) uint8 -> (scale * H, scale * W, 3) uint8
+Table = Dict[str, Dict[str, List[Tuple[float, float]]]]  # [row][folder] -> (PSNR, SSIM) of each picture
+
+
+class Pair(NamedTuple):
+    name: str
+    hr: Path
+    lr: Optional[Path]
+
+
+def find_pairs(folder: Path, low: Optional[Path], scale: int) -> List[Pair]:
+    """A folder's pictures, each with that of the other folder: of the same name or, as in DIV2K, NAMEx2."""
+    found = pictures(folder, "--hr")
+    if low is None:
+        return [Pair(path.name, path, None) for path in found]
+    lows = {path.stem: path for path in pictures(low, "--lr")}
+    pairs = [Pair(p.name, p, lows.get(p.stem, lows.get(f"{p.stem}x{scale}"))) for p in found]
+    lonely = [pair.name for pair in pairs if pair.lr is None]
+    if lonely:
+        count = f"{len(lonely)} of {len(pairs)} pictures of {folder} have no pair there"
+        raise UserError(f"{low} lacks {lonely[0]} ({count}); give both the same names (--lr).")
+    return pairs
+
+
+def pictures(path: Path, flag: str) -> List[Path]:
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise UserError(f"{path} does not exist; pass a folder of pictures, or a picture ({flag}).")
+    found = sorted(entry for entry in path.iterdir() if entry.suffix.lower() in KINDS)
+    if not found:
+        raise UserError(f"{path} holds no picture ({', '.join(KINDS)}); pass another folder ({flag}).")
+    return found
+
+
+def read(path: Path, flag: str) -> Any:
+    """(H, W, 3) uint8."""
+    import numpy as np
+    from PIL import Image
+
+    try:
+        with Image.open(path) as picture:
+            mode = picture.mode
+            if mode in MODES:
+                return np.asarray(picture.convert("RGB"))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} can't be read: {first_line(error)}; leave it out ({flag}).") from None
+    raise UserError(f"{path} has pixels of the kind {mode}; pass pictures of 8 bits a channel ({flag}).")
+
+
+def open_network(path: Path, device: str) -> Tuple[Upscaler, int]:
+    """The network in a file as a function from picture to picture, and its scale."""
+    import numpy as np
+
+    from aethersr.network import load_network
+    from aethersr.tiling import upscale_tiled
+
+    try:
+        net, channels, overlap = load_network(path, device, fp16=False)
+    except UserError as error:
+        raise UserError(str(error).replace("--model", "FILE")) from None
+    if channels not in (1, 3):
+        raise UserError(f"{path} takes {channels} channels; pass a network for 1 or 3 (FILE).")
+
+    @torch.inference_mode()
+    def upscale(picture: Any) -> Any:
+        x = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 255
+        x = x.reshape(-1, channels, *x.shape[2:])  # a grey network sees each colour alone
+        out = upscale_tiled(net, x.to(device), TILE, overlap).float().cpu()
+        out = out.reshape(3, *out.shape[2:]).permute(1, 2, 0)
+        return (out.clamp(0, 1) * 255).round().to(torch.uint8).numpy()
+
+    return upscale, upscale(np.zeros((16, 16, 3), np.uint8)).shape[0] // 16
+
+
+TILE = 1024  # of the low-resolution picture: larger ones go through in parts, with the same result
+
+
+def measure(
+    upscalers: Dict[str, Upscaler], pairs: List[Pair], scale: int
+) -> Dict[str, List[Tuple[float, float]]]:
+    """PSNR and SSIM of each picture by row, bicubic first."""
+    from aethersr.quality import crop_to_multiple, quality, resize
+
+    found: Dict[str, List[Tuple[float, float]]] = {name: [] for name in ("bicubic", *upscalers)}
+    for pair in pairs:
+        truth = crop_to_multiple(read(pair.hr, "--hr"), scale)
+        height, width = (side // scale for side in truth.shape[:2])
+        if pair.lr is None:
+            low = resize(truth, height, width)
+        else:
+            low = read(pair.lr, "--lr")
+            if low.shape[:2] != (height, width):
+                sizes = f"{low.shape[1]}x{low.shape[0]}; expected {width}x{height}, {pair.hr} by {scale}"
+                raise UserError(f"{pair.lr} has {sizes} (--lr).")
+        rows = {"bicubic": lambda x: resize(x, x.shape[0] * scale, x.shape[1] * scale), **upscalers}
+        for name, upscale in rows.items():
+            try:
+                found[name].append(quality(truth, upscale(low), scale))
+            except ValueError as error:
+                raise UserError(f"{pair.hr}: {error} (--hr).") from None
+    return found
+
+
+def markdown(table: Table, folders: Dict[str, List[Pair]], each: bool) -> str:
+    """A row for each network, a column for each folder; with ``each`` a row for each picture before."""
+    lines = []
+    if each:
+        for folder, pairs in folders.items():
+            lines += [row(f"{folder}: PSNR-Y, dB / SSIM", list(table)), "|---|" + "---:|" * len(table)]
+            for k, pair in enumerate(pairs):
+                lines.append(row(pair.name, [figures([cells[folder][k]]) for cells in table.values()]))
+            lines.append("")
+    lines += [row("PSNR-Y, dB / SSIM", list(folders)), "|---|" + "---:|" * len(folders)]
+    lines += [row(name, [figures(cells[folder]) for folder in folders]) for name, cells in table.items()]
+    return "\n".join(lines)
+
+
+def row(name: str, cells: List[str]) -> str:
+    return f"| {' | '.join([name, *cells])} |"
+
+
+def figures(values: List[Tuple[float, float]]) -> str:
+    decibels, likeness = (sum(value) / len(value) for value in zip(*values))
+    return f"{decibels:.2f} / {likeness:.4f}"
+
+
+def names(paths: List[Path]) -> Dict[str, Path]:
+    """Short names: the file's own, or the whole path where two share it."""
+    short = [path.name for path in paths]
+    return {str(path) if short.count(path.name) > 1 else path.name: path for path in paths}
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    try:
+        import numpy  # noqa: F401
+        import PIL  # noqa: F401
+    except ImportError as error:
+        raise missing_package(error, "aether-evaluate", "upscale") from None
+    networks = {name: open_network(path, args.device) for name, path in names(args.files).items()}
+    scales = {name: scale for name, (_, scale) in networks.items()}
+    if args.scale:
+        scales["--scale"] = args.scale
+    if not scales:
+        raise UserError(
+            "neither FILE nor --scale was given; pass a network, or the scale for bicubic alone (--scale)."
+        )
+    if len(set(scales.values())) > 1:
+        each = ", ".join(f"{name} x{scale}" for name, scale in scales.items())
+        raise UserError(f"the scales differ ({each}); pass networks of one scale (FILE).")
+    scale = next(iter(scales.values()))
+    if args.lr and len(args.lr) != len(args.hr):
+        raise UserError(f"--lr has {len(args.lr)} folders and --hr {len(args.hr)}; pass one for each (--lr).")
+    lows = args.lr or [None] * len(args.hr)
+    folders = {name: find_pairs(path, low, scale) for (name, path), low in zip(names(args.hr).items(), lows)}
+    table: Table = {name: {} for name in ("bicubic", *networks)}
+    upscalers = {name: upscale for name, (upscale, _) in networks.items()}
+    for folder, pairs in folders.items():
+        for name, values in measure(upscalers, pairs, scale).items():
+            table[name][folder] = values
+    print(markdown(table, folders, args.each))
+
+
+def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="aether-evaluate", description=(__doc__ or "").split("\n", 1)[0], allow_abbrev=False
+    )
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help=".safetensors, .pth or .onnx")
+    parser.add_argument(
+        "--hr", nargs="+", type=Path, required=True, metavar="FOLDER", help="the true pictures"
+    )
+    parser.add_argument(
+        "--lr", nargs="+", type=Path, metavar="FOLDER", help="their reductions (default: made)"
+    )
+    parser.add_argument("--scale", type=int, choices=(1, 2, 3, 4, 8), help="without FILE: of bicubic alone")
+    parser.add_argument("--each", action="store_true", help="a row for each picture too")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    return parser.parse_args(argv)
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    args = parse_args(argv)
+    return exit_code("aether-evaluate", lambda: evaluate(args), "nothing was written.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

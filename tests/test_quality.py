@@ -1,0 +1,77 @@
+"""aethersr/quality.py: the figures are those of the papers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from skimage import data
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+from aethersr.quality import crop_to_multiple, luma, psnr, quality, resize, resize_matrix, ssim
+
+
+def test_a_reduction_is_that_of_matlab() -> None:
+    # imresize(uint8(reshape(0:35, 6, 6)' * 7), 0.5), worked out by hand from Keys' kernel of width 8.
+    picture = np.repeat((np.arange(36).reshape(6, 6) * 7).astype(np.uint8)[..., None], 3, 2)
+    weights = np.array([-3, -9, 29, 111, 111, 29, -9, -3]) / 256
+    assert np.allclose(resize_matrix(16, 8)[3, 3:11], weights)
+    rows = np.zeros((3, 6))
+    for k in range(3):
+        for offset, weight in enumerate(weights):
+            index = 2 * k - 3 + offset
+            rows[k, -1 - index if index < 0 else 11 - index if index > 5 else index] += weight
+    expected = np.floor(rows @ picture[..., 0].astype(float) @ rows.T + 0.5)
+    assert np.array_equal(resize(picture, 3, 3)[..., 0], expected)
+
+
+@pytest.mark.parametrize(("size", "target"), [(7, 7), (12, 4), (4, 12), (5, 9), (3, 1), (1, 8)])
+def test_every_pixel_of_a_flat_picture_keeps_its_value_in_any_size(size: int, target: int) -> None:
+    assert np.allclose(resize_matrix(size, target).sum(1), 1)
+    assert (resize(np.full((size, 5, 3), 200, np.uint8), target, 5) == 200).all()
+
+
+def test_an_enlargement_hits_a_line_exactly_away_from_the_border() -> None:
+    x = np.arange(16.0)
+    assert np.allclose((resize_matrix(16, 32) @ x)[4:-4], ((np.arange(32) + 0.5) / 2 - 0.5)[4:-4])
+
+
+def test_values_beyond_eight_bits_are_cut_and_not_wrapped() -> None:
+    edge = np.zeros((16, 16, 3), np.uint8)
+    edge[8:] = 255
+    assert np.array_equal(np.unique(resize(edge, 32, 16)[:8]), [0])
+    assert np.array_equal(np.unique(resize(edge, 32, 16)[24:]), [255])
+
+
+def test_luma_is_that_of_bt_601_and_not_rounded() -> None:
+    colours = np.array([[[0, 0, 0], [255, 255, 255], [255, 0, 0], [0, 255, 0], [0, 0, 255]]], np.uint8)
+    assert np.allclose(luma(colours), [[16, 235, 81.481, 144.553, 40.966]])
+
+
+def test_psnr_and_ssim_are_those_of_scikit_image() -> None:
+    truth = data.astronaut()[:200, 100:331]
+    output = resize(resize(crop_to_multiple(truth, 2), 100, 115), 200, 230)
+    truth = crop_to_multiple(truth, 2)
+    assert truth.shape == output.shape == (200, 230, 3)
+    a, b = luma(truth)[2:-2, 2:-2], luma(output)[2:-2, 2:-2]
+    decibels, likeness = quality(truth, output, 2)
+    assert decibels == pytest.approx(peak_signal_noise_ratio(a, b, data_range=255), abs=1e-9)
+    settings = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 255}
+    assert likeness == pytest.approx(structural_similarity(a, b, **settings), abs=1e-9)
+
+
+def test_the_border_does_not_count() -> None:
+    truth = data.astronaut()[:64, :64]
+    output = truth.copy()
+    output[:3] = output[-3:] = output[:, :3] = output[:, -3:] = 0
+    assert psnr(truth, output, 3) == float("inf")
+    assert ssim(truth, output, 3) == pytest.approx(1)
+    assert np.isfinite(psnr(truth, output, 2))
+
+
+def test_pictures_that_cannot_be_compared_are_named_by_their_sizes() -> None:
+    picture = np.zeros((20, 30, 3), np.uint8)
+    with pytest.raises(ValueError, match="30x20 can't be compared with one of 20x30"):
+        quality(picture.transpose(1, 0, 2), picture, 2)
+    with pytest.raises(ValueError, match="14x20 is too small to compare; both sides need 15 pixels"):
+        quality(picture[:, :14], picture[:, :14], 2)
+    assert quality(picture[:, :15], picture[:, :15], 2) == (float("inf"), 1.0)

@@ -1,0 +1,32 @@
+"""Pictures to validate on: scikit-image's photographs, which no training here reads.
+
+    python training/photographs.py FOLDER
+
+Writes a PNG each. Choose recipes and compare weights on these, or on pictures of your own; keep Set5,
+Set14 and the like for the last measurement.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from PIL import Image
+from skimage import data
+
+# All are in the public domain or CC0, see skimage/data/README.txt.
+NAMES = ("astronaut", "camera", "chelsea", "coffee", "coins", "grass", "gravel", "rocket")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    parser.add_argument("folder", type=Path)
+    args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    for name in NAMES:
+        Image.fromarray(getattr(data, name)()).convert("RGB").save(args.folder / f"{name}.png")
+    print(f"Wrote {len(NAMES)} photographs to {args.folder}")
+
+
+if __name__ == "__main__":
+    main()
