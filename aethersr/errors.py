@@ -23,6 +23,7 @@ def missing_package(error: ImportError, why: str, extra: str) -> UserError:
         extra: the extra of this distribution that brings it, such as "onnx".
     """
     name = (error.name or first_line(error)).split(".")[0]
+    name = {"PIL": "pillow", "cv2": "opencv-python"}.get(name, name)
     return UserError(
         f"{why} needs the package {name}: pip install {name} (or pip install 'aethersr[{extra}]')."
     )

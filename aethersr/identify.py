@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import inspect
-import math
 import re
 from typing import Any, Dict, List, Mapping, Tuple
 
 import torch
-from aether_arch import SCALES, VARIANTS, AetherBase, AetherNet, DeploymentNorm, FusedAetherNet
+from aether_arch import (
+    SCALES,
+    VARIANTS,
+    AetherBase,
+    AetherNet,
+    DeploymentNorm,
+    FusedAetherNet,
+    differences,
+    form_of,
+    scale_of,
+)
 from torch import Tensor
 
 from aethersr.checkpoint import unwrap
-
-try:
-    from aether_arch import form_of
-except ImportError:  # until aether_arch.py has it
-    from aether_arch import QuantAetherNet, state_dict_form
-
-    def form_of(names: Any) -> Any:
-        form = state_dict_form(list(names))
-        return {None: None, "training": AetherNet, "older fused": AetherNet, "fused": FusedAetherNet}.get(
-            form, QuantAetherNet
-        )
-
 
 OLDER_KERNEL = (
     ".conv.fused_conv.weight"  # only in the fused layout of older tools, which merged nothing but the kernels
@@ -31,28 +28,18 @@ OLDER_KERNEL = (
 OLDER_NORM = re.compile(r"(stages\.\d+\.\d+\.)?norm\.weight")
 # Tensors of the same names that compute something else, and whose they are.
 OTHER_VERSIONS = {"num_batches_tracked": "v3 or v4", "scale": "1.1.0", "scale_tensor": "3.x"}
-TRAINING_ONLY = (
-    "scale",
-    "in_chans",
-    "sk_kernel",
-    "drop",
-    "drop_path_rate",
-    "img_range",
-    "norm",
-    "batch_renorm",
-    "bound",
-    "qat",
-)
+# Options that every variant may have, whatever it is called.
+FREE = re.compile(r"scale|in_chans|sk_kernel|drop|drop_path_rate|img_range|norm|batch_renorm|bound|qat")
 
 
 def form_name(state: Mapping[str, Any]) -> str:
     """The form: "training", "fused", "older fused", "quantised" or "int8"; "" for another network."""
     if any(name.endswith(OLDER_KERNEL) for name in state):
         return "older fused"
-    form = form_of(list(state))
+    form = form_of(state)
     if form is None or form in (AetherNet, FusedAetherNet):
         return {None: "", AetherNet: "training", FusedAetherNet: "fused"}[form]
-    return "int8" if any(name.endswith(".reparam_conv.weight_scale") for name in state) else "quantised"
+    return "int8" if form.layout(state)["stored"] else "quantised"
 
 
 def aether_from_state_dict(state_dict: Mapping[str, Any], img_range: float = 1.0) -> AetherBase:
@@ -67,21 +54,23 @@ def aether_from_state_dict(state_dict: Mapping[str, Any], img_range: float = 1.0
         ValueError: not an AetherNet of a known layout; the message says what is missing or does not fit.
     """
     state = unwrap(state_dict).state
-    options = {**read_options(state), "img_range": img_range}
+    options = read_options(state)
     if form_name(state) == "older fused":
         state = older_fused_to_training(state, options["sk_kernel"])
-    form = form_of(list(state))
-    assert form is not None  # read_options knows the form
-    if form is not AetherNet:
-        options["keep_norm"] = "body_norm.weight" in state
-    if form not in (AetherNet, FusedAetherNet):
-        options["placement"] = "full" if "fusion.quant_in.range_sum" in state else "default"
-        options["stored"] = form_name(state) == "int8"
+    form = form_of(state)
+    assert form is not None  # read_options knows it
+
+    def checked() -> AetherBase:
+        net: AetherBase = form(**{**options, "img_range": img_range, **form.layout(state)})
+        wrong = differences(net, state)
+        if wrong:
+            raise ValueError(f"not a whole AetherNet; tensors {wrong}.")
+        return net
+
     if hasattr(torch.device, "__enter__"):  # PyTorch 2: compare shapes before any memory is taken for them
         with torch.device("meta"):
-            compare_shapes(form(**options), state)
-    net = form(**options).eval()
-    compare_shapes(net, state)
+            checked()
+    net = checked().eval()
     net.load_state_dict(state)
     return net
 
@@ -94,15 +83,10 @@ def read_options(state: Mapping[str, Tensor]) -> Dict[str, Any]:
     """
     form = form_name(state)
     if not form:
-        raise ValueError(
-            f"not an AetherNet: no tensor 'stages.0.0.conv.lk_conv.weight' among {len(state)}; "
-            f"the first is {next(iter(state), '')[:80]!r}."
-        )
+        first = f"the first is {next(iter(state), '')[:80]!r}"
+        missing = "no tensor 'stages.0.0.conv.lk_conv.weight'"
+        raise ValueError(f"not an AetherNet: {missing} among {len(state)}; {first}.")
     _refuse_other_versions(state)
-    fused = form in ("fused", "quantised", "int8")
-    gate, kernel = ("gate_conv", "reparam_conv") if fused else ("ffn.conv_gate", "conv.lk_conv")
-    if form == "older fused":
-        kernel = "conv.fused_conv"
 
     def shape(name: str) -> Tuple[int, ...]:
         if name not in state:
@@ -111,34 +95,37 @@ def read_options(state: Mapping[str, Tensor]) -> Dict[str, Any]:
             raise ValueError(f"{name!r} has {state[name].dim()} dimensions, expected 4.")
         return tuple(state[name].shape)
 
-    embed_dim, in_chans = shape("head.weight" if fused else "conv_first.weight")[:2]
-    hidden, lk_kernel = shape(f"stages.0.0.{gate}.weight")[0], shape(f"stages.0.0.{kernel}.weight")[2]
-    depths = _depths(state)
-    if fused:
-        tail = shape("tail.conv.weight" if "tail.conv.weight" in state else "tail.weight")
-        scale = math.isqrt(tail[0] // max(1, in_chans))
+    if form in ("training", "older fused"):
+        head, gate, kernel = (
+            "conv_first",
+            "ffn.conv_gate",
+            "conv.lk_conv" if form == "training" else "conv.fused_conv",
+        )
     else:
-        convs = sorted(name for name in state if re.fullmatch(r"upsample\.blocks\.\d+\.weight", name))
-        scale = 2 ** len(convs)
-        if len(convs) == 1:
-            scale = math.isqrt(shape(convs[0])[0] // max(1, shape("conv_last.weight")[1]))
-    if scale not in SCALES:
+        head, gate, kernel = "head", "gate_conv", "reparam_conv"
+    embed_dim, in_chans = shape(f"{head}.weight")[:2]
+    hidden, lk_kernel = shape(f"stages.0.0.{gate}.weight")[0], shape(f"stages.0.0.{kernel}.weight")[2]
+    for name in state:
+        if name in ("tail.weight", "tail.conv.weight") or re.match(r"upsample\..*\.weight$", name):
+            shape(name)
+    scale, bound = scale_of(state), state.get("bound")
+    if scale is None:
         raise ValueError(f"the upsampling tensors fit none of the scales {SCALES}.")
-    if "bound" in state and (state["bound"].numel() != 1 or not 1e-3 <= float(state["bound"]) < 1e6):
+    if bound is not None and (bound.numel() != 1 or not 1e-3 <= float(bound) < 1e6):
         raise ValueError("'bound' is not one number from 1e-3 to 1e6.")
     ratio = hidden / max(1, embed_dim)
     return {
         "scale": scale,
         "in_chans": in_chans,
         "embed_dim": embed_dim,
-        "depths": depths,
+        "depths": _depths(state),
         "mlp_ratio": ratio if int(embed_dim * ratio) == hidden else (hidden + 0.5) / embed_dim,
         "lk_kernel": lk_kernel,
         "sk_kernel": shape("stages.0.0.conv.sk_conv.weight")[2] if form == "training" else min(3, lk_kernel),
         "use_channel_attn": "stages.0.0.channel_attn.fc.0.weight" in state,
         "use_spatial_attn": "stages.0.0.spatial_attn.conv.weight" in state,
         "drop_path_rate": 0.0,
-        "bound": float(state["bound"]) if "bound" in state else None,
+        "bound": None if bound is None else float(bound),
     }
 
 
@@ -167,10 +154,8 @@ def _depths(state: Mapping[str, Tensor]) -> List[int]:
         last[stage] = max(last.get(stage, 0), block)
     depths = [last.get(stage, -1) + 1 for stage in range(max(last) + 1)]
     if 0 in depths or sum(depths) != len(blocks):
-        raise ValueError(
-            f"the blocks 'stages.i.j' have gaps: {len(blocks)} found, "
-            f"{sum(depths)} expected from the numbers."
-        )
+        counts = f"{len(blocks)} found, {sum(depths)} expected from the numbers"
+        raise ValueError(f"the blocks 'stages.i.j' have gaps: {counts}.")
     return depths
 
 
@@ -183,9 +168,8 @@ def older_fused_to_training(state: Mapping[str, Tensor], sk_kernel: int) -> Dict
     state = dict(state)
     kernels = [name for name in state if name.endswith(OLDER_KERNEL)]
     norms = [name for name in state if OLDER_NORM.fullmatch(name)]
-    missing = [
-        name for name in (name[: -len("weight")] + "bias" for name in kernels + norms) if name not in state
-    ]
+    biases = [name[: -len("weight")] + "bias" for name in kernels + norms]
+    missing = [name for name in biases if name not in state]
     if missing:
         raise ValueError(f"an AetherNet in older fused form, but {missing[0]!r} is missing.")
     for name in kernels:
@@ -196,45 +180,19 @@ def older_fused_to_training(state: Mapping[str, Tensor], sk_kernel: int) -> Dict
         state[block + "sk_bias"] = torch.zeros_like(bias)
     for name in norms:
         norm = name[: -len("weight")]
-        state[norm + "weight"], state[norm + "bias"] = (
-            state[norm + part].reshape(1, -1, 1, 1) for part in ("weight", "bias")
-        )
-        state[norm + "running_mean"] = torch.zeros_like(state[norm + "weight"])
-        state[norm + "running_var"] = (
-            torch.ones_like(state[norm + "weight"], dtype=torch.float32) - DeploymentNorm.eps
-        )
+        for part in ("weight", "bias"):
+            state[norm + part] = state[norm + part].reshape(1, -1, 1, 1)
+        zeros = torch.zeros_like(state[name], dtype=torch.float32)
+        state[norm + "running_mean"], state[norm + "running_var"] = zeros, zeros + (1 - DeploymentNorm.eps)
     return state
-
-
-def compare_shapes(net: AetherBase, state: Mapping[str, Tensor]) -> None:
-    """Raise ValueError unless ``state`` has the tensors of ``net``, each in its shape."""
-    expected = net.state_dict()
-    wrong = [name for name in expected if name in state and state[name].shape != expected[name].shape]
-    problems = {
-        "missing": sorted(set(expected) - set(state)),
-        "unexpected": sorted(set(state) - set(expected)),
-        "of another shape": wrong,
-    }
-    listed = []
-    for kind, names in problems.items():
-        first = ", ".join(name[:80] for name in names[:3]) + (", ..." if len(names) > 3 else "")
-        listed += [f"{kind}: {len(names)} ({first})"] if names else []
-    if listed:
-        raise ValueError(f"not a whole AetherNet; tensors {'; '.join(listed)}.")
 
 
 def variant_name(options: Mapping[str, Any]) -> str:
     """The variant that has these options (training options aside), or a description of the network."""
+    own = {**options, "depths": tuple(options["depths"])}
     for variant in VARIANTS:
-        defaults = {
-            name: value.default
-            for name, value in inspect.signature(variant).parameters.items()
-            if name not in TRAINING_ONLY
-        }
-        if all(
-            (tuple(options[name]) if name == "depths" else options[name]) == value
-            for name, value in defaults.items()
-        ):
+        defaults = {name: value.default for name, value in inspect.signature(variant).parameters.items()}
+        if all(own[name] == value for name, value in defaults.items() if not FREE.fullmatch(name)):
             return variant.__name__
     told = ", ".join(f"{name}={options[name]}" for name in ("embed_dim", "depths", "lk_kernel", "mlp_ratio"))
     return f"a network of its own ({told})"

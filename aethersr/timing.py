@@ -27,9 +27,15 @@ class Ratio(NamedTuple):
             return False
         return abs(math.log(self.value)) > math.log(self.high / self.low)
 
+    def words(self, unit: str = "times") -> str:
+        """Such as "1.52 times as fast (1.50 to 1.55)"; where the spread is larger, "no measurable
+        difference"."""
+        if self.measurable:
+            return f"{self.value:.2f} {unit} ({self.low:.2f} to {self.high:.2f})"
+        return f"no measurable difference ({self.low:.2f} to {self.high:.2f} {unit})"
+
     def __str__(self) -> str:
-        spread = f"{self.low:.2f} to {self.high:.2f}"
-        return f"{self.value:.2f} ({spread})" if self.measurable else f"no measurable difference ({spread})"
+        return self.words()
 
 
 class Comparison:

@@ -1,0 +1,106 @@
+"""Pictures for the ranges of an int8 network, and what int8 costs on them. Needs numpy and Pillow when it is
+called."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from pathlib import Path
+from typing import List, NamedTuple, Tuple
+
+import torch
+from aether_arch import AetherBase, FusedAetherNet
+from aether_quant import QuantAetherNet, prepare_qat
+from torch import Tensor
+
+from aethersr.errors import UserError, missing_package
+
+PICTURES, SIDE = 32, 128  # pictures at most, and low-resolution pixels of the middle of each
+SMALLEST = 8  # low-resolution pixels a side
+
+Pairs = List[Tuple[Tensor, Tensor]]
+
+
+class Calibrated(NamedTuple):
+    """An int8 network, what there is to say of it, and its PSNR against the float network's in dB: mean and
+    worst."""
+
+    net: QuantAetherNet
+    notes: List[str]
+    mean: float
+    worst: float
+
+
+def calibration_pairs(folder: Path, net: AetherBase, flag: str = "--calibration") -> Pairs:
+    """(low resolution, high resolution) of the middle of each picture: (1, in_chans, H, W) in [0, 1].
+
+    Reduced with Pillow's bicubic. Files that are no pictures, broken or too small are passed over.
+    """
+    try:
+        import numpy as np
+        from PIL import Image
+    except ImportError as error:
+        raise missing_package(error, flag, "upscale") from None
+    if not folder.is_dir():
+        raise UserError(f"{flag} {folder} is not a folder; pass one with pictures.")
+    pairs: Pairs = []
+    scale, mode = net.scale, "RGB" if net.options["in_chans"] == 3 else "L"
+    for path in sorted(folder.rglob("*")):
+        if len(pairs) == PICTURES or not path.is_file():
+            continue
+        try:
+            with Image.open(path) as opened:
+                if opened.mode.startswith("I"):  # 16 bits; Pillow would cut off all above 255
+                    deep = np.asarray(opened).clip(0, 65535)
+                    image = Image.fromarray((deep // 257).astype(np.uint8)).convert(mode)
+                else:
+                    image = opened.convert(mode)
+        except (
+            OSError,
+            SyntaxError,
+            ValueError,
+            Image.DecompressionBombError,
+        ):  # what Pillow raises for broken files
+            continue
+        width, height = (min(SIDE, size // scale) for size in image.size)
+        if min(width, height) < SMALLEST:
+            continue
+        left, top = ((size - part * scale) // 2 for size, part in zip(image.size, (width, height)))
+        image = image.crop((left, top, left + width * scale, top + height * scale))
+        small = image.resize((width, height), Image.Resampling.BICUBIC)
+        arrays = [np.atleast_3d(np.asarray(each, dtype=np.float32)) / 255 for each in (small, image)]
+        low, high = (torch.from_numpy(array).permute(2, 0, 1)[None].contiguous() for array in arrays)
+        pairs.append((low, high))
+    if not pairs:
+        least = f"holds no picture of {SMALLEST * scale} pixels or more that Pillow reads"
+        raise UserError(f"{flag} {folder} {least}; pass another folder.")
+    return pairs
+
+
+@torch.no_grad()
+def calibrated(
+    net: FusedAetherNet, placement: str, pairs: Pairs, target: str, reduce_range: bool = False
+) -> Calibrated:
+    """The fused network with int8 weights, its ranges from pictures, and what that costs on the same
+    pictures.
+
+    Raises:
+        ValueError: on none of the pictures are the network's values finite, or weights are beyond half
+            precision.
+    """
+    fused = copy.deepcopy(net).cpu().float()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        stored = prepare_qat(
+            copy.deepcopy(fused), placement, [low for low, _ in pairs]
+        ).convert_to_quantized()
+    written = stored.for_target(target, reduce_range)
+    gains = [psnr(written(low), high) - psnr(fused(low), high) for low, high in pairs]
+    return Calibrated(stored, [str(each.message) for each in caught], sum(gains) / len(gains), min(gains))
+
+
+def psnr(output: Tensor, truth: Tensor) -> float:
+    """dB, of 8-bit pictures; 99 where they are equal."""
+    error = float((output.clamp(0, 1).mul(255).round() - truth.mul(255).round()).pow(2).mean())
+    return 10 * math.log10(255**2 / error) if error else 99.0

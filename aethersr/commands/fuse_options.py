@@ -1,0 +1,157 @@
+"""What the fuse command is asked for: its options, what they mean together, and where its files go."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import hashlib
+import math
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Dict, List, Optional, Sequence
+
+import torch
+from aether_arch import SCALES, VARIANTS, AetherBase, __version__
+from aether_quant import PLACEMENTS, TARGETS
+
+from aethersr.checkpoint import ENDINGS
+from aethersr.errors import UserError, missing_package
+from aethersr.onnx import OPSETS, PRECISIONS
+
+PROGRAM = "aether-fuse" if Path(sys.argv[0]).stem == "aether-fuse" else "fuse_aether.py"
+LARGEST_STATIC = 16384  # pixels a side of a picture
+
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    description = "Turn a training checkpoint of AetherNet into fused release weights."
+    parser = argparse.ArgumentParser(prog=PROGRAM, description=description)
+    add = parser.add_argument
+    add("--model_path", required=True, help="the checkpoint, .pth or .safetensors")
+    add("--output_path", help="the fused weights to write, .pth or .safetensors")
+    names = [variant.__name__ for variant in VARIANTS]
+    add("--model_type", choices=names, help="checked (default: read from the weights)")
+    add("--upscale", type=int, choices=SCALES, help="checked (default: read from the weights)")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", choices=("cuda", "cpu"), default=device, help="default: %(default)s")
+    text = "the training option of this name, which no checkpoint holds (default: 1.0)"
+    add("--img_range", type=float, default=1.0, help=text)
+    text = (
+        "limit what each block's norm gives to -B..B, for weights that run away on some pictures, such as 1. "
+    )
+    add("--bound", type=float, metavar="B", help=text + "Fused weights are taken too")
+    text = "ONNX files to write beside --output_path: fp32, fp16, int8, with commas between"
+    add("--onnx", metavar="LIST", help=text)
+    add("--int8", action="store_true", help="the same as int8 in --onnx")
+    add("--calibration", metavar="FOLDER", help="pictures for int8 without quantisation-aware training")
+    text = f"quantisers of --calibration (default: as trained, else {PLACEMENTS[0]})"
+    add("--placement", choices=PLACEMENTS, help=text)
+    text = "whom the int8 file is to be fast in (default: %(default)s)"
+    add("--target", choices=TARGETS, default=TARGETS[0], help=text)
+    text = "int8 weights of 7 bits, for CPUs without VNNI, which overflow on 8"
+    add("--reduce_range", action="store_true", help=text)
+    text = "print each layer's headroom in half precision; needs no --output_path"
+    add("--check-fp16", action="store_true", help=text)
+    text = "ONNX files for pictures of one size only, for instance 3,256,256 (default: any size)"
+    add("--static", metavar="C,H,W", help=text)
+    text = "ONNX opset of the files; 17 suits every runtime (default: %(default)s)"
+    add("--opset", type=int, default=17, help=text)
+    add("--license", metavar="NAME", help="written into the ONNX files, for instance CC-BY-4.0")
+    add("--author", metavar="NAME", help="written into the ONNX files")
+    add("--overwrite", action="store_true", help="replace --output_path where it exists")
+    add("--version", action="version", version=f"AetherNet {__version__}")
+    text = "take a file whose kernels an older tool merged already"
+    add("--accept_older_fused", action="store_true", help=text)
+    args = parser.parse_args(argv)
+    if args.output_path is None and (args.onnx or args.int8 or not args.check_fp16):
+        parser.error("the following arguments are required: --output_path")
+    return args
+
+
+def check_numbers(args: argparse.Namespace) -> None:
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda was given, but PyTorch finds no CUDA device; pass --device cpu.")
+    if not (math.isfinite(args.img_range) and args.img_range > 0):
+        expected = "expected a number above 0, 1.0 unless the network was trained with another"
+        raise UserError(f"--img_range {args.img_range} is not possible; {expected}.")
+    if args.bound is not None and not 1e-3 <= args.bound < 1e6:
+        expected = "expected a number from 1e-3 to 1e6, such as 1"
+        raise UserError(f"--bound {args.bound:g} is not possible; {expected}.")
+
+
+def precisions(args: argparse.Namespace) -> List[str]:
+    """The ONNX files that are asked for, after the checks that need no weights."""
+    wanted = [name.strip() for name in args.onnx.split(",")] if args.onnx else []
+    unknown = [name for name in wanted if name not in PRECISIONS]
+    if unknown:
+        allowed = f"allowed, with commas between: {', '.join(PRECISIONS)}"
+        raise UserError(f"--onnx {unknown[0]!r} is not known; {allowed}.")
+    wanted += ["int8"] if args.int8 and "int8" not in wanted else []
+    if wanted:
+        try:
+            import onnx  # noqa: F401
+            import onnxruntime  # noqa: F401
+            import onnxslim  # noqa: F401
+        except ImportError as error:
+            raise missing_package(error, "--onnx", "onnx") from None
+    elif args.static is not None:
+        raise UserError("--static is about ONNX files; pass --onnx too, or leave it out.")
+    for name in wanted:
+        key = f"{name} {args.target}" if f"{name} {args.target}" in OPSETS else name
+        first, last = OPSETS[key]
+        if not first <= args.opset <= last:
+            found = f"--opset {args.opset} is not possible for {key}"
+            raise UserError(f"{found}; pass one from {first} to {last}.")
+    for option in ("calibration", "placement", "reduce_range"):
+        if getattr(args, option) and "int8" not in wanted:
+            raise UserError(f"--{option} is about the int8 file; pass --int8 too, or leave it out.")
+    return list(dict.fromkeys(wanted))
+
+
+def static_shape(args: argparse.Namespace, net: AetherBase) -> Optional[List[int]]:
+    """--static as numbers: channels, height and width of the only picture that the ONNX files shall take."""
+    if args.static is None:
+        return None
+    chans = net.options["in_chans"]
+    allowed = f"expected {chans},H,W with a height and width of 1 to {LARGEST_STATIC}"
+    if not re.fullmatch(r"\d{1,5}(,\d{1,5}){2}", args.static):
+        raise UserError(f"--static {args.static} is not possible; {allowed}.")
+    shape = [int(number) for number in args.static.split(",")]
+    if shape[0] != chans or not all(1 <= side <= LARGEST_STATIC for side in shape[1:]):
+        raise UserError(f"--static {args.static} does not fit; {allowed}.")
+    return shape
+
+
+def check_ending(path: Path) -> None:
+    if path.suffix.lower() not in ENDINGS:
+        found = f"{path} ends in {path.suffix or 'nothing'!r}"
+        raise UserError(f"{found}; expected .pth or .safetensors (--output_path).")
+    if path.suffix.lower() == ".safetensors":
+        try:
+            import safetensors.torch  # noqa: F401
+        except ImportError as error:
+            remedy = f"pip install {error.name}, or write a .pth file (--output_path)"
+            raise UserError(f"{path} needs the package {error.name}: {remedy}.") from None
+
+
+def onnx_path(target: Path, precision: str, static: Optional[List[int]]) -> Path:
+    """2x_NAME_fused.safetensors -> 2x_NAME_fp16.onnx, or 2x_NAME_fp16_3x48x64.onnx where the size is
+    fixed."""
+    stem = target.stem[: -len("_fused")] if target.stem.endswith("_fused") else target.stem
+    size = "_" + "x".join(map(str, static)) if static else ""
+    return target.with_name(f"{stem}_{precision}{size}.onnx")
+
+
+def onnx_metadata(source: Path, args: argparse.Namespace) -> Dict[str, str]:
+    """What an ONNX file says of its origin. The date is the checkpoint's: the same input gives the same
+    bytes."""
+    try:
+        seconds = int(os.environ.get("SOURCE_DATE_EPOCH") or source.stat().st_mtime)
+        date = datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc).date().isoformat()
+    except (ValueError, OverflowError, OSError):
+        found = "the environment's SOURCE_DATE_EPOCH is not a time in seconds since 1970"
+        raise UserError(f"{found}; correct it, or unset it.") from None
+    digest = hashlib.sha256(source.read_bytes()).hexdigest()
+    given = {"license": args.license, "author": args.author, "date": date, "source_sha256": digest}
+    return {key: value for key, value in given.items() if value}

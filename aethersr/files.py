@@ -1,0 +1,104 @@
+"""Files that are written whole or not at all, and what is asked of an output path before anything is
+computed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from types import TracebackType
+from typing import Dict, Iterable, List, Optional, Type
+
+from aethersr.errors import UserError
+
+
+def check_output(path: Path, sources: Iterable[Path], overwrite: bool, flag: str) -> None:
+    """Refuse an output path that can't be written, is an input, or exists; ``flag`` is the option that names
+    it."""
+    if not os.path.isdir(path.parent):
+        raise UserError(f"the folder {path.parent} does not exist; make it or pass another {flag}.")
+    exists = os.path.lexists(path)  # not path.exists(): a link to nothing is something too
+    for source in sources:
+        if os.path.exists(path) and os.path.exists(source) and os.path.samefile(path, source):
+            raise UserError(f"{path} is the input itself, which is never overwritten; pass another {flag}.")
+    if os.path.isdir(path):
+        raise UserError(f"{path} is a folder, expected a file name; pass another {flag}.")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f"{path} is a pipe or a device, expected a file name; pass another {flag}.")
+    if exists and not overwrite:
+        raise UserError(f"{path} exists; pass --overwrite to replace it, or another {flag}.")
+
+
+class Together:
+    """Files that appear together or not at all; until then, and after a failure, those that are there stay.
+
+        with Together() as files:
+            write(files.part("a.pth"))
+            write(files.part("a.onnx"))
+            files.commit()
+
+    Against a power cut or SIGKILL between two moves there is no protection: each single file is whole then.
+    """
+
+    def __init__(self) -> None:
+        self._parts: Dict[Path, Path] = {}
+
+    def part(self, target: Path) -> Path:
+        """A temporary name beside ``target``, with its ending, to write to."""
+        target = Path(target)
+        # Short: a longer name than the target's may be longer than the system allows.
+        part = target.with_name(f"{target.stem[:40]}.{os.getpid()}.{len(self._parts)}.part{target.suffix}")
+        self._parts[part] = target
+        return part
+
+    def commit(self) -> None:
+        """Move every part to its target."""
+        for part in self._parts:
+            with part.open("rb+") as file:
+                os.fsync(file.fileno())
+        kept: Dict[Path, Path] = {}  # by part: the old file, for the case that a later move fails
+        moved: List[Path] = []
+        try:
+            for part, target in self._parts.items():
+                if len(self._parts) > 1 and os.path.lexists(target):
+                    kept[part] = part.with_name(f"{part.name}.old")
+                    _keep(target, kept[part])
+                moved.append(part)
+                os.replace(part, target)
+        except BaseException:
+            for part in reversed(moved):
+                if os.path.lexists(part):  # this is the move that failed
+                    continue
+                if part in kept:
+                    os.replace(kept[part], self._parts[part])
+                else:
+                    self._parts[part].unlink()
+            raise
+        finally:
+            for old in kept.values():
+                _remove(old)
+
+    def __enter__(self) -> Together:
+        return self
+
+    def __exit__(
+        self,
+        kind: Optional[Type[BaseException]],
+        error: Optional[BaseException],
+        traceback: Optional[TracebackType],
+    ) -> None:
+        for part in self._parts:
+            _remove(part)
+
+
+def _keep(path: Path, other: Path) -> None:
+    """Give a file, or a link as such, a second name."""
+    try:
+        os.link(path, other, follow_symlinks=False)
+    except (OSError, NotImplementedError):  # not every disk knows links
+        shutil.copy2(path, other, follow_symlinks=False)
+
+
+def _remove(path: Path) -> None:
+    if os.path.lexists(path):
+        path.unlink()

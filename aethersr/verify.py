@@ -1,0 +1,84 @@
+"""Two networks that should be one function: how far they differ, and how many operations and how much time
+each takes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Callable, Dict, Mapping, Optional, Tuple
+
+import torch
+from aether_arch import AetherBase
+from torch.overrides import TorchFunctionMode
+
+from aethersr.timing import Comparison, interleaved
+
+ALLOWED_DIFFERENCE = 1e-3  # of one step of 1/255
+
+
+@torch.no_grad()
+def largest_difference(net: AetherBase, other: AetherBase, device: str = "cpu") -> float:
+    """Largest difference in float64, in steps of 1/255 (of the largest output, where that is above 1).
+
+    Infinity where anything is not finite. Both networks are in float64 and evaluation mode on ``device``
+    afterwards.
+    """
+    chans = net.options["in_chans"]
+    generator = torch.Generator().manual_seed(0)
+    sizes = ((1, 1), (3, 2), (17, 31), (25, 12))
+    images = [torch.rand(1, chans, *size, generator=generator, dtype=torch.float64) for size in sizes]
+    ramp = torch.linspace(0, 1, 21).view(-1, 1) * torch.linspace(0, 1, 19)
+    images.append(ramp.double().expand(1, chans, 21, 19))
+    net, other = net.double().eval().to(device), other.double().eval().to(device)
+    worst = 0.0
+    for image in images:
+        expected, output = net(image.to(device)), other(image.to(device))
+        difference = float((output - expected).abs().max()) / max(1.0, float(expected.abs().max()))
+        if not math.isfinite(difference):
+            return math.inf
+        worst = max(worst, difference * 255)
+    return worst
+
+
+@torch.no_grad()
+def compare_times(nets: Mapping[str, AetherBase], device: str = "cpu", size: int = 64) -> Comparison:
+    """Times for one float32 picture of size x size. The networks are in float32 on ``device`` afterwards."""
+    image = torch.rand(1, next(iter(nets.values())).options["in_chans"], size, size, device=device)
+
+    def run(net: AetherBase) -> Callable[[], Any]:
+        net.float().eval().to(device)
+        return lambda: net(image)
+
+    wait = torch.cuda.synchronize if device == "cuda" else None
+    return interleaved({name: run(net) for name, net in nets.items()}, wait=wait)
+
+
+class _Counter(TorchFunctionMode):
+    """Counts the operations that a forward pass calls; looking at a tensor or at a part of it is none."""
+
+    LOOKS = ("__get__", "__getitem__", "dim", "size", "view", "view_as", "flatten", "reshape", "float", "to")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolutions = self.others = 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Optional[Dict[str, Any]] = None
+    ) -> Any:
+        if func.__name__ == "conv2d":
+            self.convolutions += 1
+        elif func.__name__ not in self.LOOKS:
+            self.others += 1
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def count_operations(net: AetherBase) -> Tuple[int, int]:
+    """Convolutions, and other operations, of one forward pass."""
+    image = torch.rand(1, net.options["in_chans"], 8, 8, dtype=next(net.parameters()).dtype)
+    with _Counter() as counter:
+        net(image)
+    return counter.convolutions, counter.others
+
+
+def count_parameters(net: AetherBase) -> int:
+    return sum(value.numel() for value in net.parameters())
