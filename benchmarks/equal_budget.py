@@ -1,0 +1,280 @@
+"""Train networks on the same cuts with the same budget, and compare what they have learned.
+
+    python training/prepare_pictures.py datasets/wallpapers
+    python training/photographs.py datasets/photographs
+    python benchmarks/equal_budget.py --data datasets/wallpapers --validation datasets/photographs \\
+        --iterations 600 --seeds 0 1 --run aether_small --run aether_small,rate=5e-4
+
+A run is a network and its options, NAME[,OPTION=VALUE]... A name that is not of this project is one of
+traiNNer-redux's (plksr_tiny, span, compact, artcnn_r8f64, realplksr_tiny, ...) and needs
+``--traiNNer-redux``; "base" is what ``--base`` says. Options of the training are
+
+    rate=1e-3      of AdamW; a short warm-up, then cosine down to a fiftieth
+    batch=8        cuts a step
+    patch=32       low-resolution pixels a side
+    skip=1         add a bicubic enlargement of the input to the output
+    start=plain    AetherNet: random weights in place of those that interpolate
+    norm_weight=1  AetherNet: of the blocks' norms at the start
+    freeze_at=N    AetherNet: from iteration N on the norms' statistics stand still
+
+and every other one goes to the network (drop_path_rate=0.1, bound=1.0, ...). The loss is Charbonnier's.
+What is measured is the moving average of the weights: PSNR-Y, the mean over the folder's pictures (the
+middle of each, ``--side`` pixels), and the largest magnitude inside, see cuts.py. Seconds are those of
+the training steps alone, on a CPU its computing time, so that other work beside it counts less.
+
+Writes OUTPUT.json, .md and .png. A run that the JSON file holds already is not repeated: a table grows,
+and an interruption costs one run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import copy
+import json
+import math
+import os
+import re
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), *(str(ROOT / folder) for folder in ("archs", "demo", "benchmarks"))]
+import aether_arch  # noqa: E402
+from cuts import Cuts, Validation  # noqa: E402
+
+OURS = ("aether_small", "aether_medium", "aether_large", "AetherNet")
+DEFAULTS: Dict[str, Any] = {"rate": 1e-3, "batch": 8, "patch": 32, "skip": 0}
+START = ("start", "norm_weight", "freeze_at")  # of AetherNet
+POINTS = 6  # measurements of a run
+
+
+class Run(NamedTuple):
+    text: str
+    network: str
+    training: Dict[str, Any]
+    options: Dict[str, Any]
+
+
+def parse_run(text: str, base: Optional[str] = None) -> Run:
+    whole = base + text[len("base") :] if base and text.split(",")[0] == "base" else text
+    network, *pairs = re.split(r",(?![^()]*\))", whole)  # not inside (2, 2)
+    training, options = dict(DEFAULTS), {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise SystemExit(f"{text!r}: expected NAME,OPTION=VALUE,..., not {pair!r} (--run)")
+        with contextlib.suppress(SyntaxError, ValueError):  # a word stays one
+            value = ast.literal_eval(value)
+        (training if name in DEFAULTS or name in START else options)[name] = value
+    return Run(text, network, training, options)
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+
+class WithSkip(nn.Module):
+    def __init__(self, net: nn.Module, scale: int) -> None:
+        super().__init__()
+        self.net, self.scale = net, scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x) + F.interpolate(x, scale_factor=self.scale, mode="bicubic")
+
+
+def build(run: Run, scale: int, checkout: Optional[Path]) -> nn.Module:
+    if run.network in OURS:
+        net: nn.Module = getattr(aether_arch, run.network)(scale=scale, **run.options)
+        blocks = [module for module in net.modules() if isinstance(module, aether_arch.AetherBlock)]
+        if run.training.get("start") == "plain":
+            for module in net.modules():
+                if isinstance(module, nn.Conv2d):
+                    nn.init.trunc_normal_(module.weight, std=0.02)
+        for block in blocks if "norm_weight" in run.training else []:
+            nn.init.constant_(block.norm.weight, run.training["norm_weight"])
+    else:
+        if checkout is None:
+            raise SystemExit(f"{run.network} needs a checkout of traiNNer-redux (--traiNNer-redux)")
+        net = registered(run.network, checkout)(scale=scale, **run.options)
+    return WithSkip(net, scale) if run.training["skip"] else net
+
+
+def registered(name: str, checkout: Path) -> Callable[..., nn.Module]:
+    from basicsr_train import import_torchvision
+
+    import_torchvision()
+    sys.path.insert(0, str(checkout))
+    import traiNNer.archs  # noqa: F401
+    from traiNNer.utils import registry
+
+    found: Any = registry.SPANDREL_REGISTRY if name in registry.SPANDREL_REGISTRY else registry.ARCH_REGISTRY
+    return found.get(name)  # type: ignore[no-any-return]
+
+
+def freeze_statistics(net: nn.Module) -> None:
+    for module in net.modules():
+        if isinstance(module, aether_arch.DeploymentNorm):
+            module.eval()
+
+
+@torch.no_grad()
+def average(averaged: nn.Module, net: nn.Module, iteration: int) -> None:
+    """Exponential moving average of 0.999, shorter at the start, as traiNNer-redux's."""
+    kept = min(0.999, 1 - (1 + iteration) ** -0.75)
+    for mean, value in zip(averaged.state_dict().values(), net.state_dict().values()):
+        if mean.is_floating_point():
+            mean.lerp_(value, 1 - kept)
+
+
+def train(
+    run: Run, seed: int, cuts: Cuts, validation: Validation, args: argparse.Namespace
+) -> Dict[str, Any]:
+    torch.manual_seed(seed)
+    random = np.random.default_rng(seed)
+    options, device = run.training, args.device
+    net: Any = build(run, cuts.scale, args.checkout).train()
+    net = net.to(device, memory_format=torch.channels_last)
+    averaged = copy.deepcopy(net).eval()
+    optimizer = torch.optim.AdamW(net.parameters(), options["rate"], betas=(0.9, 0.99), weight_decay=0)
+    clock = CLOCKS[device]
+    points: List[Tuple[int, float, float]] = []
+    iteration, seconds, done = 0, 0.0, 0.0  # done: of the budget
+    while done < 1:
+        if iteration == options.get("freeze_at"):
+            freeze_statistics(net)
+        begin = clock()
+        cosine = 0.51 + 0.49 * math.cos(math.pi * done)
+        optimizer.param_groups[0]["lr"] = options["rate"] * min(1, (iteration + 1) / 50) * cosine
+        low, high = (x.to(device) for x in cuts.batch(options["batch"], options["patch"], random))
+        with torch.autocast(device, torch.bfloat16, enabled=args.bf16):
+            out = net(low.contiguous(memory_format=torch.channels_last))
+        loss = ((out.float() - high).square() + 1e-12).sqrt().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        average(averaged, net, iteration)
+        seconds += clock() - begin
+        iteration += 1
+        done = seconds / args.seconds if args.seconds else iteration / args.iterations
+        if done >= (len(points) + 1) / POINTS:
+            points.append((iteration, seconds, validation.measure(averaged, device)))
+            text = f"{run.text}, seed {seed}: {iteration} iterations, {seconds:.0f} s, {points[-1][2]:.3f} dB"
+            print(text, flush=True)
+    return {"run": run.text, "seed": seed, "points": points, "largest": validation.largest(averaged, device)}
+
+
+def cpu_seconds() -> float:
+    return time.process_time() / torch.get_num_threads()
+
+
+def cuda_seconds() -> float:
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+CLOCKS: Dict[str, Callable[[], float]] = {"cpu": cpu_seconds, "cuda": cuda_seconds}
+
+
+# ------------------------------------------------------------------------------------------------ results
+
+
+def table(result: Dict[str, Any]) -> str:
+    """Markdown: a row for each run, the mean of its seeds."""
+    lines = [result["title"], "", "| run | seeds | iterations | seconds | PSNR-Y, dB | each seed | largest |"]
+    lines.append("| --- | ---: | ---: | ---: | ---: | --- | ---: |")
+    for text in dict.fromkeys(row["run"] for row in result["rows"]):
+        rows = [row for row in result["rows"] if row["run"] == text]
+        last = [row["points"][-1] for row in rows]
+        iterations, seconds, decibels = (statistics.mean(values) for values in zip(*last))
+        each = ", ".join(f"{point[2]:.2f}" for point in last)
+        budget = f"{len(rows)} | {iterations:.0f} | {seconds:.0f}"
+        lines.append(
+            f"| {text} | {budget} | {decibels:.2f} | {each} | {max(row['largest'] for row in rows):.3g} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def draw(result: Dict[str, Any], path: Path) -> None:
+    try:
+        import matplotlib
+    except ImportError:
+        print("no picture without matplotlib: pip install -r benchmarks/requirements.txt", file=sys.stderr)
+        return
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(12, 5), sharey=True)
+    for number, text in enumerate(dict.fromkeys(row["run"] for row in result["rows"])):
+        for row in (row for row in result["rows"] if row["run"] == text):
+            for axis, column in zip(axes, (0, 1)):
+                x, y = [point[column] for point in row["points"]], [point[2] for point in row["points"]]
+                label = text if row["seed"] == result["rows"][0]["seed"] else None
+                axis.plot(x, y, f"C{number % 10}", marker=".", label=label)
+    axes[0].set(xlabel="iterations", ylabel="PSNR-Y, dB")
+    axes[1].set(xlabel="seconds of training steps")
+    axes[1].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+
+
+def write(result: Dict[str, Any], output: Path) -> None:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    for suffix, content in ((".json", json.dumps(result, indent=1) + "\n"), (".md", table(result))):
+        part = output.with_name(f"{output.name}{suffix}.part")
+        part.write_text(content, encoding="utf-8")
+        os.replace(part, output.with_name(output.name + suffix))
+
+
+def main(argv: Optional[List[str]] = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--data", type=Path, required=True, help="what training/prepare_pictures.py wrote")
+    parser.add_argument("--validation", type=Path, required=True, help="folder of pictures")
+    parser.add_argument("--run", action="append", required=True, metavar="NAME,OPTION=VALUE,...")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--base", metavar="NAME,OPTION=VALUE,...", help="what base means in --run")
+    budget = parser.add_mutually_exclusive_group(required=True)
+    budget.add_argument("--iterations", type=int, help="budget of each run")
+    budget.add_argument("--seconds", type=float, help="budget of each run")
+    parser.add_argument("--traiNNer-redux", dest="checkout", type=Path, help="a checkout, for other networks")
+    parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
+    parser.add_argument("--device", choices=sorted(CLOCKS), default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--side", type=int, default=192, help="validation pixels a side")
+    parser.add_argument("--limit", type=int, help="read so many cuts only")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "equal_budget")
+    args = parser.parse_args(argv)
+    args.run = [parse_run(text, args.base) for text in args.run]
+    torch.set_num_threads(args.threads)
+    cuts = Cuts(args.data, args.limit)
+    validation = Validation(args.validation, args.side, cuts.scale)
+    wanted = f"{args.iterations} iterations" if args.iterations else f"{args.seconds:g} seconds"
+    precision = "bfloat16" if args.bf16 else "float32"
+    title = f"x{cuts.scale}, {wanted} a run, {precision}, {len(cuts.pairs)} cuts; measured on {len(validation.truths)}"
+    title += f" pictures of {args.side} pixels a side, bicubic {validation.bicubic():.2f} dB"
+    title += f"; base: {args.base}" if args.base else ""
+    result: Dict[str, Any] = {"title": title, "rows": []}
+    saved = args.output.with_name(args.output.name + ".json")
+    if saved.exists():
+        result = json.loads(saved.read_text(encoding="utf-8"))
+        if result["title"] != title:
+            raise SystemExit(f"{saved} holds another comparison ({result['title']}); name another --output")
+    for seed in args.seeds:
+        for run in args.run:
+            if not any(row["run"] == run.text and row["seed"] == seed for row in result["rows"]):
+                result["rows"].append(train(run, seed, cuts, validation, args))
+                write(result, args.output)
+    draw(result, args.output.with_name(args.output.name + ".png"))
+    print("\n" + table(result))
+
+
+if __name__ == "__main__":
+    main()

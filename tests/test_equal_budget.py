@@ -1,0 +1,157 @@
+"""benchmarks/equal_budget.py on cuts of one photograph, a few iterations."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+from skimage import data as photographs
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import cuts
+import equal_budget
+
+from aethersr.quality import resize
+
+TINY = "AetherNet,embed_dim=12,depths=(1, 1),use_channel_attn=False,use_spatial_attn=False,patch=16,batch=4"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """gt and lq for training, val for validation."""
+    folder = tmp_path_factory.mktemp("pairs")
+    for sub in ("gt", "lq", "val"):
+        (folder / sub).mkdir()
+    picture = photographs.astronaut()
+    for k in range(4):
+        gt = picture[k * 64 : k * 64 + 64, 200:264]
+        Image.fromarray(gt).save(folder / "gt" / f"{k}.png")
+        Image.fromarray(resize(gt, 32, 32)).save(folder / "lq" / f"{k}.png")
+    Image.fromarray(photographs.chelsea()[100:180, 100:201]).save(folder / "val" / "cat.png")
+    return folder
+
+
+def run(folder: Path, output: Path, *arguments: str) -> dict[str, Any]:
+    base = ["--data", str(folder), "--validation", str(folder / "val"), "--output", str(output)]
+    equal_budget.main([*base, "--base", TINY, *arguments])
+    result: dict[str, Any] = json.loads(output.with_name(output.name + ".json").read_text(encoding="utf-8"))
+    return result
+
+
+def test_the_same_seed_gives_the_same_figures_and_a_finished_run_is_not_repeated(
+    folder: Path, tmp_path: Path
+) -> None:
+    first = run(folder, tmp_path / "a", "--iterations", "12", "--run", "base")
+    again = run(folder, tmp_path / "b", "--iterations", "12", "--run", "base")
+    longer = run(
+        folder,
+        tmp_path / "a",
+        "--iterations",
+        "12",
+        "--run",
+        "base",
+        "--run",
+        "base,skip=1",
+        "--seeds",
+        "0",
+        "1",
+    )
+    assert [point[2] for point in first["rows"][0]["points"]] == [
+        point[2] for point in again["rows"][0]["points"]
+    ]
+    assert longer["rows"][0] == first["rows"][0]
+    assert [(row["run"], row["seed"]) for row in longer["rows"]] == [
+        ("base", 0),
+        ("base,skip=1", 0),
+        ("base", 1),
+        ("base,skip=1", 1),
+    ]
+    iterations = [point[0] for point in first["rows"][0]["points"]]
+    assert iterations == [2, 4, 6, 8, 10, 12]
+    lines = (tmp_path / "a.md").read_text(encoding="utf-8").splitlines()
+    assert TINY in lines[0]
+    assert [line.split(" | ")[:3] for line in lines[4:]] == [
+        ["| base", "2", "12"],
+        ["| base,skip=1", "2", "12"],
+    ]
+
+
+def test_training_learns_and_a_budget_in_seconds_ends(folder: Path, tmp_path: Path) -> None:
+    result = run(folder, tmp_path / "c", "--seconds", "3", "--run", "base,rate=2e-3")
+    points = result["rows"][0]["points"]
+    assert points[-1][1] >= 3 > points[-2][1]
+    assert points[-1][2] > points[0][2] + 0.05
+    assert 0.1 < result["rows"][0]["largest"] < 100
+
+
+def test_another_comparison_is_not_mixed_into_a_file(folder: Path, tmp_path: Path) -> None:
+    run(folder, tmp_path / "d", "--iterations", "1", "--run", "base")
+    before = (tmp_path / "d.json").read_bytes()
+    with pytest.raises(SystemExit, match="another comparison"):
+        run(folder, tmp_path / "d", "--iterations", "2", "--run", "base")
+    assert (tmp_path / "d.json").read_bytes() == before
+
+
+def test_a_run_is_read_with_values_words_and_brackets() -> None:
+    parsed = equal_budget.parse_run("base,rate=1e-4,start=plain,bound=None", "AetherNet,depths=(2, 3),rate=1")
+    assert (parsed.text, parsed.network) == ("base,rate=1e-4,start=plain,bound=None", "AetherNet")
+    assert parsed.options == {"depths": (2, 3), "bound": None}
+    assert parsed.training == {**equal_budget.DEFAULTS, "rate": 1e-4, "start": "plain"}
+    with pytest.raises(SystemExit, match="expected NAME,OPTION=VALUE"):
+        equal_budget.parse_run("aether_small,fast")
+
+
+def test_a_crop_and_its_reduction_show_the_same_place_turned_the_same_way(folder: Path) -> None:
+    low, high = cuts.Cuts(folder, None).batch(16, 16, np.random.default_rng(0))
+    assert low.shape == (16, 3, 16, 16)
+    assert high.shape == (16, 3, 32, 32)
+    means = torch.nn.functional.avg_pool2d(high, 2)
+    assert float((means - low).abs().mean()) < 0.03
+    assert float((means - low.flip(3)).abs().mean()) > 0.06
+
+
+def test_the_start_and_the_norms_of_a_network_follow_the_options() -> None:
+    def net(options: str) -> torch.nn.Module:
+        return equal_budget.build(equal_budget.parse_run(f"{TINY},{options}"), 2, None)
+
+    assert net("norm_weight=0.7").stages[0][0].norm.weight[0, 0].item() == pytest.approx(0.7)
+    assert (
+        float(net("start=plain").conv_last.weight.abs().max())
+        < 0.1
+        < float(net("rate=1").conv_last.weight.max())
+    )
+    skipped = net("start=plain,skip=1")
+    flat = torch.full((1, 3, 8, 8), 0.8)
+    assert float((skipped(flat) - skipped.net(flat) - 0.8).abs().max()) < 1e-5
+    frozen = net("rate=1").train()
+    equal_budget.freeze_statistics(frozen)
+    frozen(torch.rand(2, 3, 8, 8))
+    assert float(frozen.norm.running_mean.abs().max()) == 0
+
+
+def test_what_runs_away_is_seen(folder: Path) -> None:
+    validation = cuts.Validation(folder / "val", 64, 2)
+    net = equal_budget.build(equal_budget.parse_run(TINY), 2, None).eval()
+    calm = validation.largest(net, "cpu")
+    with torch.no_grad():
+        net.stages[0][0].ffn.conv_out.weight.fill_(1e38)
+    assert calm < 10
+    assert validation.largest(net, "cpu") == float("inf")
+
+
+def test_what_is_missing_is_said_in_one_line(folder: Path, tmp_path: Path) -> None:
+    for arguments, message in (
+        (["--data", str(tmp_path), "--run", "base"], "prepare_pictures.py"),
+        (["--validation", str(tmp_path), "--run", "base"], "photographs.py"),
+        (["--run", "span"], "--traiNNer-redux"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            run(folder, tmp_path / "e", "--iterations", "1", *arguments)
