@@ -5,9 +5,13 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+import warnings
 from typing import Callable
 
 from aethersr.errors import UserError, is_out_of_memory
+
+# What PyTorch says when it is imported where numpy is not installed; no command needs it to hear that.
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 
 
 def exit_code(program: str, action: Callable[[], None], stopped: str) -> int:

@@ -1,0 +1,189 @@
+"""What `pip install .` brings: the wheel, installed into fresh environments, with and without the extras."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+from typing import Iterator
+
+import aether_arch
+import pytest
+import torch
+from conftest import ROOT, small_net
+from PIL import Image
+
+BLOCKS = re.findall(
+    r"```python\n(.*?)```", (ROOT / "tests" / "golden" / "first_published_usage.md").read_text(), re.DOTALL
+)
+SITE = Path(torch.__file__).parents[1]  # where the packages of the test run are
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy, since building writes into the source folder."""
+    folder = tmp_path_factory.mktemp("wheel")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    for name in ("archs", "aethersr"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    pip("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder / "dist"), str(folder))
+    (found,) = (folder / "dist").glob("*.whl")
+    return found
+
+
+def pip(*words: str) -> None:
+    command = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", *words]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def environment(folder: Path, wheel: Path, packages: Path) -> Path:
+    """The folder of the programs of a fresh environment with the wheel in it, and beside it ``packages``."""
+    venv.create(folder, symlinks=os.name != "nt")
+    programs = folder / ("Scripts" if os.name == "nt" else "bin")
+    pip("--python", str(programs / "python"), "install", "--no-deps", "--no-index", str(wheel))
+    (site,) = {path.parent for path in folder.rglob("aether_arch.py")}
+    (site / "beside.pth").write_text(f"{packages}\n")
+    return programs
+
+
+@pytest.fixture(scope="module")
+def full(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With everything that the tests have."""
+    return environment(tmp_path_factory.mktemp("full"), wheel, SITE)
+
+
+@pytest.fixture(scope="module")
+def bare(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With PyTorch and what PyTorch needs, nothing else."""
+    packages = tmp_path_factory.mktemp("torch_alone")
+    for name in set(needed("torch")):
+        files = importlib.metadata.distribution(name).files or []
+        for top in {file.parts[0] for file in files} - {"..", "__pycache__", "bin"}:
+            if not (packages / top).exists():
+                (packages / top).symlink_to(SITE / top)
+    return environment(tmp_path_factory.mktemp("bare"), wheel, packages)
+
+
+def needed(name: str) -> Iterator[str]:
+    """A distribution's name and those of what it needs, as far as they are installed."""
+    try:
+        requirements = importlib.metadata.distribution(name).requires or []
+    except importlib.metadata.PackageNotFoundError:
+        return
+    yield name
+    for line in requirements:
+        if "extra ==" not in line:
+            yield from needed(re.match(r"[\w.-]+", line)[0])  # type: ignore[index]
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    path = tmp_path / "net_g_latest.pth"
+    torch.save({"params": small_net(2, embed_dim=8, depths=(1,)).float().state_dict()}, path)
+    return path
+
+
+def run(*command: object, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    words = [str(word) for word in command]
+    return subprocess.run(words, cwd=cwd, env={**kept, **variables}, capture_output=True, text=True)
+
+
+def succeeds(*command: object, cwd: Path, **variables: str) -> str:
+    done = run(*command, cwd=cwd, **variables)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_wheel_holds_the_network_the_tools_and_nothing_else(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+        (metadata,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
+        told = archive.read(metadata).decode()
+    tools = {path.relative_to(ROOT).as_posix() for path in (ROOT / "aethersr").rglob("*.py")}
+    assert names == {"aether_arch.py", "aether_quant.py", *tools}
+    for line in (f"Version: {aether_arch.__version__}", "Requires-Python: >=3.8", "License: MIT"):
+        assert line in told.splitlines()
+
+
+def test_beside_pytorch_alone_a_checkpoint_is_fused(bare: Path, checkpoint: Path) -> None:
+    words = ["--model_path", checkpoint.name, "--output_path", "out.pth"]
+    succeeds(bare / "aether-fuse", *words, cwd=checkpoint.parent)
+    code = "import aether_arch, aethersr; from aether_arch import aether_medium; print(aethersr.__version__)"
+    assert succeeds(bare / "python", "-c", code, cwd=checkpoint.parent).strip() == aether_arch.__version__
+    state = torch.load(checkpoint.parent / "out.pth", weights_only=True)
+    assert "head.weight" in state
+
+
+@pytest.mark.parametrize(
+    ("command", "package"),
+    [
+        ("aether-fuse --model_path {} --output_path out.safetensors", "safetensors"),
+        ("aether-fuse --model_path {} --output_path out.pth --onnx fp32", "onnx"),
+        ("aether-upscale --model {} --input picture.png --output out", "upscale"),
+        ("aether-evaluate {} --hr .", "upscale"),
+    ],
+)
+def test_beside_pytorch_alone_one_line_says_what_to_install(
+    command: str, package: str, bare: Path, checkpoint: Path
+) -> None:
+    Image.new("RGB", (9, 7)).save(checkpoint.parent / "picture.png")
+    program, *words = command.format(checkpoint).split()
+    before = sorted(checkpoint.parent.iterdir())
+    done = run(bare / program, *words, cwd=checkpoint.parent)
+    assert done.returncode == 2, done.stderr
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert re.search(rf"pip install (\S+ .*)?'?(aethersr\[)?{package}", done.stderr), done.stderr
+    assert sorted(checkpoint.parent.iterdir()) == before
+
+
+def test_with_the_extras_a_checkpoint_becomes_every_file_and_pictures_are_upscaled(
+    full: Path, checkpoint: Path
+) -> None:
+    folder = checkpoint.parent
+    Image.new("RGB", (9, 7), "orange").save(folder / "picture.png")
+    words = ["--model_path", checkpoint, "--output_path", "net.safetensors", "--onnx", "fp32"]
+    succeeds(full / "aether-fuse", *words, cwd=folder)
+    for model in ("net.safetensors", "net_fp32.onnx"):
+        output = folder / model.partition(".")[0]
+        succeeds(
+            full / "aether-upscale",
+            "--model",
+            model,
+            "--input",
+            "picture.png",
+            "--output",
+            output,
+            cwd=folder,
+        )
+        (picture,) = output.iterdir() if output.is_dir() else [output]
+        with Image.open(picture) as image:
+            assert image.size == (18, 14)
+
+
+def test_the_usage_that_was_first_published_runs_once_installed(full: Path, tmp_path: Path) -> None:
+    assert len(BLOCKS) == 5
+    output = succeeds(full / "python", "-c", "\n".join(BLOCKS), cwd=tmp_path, OMP_NUM_THREADS="1")
+    assert output.splitlines()[0] == "Output shape: torch.Size([1, 3, 512, 512])"
+    written = {path.name for path in tmp_path.iterdir()}
+    assert written == {
+        "aether_medium_x4_fused.pth",
+        *(f"aether_x4_{kind}.onnx" for kind in ("fp32", "fp16", "int8")),
+    }
+
+
+def test_it_runs_from_the_root_of_a_checkout_too(tmp_path: Path) -> None:
+    for name in ("archs", "aethersr"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    code = "\n".join(BLOCKS[:3] + ["from aether_arch import export_onnx", "model.fuse_model()"])
+    code += "\nexport_onnx(model, scale=4, precision='fp32')"
+    succeeds(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH="archs", OMP_NUM_THREADS="1")
+    assert (tmp_path / "aether_x4_fp32.onnx").is_file()
