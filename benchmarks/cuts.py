@@ -30,7 +30,8 @@ class Cuts:
         self.scale = self.pairs[0][1].shape[0] // self.pairs[0][0].shape[0]
 
     def batch(self, count: int, patch: int, random: np.random.Generator) -> Tuple[Tensor, Tensor]:
-        lows, highs = [], []
+        lows: List[Tensor] = []
+        highs: List[Tensor] = []
         for _ in range(count):
             low, high = self.pairs[random.integers(len(self.pairs))]
             y, x = (int(random.integers(side - patch + 1)) for side in low.shape[:2])

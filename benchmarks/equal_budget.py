@@ -68,7 +68,7 @@ class Run(NamedTuple):
 def parse_run(text: str, base: Optional[str] = None) -> Run:
     whole = base + text[len("base") :] if base and text.split(",")[0] == "base" else text
     network, *pairs = re.split(r",(?![^()]*\))", whole)  # not inside (2, 2)
-    training, options = dict(DEFAULTS), {}
+    training, options = dict(DEFAULTS), {}  # type: Dict[str, Any], Dict[str, Any]
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals:
@@ -117,7 +117,7 @@ def registered(name: str, checkout: Path) -> Callable[..., nn.Module]:
     from traiNNer.utils import registry
 
     found: Any = registry.SPANDREL_REGISTRY if name in registry.SPANDREL_REGISTRY else registry.ARCH_REGISTRY
-    return found.get(name)  # type: ignore[no-any-return]
+    return found.get(name)
 
 
 def freeze_statistics(net: nn.Module) -> None:
@@ -258,8 +258,9 @@ def main(argv: Optional[List[str]] = None) -> None:
     validation = Validation(args.validation, args.side, cuts.scale)
     wanted = f"{args.iterations} iterations" if args.iterations else f"{args.seconds:g} seconds"
     precision = "bfloat16" if args.bf16 else "float32"
-    title = f"x{cuts.scale}, {wanted} a run, {precision}, {len(cuts.pairs)} cuts; measured on {len(validation.truths)}"
-    title += f" pictures of {args.side} pixels a side, bicubic {validation.bicubic():.2f} dB"
+    title = f"x{cuts.scale}, {wanted} a run, {precision}, {len(cuts.pairs)} cuts; measured on "
+    title += f"{len(validation.truths)} pictures of {args.side} pixels a side, "
+    title += f"bicubic {validation.bicubic():.2f} dB"
     title += f"; base: {args.base}" if args.base else ""
     result: Dict[str, Any] = {"title": title, "rows": []}
     saved = args.output.with_name(args.output.name + ".json")
