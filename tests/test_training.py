@@ -1,51 +1,226 @@
-"""training/: what reads files of its user. The training itself is that of the framework's own tests."""
+"""training/train.py with a traiNNer-redux that only waits; the real one trains in test_frameworks.py."""
 
 from __future__ import annotations
 
-import subprocess
+import math
+import os
 import sys
+import time
 from pathlib import Path
+from typing import Any, Callable
 
+import pytest
 import torch
-from aether_arch import AetherNet
-from conftest import ROOT, randomize
-from PIL import Image
-from skimage import data as photographs
+import yaml
+from conftest import ROOT, small_net
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+sys.path.insert(0, str(ROOT / "training"))
+
+import train
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="pausing is done with signals")
+NAME = "2x_AetherNet_small_float"
+FAKE = """#!{python}
+import os, sys, time
+if "-c" in sys.argv:
+    sys.exit(1)  # no CUDA
+print("threads", os.environ["OMP_NUM_THREADS"], "nice", os.nice(0), sys.argv[1:], flush=True)
+time.sleep({seconds})
+sys.exit({code})
+"""
+LOG = "INFO: [epoch:   0, iter:   1,200, lr:(9.999e-04)] [performance: 1.583 it/s] l_g_total: 1.5796e-02 grad"
 
 
-def evaluate(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "training" / "evaluate.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    (tmp_path / "checkout" / "traiNNer" / "archs").mkdir(parents=True)
+    (tmp_path / "data" / "gt").mkdir(parents=True)
+    return tmp_path / "checkout"
 
 
-def test_evaluate_takes_every_nth_pair_of_a_folder(tmp_path: Path) -> None:
-    for sub, side in (("gt", 64), ("lq", 32)):
-        (tmp_path / sub).mkdir()
-        for number in range(3):
-            cut = Image.fromarray(photographs.astronaut()[number * 64 :][:64, 100:164])
-            cut.resize((side, side), Image.Resampling.BICUBIC).save(tmp_path / sub / f"{number}.png")
-    net = randomize(AetherNet(embed_dim=16, depths=(1, 1), scale=2)).eval()
-    torch.save(net.state_dict(), tmp_path / "net.pth")
-    done = evaluate(tmp_path / "net.pth", "--data", tmp_path, "--every", 2)
-    assert done.returncode == 0, done.stderr
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines()]
-    assert [row[0] for row in rows] == ["PSNR-Y, dB", "---", "0.png", "2.png", "mean"]
-    assert abs(float(rows[2][2]) + float(rows[3][2]) - 2 * float(rows[4][2])) < 0.002
-    assert 25 < float(rows[4][1]) < 45
+def python(checkout: Path, seconds: float = 60, code: int = 0) -> Path:
+    path = checkout / "python"
+    path.write_text(FAKE.format(python=sys.executable, seconds=seconds, code=code))
+    path.chmod(0o755)
+    return path
 
 
-def test_evaluate_says_what_is_missing(tmp_path: Path) -> None:
-    def refused(*arguments: object) -> str:
-        done = evaluate(*arguments)
-        assert done.returncode == 2
-        assert "Traceback" not in done.stderr
-        return done.stderr
+def command(checkout: Path, *arguments: object) -> int:
+    fake = checkout / "python"
+    base = [
+        "--traiNNer-redux",
+        checkout,
+        "--data",
+        checkout.parent / "data",
+        "--python",
+        fake,
+        "--kept",
+        checkout / "kept",
+    ]
+    return train.main([str(word) for word in (*base, *arguments)])
 
-    network = tmp_path / "net.pth"
-    assert f"no {network}" in refused(network)
-    network.write_bytes(b"no network")
-    assert f"no .png in {tmp_path / 'gt'}" in refused(network, "--data", tmp_path)
-    (tmp_path / "gt").mkdir()
-    Image.new("RGB", (64, 64)).save(tmp_path / "gt" / "a.png")
-    assert "lacks a.png (1 of 1" in refused(network, "--data", tmp_path)
-    assert str(network) in refused(network)
+
+def settings(checkout: Path, name: str = NAME) -> Any:
+    return yaml.safe_load((checkout / f"{name}.yml").read_text(encoding="utf-8"))
+
+
+def eventually(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def state_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at /proc")
+def test_it_starts_once_in_the_background_is_paused_goes_on_and_stops(checkout: Path, capsys: Any) -> None:
+    python(checkout)
+    assert command(checkout) == 0
+    assert "starts anew" in capsys.readouterr().out
+    pid = train.Training(checkout, NAME).pid()
+    assert pid is not None
+    try:
+        eventually(lambda: (checkout / f"{NAME}.log").read_text().startswith("threads 1 nice 19"))
+        assert command(checkout) == 0  # it runs already: says so, starts nothing
+        assert f"runs, pid {pid}" in capsys.readouterr().out
+        assert train.Training(checkout, NAME).pid() == pid
+        assert command(checkout, "--pause") == 0
+        eventually(lambda: state_of(pid) == "T")
+        assert command(checkout, "--resume") == 0
+        eventually(lambda: state_of(pid) == "S")
+    finally:
+        assert command(checkout, "--stop") == 0
+    eventually(lambda: train.Training(checkout, NAME).pid() is None)  # it is a zombie of this process
+    os.waitpid(pid, 0)
+    capsys.readouterr()
+    assert command(checkout, "--pause") == 2
+    assert "does not run" in capsys.readouterr().err
+
+
+def test_another_process_of_that_number_is_not_taken_for_the_training(checkout: Path, capsys: Any) -> None:
+    (checkout / f"{NAME}.pid").write_text(str(os.getpid()))
+    assert command(checkout, "--status") == 0
+    assert "does not run" in capsys.readouterr().out
+    assert command(checkout, "--stop") == 2
+
+
+def test_the_options_are_those_of_the_template_and_the_network_is_copied(checkout: Path) -> None:
+    python(checkout, seconds=0)
+    assert command(checkout, "--wait", "--iterations", 3000) == 0
+    template = yaml.safe_load(
+        (train.TEMPLATES / "AetherNet_small_x2_fidelity.yml").read_text(encoding="utf-8")
+    )
+    written = settings(checkout)
+    assert written["network_g"] == template["network_g"]
+    assert written["train"]["optim_g"] == template["train"]["optim_g"]
+    assert written["train"]["total_iter"] == written["train"]["scheduler"]["total_iters"] == 3000
+    assert written["datasets"]["train"]["dataroot_gt"] == [str(checkout.parent / "data" / "gt")]
+    assert written["datasets"]["train"]["lq_size"] == 32
+    assert written["num_gpu"] == 0
+    copied = checkout / "traiNNer" / "archs"
+    assert (copied / "aether_arch.py").read_bytes() == (ROOT / "archs" / "aether_arch.py").read_bytes()
+    assert not (copied / "aether_quant.py").exists()
+
+
+def test_quantisation_aware_training_starts_from_weights(checkout: Path, capsys: Any) -> None:
+    python(checkout, seconds=0)
+    assert command(checkout, "--stage", "qat") == 2
+    assert "--pretrained" in capsys.readouterr().err
+    weights = checkout / "float.safetensors"
+    assert command(checkout, "--stage", "qat_full", "--pretrained", weights, "--wait") == 0
+    written = settings(checkout, "2x_AetherNet_small_qat_full")
+    assert written["network_g"]["qat"] == "full"
+    assert written["path"]["pretrain_network_g"] == str(weights)
+    assert (checkout / "traiNNer" / "archs" / "aether_quant.py").exists()
+
+
+def test_a_training_with_a_state_goes_on_as_it_began(checkout: Path, capsys: Any) -> None:
+    python(checkout, seconds=0)
+    assert command(checkout, "--wait", "--iterations", 3000) == 0
+    states = checkout / "experiments" / NAME / "training_states"
+    states.mkdir(parents=True)
+    (states / "500.state").write_bytes(b"")
+    (checkout / "kept").write_bytes(b"not looked at")
+    capsys.readouterr()
+    before = settings(checkout)
+    assert command(checkout, "--wait", "--iterations", 7) == 0
+    assert "goes on from its newest state" in capsys.readouterr().out
+    assert settings(checkout) == before
+    assert "--auto_resume" in (checkout / f"{NAME}.log").read_text().splitlines()[-1]
+
+
+def test_without_a_state_it_goes_on_from_kept_weights_at_the_rate_where_it_was(
+    checkout: Path, capsys: Any
+) -> None:
+    python(checkout, seconds=0)
+    save_file({"x": torch.zeros(1)}, checkout / "kept", {"iterations": "2000"})
+    assert command(checkout, "--wait", "--iterations", 3000) == 0
+    assert "(2000 iterations)" in capsys.readouterr().out
+    written = settings(checkout)
+    template = yaml.safe_load(
+        (train.TEMPLATES / "AetherNet_small_x2_fidelity.yml").read_text(encoding="utf-8")
+    )
+    rate, lowest = template["train"]["optim_g"]["lr"], template["train"]["scheduler"]["eta_min_ratio"]
+    now = rate * (lowest + (1 - lowest) * (1 + math.cos(math.pi * 2 / 3)) / 2)
+    assert written["path"]["pretrain_network_g"] == str(checkout / "kept")
+    assert written["train"]["optim_g"]["lr"] == pytest.approx(now)
+    assert written["train"]["total_iter"] == written["train"]["scheduler"]["total_iters"] == 1000
+    assert written["train"]["scheduler"]["eta_min_ratio"] * now == pytest.approx(lowest * rate)
+    assert written["train"]["scheduler"]["warmup_iters"] == 100
+
+
+def test_kept_weights_are_the_newest_average_and_count_what_came_before(checkout: Path, capsys: Any) -> None:
+    python(checkout, seconds=0)
+    save_file({"x": torch.zeros(1)}, checkout / "before.safetensors", {"iterations": "2000"})
+    base = ["--kept", checkout / "before.safetensors"]
+    assert command(checkout, *base, "--wait") == 0
+    assert command(checkout, "--keep") == 2
+    assert "train first" in capsys.readouterr().err
+    models = checkout / "experiments" / NAME / "models"
+    models.mkdir(parents=True)
+    states = {number: small_net(2).float().state_dict() for number in (500, 1500)}
+    states[1500]["conv_last.bias"] += 0.25
+    for number, state in states.items():
+        save_file(state, models / f"net_g_ema_{number}.safetensors")
+    assert command(checkout, "--keep") == 0
+    with safe_open(str(checkout / "kept"), "pt") as file:
+        assert file.metadata() == {"format": "pt", "form": "training", "iterations": "3500"}
+    kept = load_file(checkout / "kept")
+    assert set(kept) == set(states[1500])
+    assert all(torch.equal(value, states[1500][name].half()) for name, value in kept.items())
+    states[1500]["conv_last.bias"] += 1e6
+    save_file(states[1500], models / "net_g_ema_2000.safetensors")
+    before = (checkout / "kept").read_bytes()
+    assert command(checkout, "--keep") == 2
+    assert "not finite" in capsys.readouterr().err
+    assert (checkout / "kept").read_bytes() == before
+
+
+def test_the_status_shows_the_last_line_of_the_log(checkout: Path, capsys: Any) -> None:
+    folder = checkout / "experiments" / NAME
+    folder.mkdir(parents=True)
+    (folder / "train_a.log").write_text(LOG.replace("1,200", "1,100") + f"\n# psnr: 31.25 Best\n{LOG}\n")
+    assert command(checkout, "--status") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1:] == [
+        "iteration 1,200, loss 0.01580, 1.583 iterations a second",
+        "PSNR of the last validation: 31.25 dB",
+    ]
+
+
+def test_what_is_missing_is_said_in_one_line(checkout: Path, capsys: Any) -> None:
+    python(checkout, seconds=0, code=3)
+    for arguments, part in (
+        (["--traiNNer-redux", checkout / "none"], "is no checkout of traiNNer-redux"),
+        (["--data", checkout], "prepare_pictures.py"),
+        (["--wait"], f"ended with 3; the reason is in {checkout / NAME}.log"),
+    ):
+        assert command(checkout, *arguments) == 2
+        error = capsys.readouterr().err
+        assert part in error
+        assert error.count("\n") == 1

@@ -1,80 +1,267 @@
-"""Train the released weights in traiNNer-redux, from the template in options/, with one command; again to go on where it stopped.
+"""Start or continue the training of the released weights in traiNNer-redux, in the background.
 
-    python training/train.py --traiNNer-redux CHECKOUT --data FOLDER [--iterations N] [--stage float|qat|qat_full]
+    python training/train.py --traiNNer-redux CHECKOUT --data FOLDER   # start, continue, or see how far it is
+    python training/train.py --traiNNer-redux CHECKOUT --pause         # and --resume, --stop
+    python training/train.py --traiNNer-redux CHECKOUT --keep          # newest averaged weights to weights/
 
-FOLDER is what training/prepare_pictures.py wrote. The options are those of the template of that stage with the changes listed in
-CHANGES; both end up in CHECKOUT/experiments/NAME. archs/aether_arch.py is copied into the checkout. Without CUDA traiNNer-redux is
-started through tests/launchers/trainner_redux_cpu.py, which is all that a CPU needs (bfloat16 autocast pays on CPUs with AVX512-BF16 or AMX).
+FOLDER is what training/prepare_pictures.py wrote. AETHER_TRAINNER_REDUX, AETHER_TRAINING_DATA and
+AETHER_TRAINING_PYTHON stand in for ``--traiNNer-redux``, ``--data`` and ``--python``, as ``make train``
+needs them.
+
+The options are those of the template in options/ with CHANGES. A training goes on from its newest state;
+where there is none, from the weights that ``--keep`` wrote, with a short warm-up and the learning rate of
+that iteration; without those it starts anew. It runs in one thread at the lowest priority. In CHECKOUT lie
+NAME.yml, NAME.log, NAME.pid and experiments/NAME. Without CUDA traiNNer-redux is started through
+tests/launchers/trainner_redux_cpu.py, which is all that a CPU needs.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import math
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
-from typing import Any, Dict
-
-import yaml
+from typing import Any, Dict, List, Optional, Tuple
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "archs")]
+
+import torch  # noqa: E402
+import yaml  # noqa: E402
+from safetensors import safe_open  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+
+from aethersr.checkpoint import read_checkpoint  # noqa: E402
+from aethersr.commands import exit_code  # noqa: E402
+from aethersr.errors import UserError  # noqa: E402
+
 TEMPLATES = ROOT / "options" / "traiNNer-redux" / "train" / "AetherNet"
-# What a release trained on two CPU cores for some hours needs different from two days on a card.
-CHANGES: Dict[str, Any] = {
-    "lq_size": 32,
-    "batch_size_per_gpu": 8,
-}
-CPU: Dict[str, Any] = {"num_gpu": 0, "amp_bf16": True}  # fast on CPUs with AVX512-BF16 or AMX; fp16 is fast on none
+KEPT = ROOT / "weights" / "2x_AetherNet_small_training_fp16.safetensors"
+# What one CPU core needs different from a card.
+CHANGES: Dict[str, Any] = {"lq_size": 32, "batch_size_per_gpu": 8, "num_worker_per_gpu": 1}
+CPU: Dict[str, Any] = {"num_gpu": 0, "amp_bf16": True}  # fast with AVX512-BF16 or AMX; fp16 is fast on no CPU
+STAGES = {"float": "fidelity", "qat": "qat", "qat_full": "qat"}
+WARMUP = 200  # iterations
 
 
-def schedule(iterations: int, scheduler: Dict[str, Any]) -> Dict[str, Any]:
-    """The template's schedule, shortened."""
-    return {"total_iter": iterations, "scheduler": {**scheduler, "total_iters": iterations, "warmup_iters": iterations // 50}}
+class Training:
+    """A training of a checkout by its name, and the files that belong to it."""
+
+    def __init__(self, checkout: Path, name: str) -> None:
+        self.checkout, self.name = checkout, name
+        self.options, self.log, self.pid_file = (checkout / f"{name}.{end}" for end in ("yml", "log", "pid"))
+        self.folder = checkout / "experiments" / name
+
+    def pid(self) -> Optional[int]:
+        """Of the running training; None: none runs."""
+        try:
+            pid = int(self.pid_file.read_text(encoding="utf-8"))
+            os.kill(pid, 0)
+        except (OSError, ValueError):
+            return None
+        command = Path(f"/proc/{pid}/cmdline")
+        if command.parents[1].joinpath("self").exists():  # else the number must do
+            with contextlib.suppress(OSError):
+                for _ in range(20):  # it is empty while a program starts, and once it has ended
+                    if command.read_bytes():
+                        return pid if self.options.name.encode() in command.read_bytes() else None
+                    time.sleep(0.01)
+            return None
+        return pid
+
+    def signal(self, number: int) -> None:
+        """To the training and its data workers."""
+        pid = self.pid()
+        if pid is None:
+            raise UserError(f"{self.name} does not run ({self.pid_file}); start it without this option.")
+        os.killpg(pid, number)
+
+    def newest(self, pattern: str) -> Optional[Tuple[int, Path]]:
+        """Iteration and path of the newest of the numbered files that match."""
+        found = [(int(re.findall(r"\d+", path.stem)[-1]), path) for path in self.folder.glob(pattern)]
+        return max(found) if found else None
+
+    def status(self) -> str:
+        """Whether it runs, and the last iteration, loss and PSNR of its log."""
+        pid = self.pid()
+        lines = [f"{self.name}: {'runs, pid ' + str(pid) if pid else 'does not run'}"]
+        text = "".join(path.read_text(encoding="utf-8") for path in sorted(self.folder.glob("train_*.log")))
+        steps = re.findall(r"iter:\s*([\d,]+),.*?([\d.]+) it/s.*?l_g_total: (\S+)", text)
+        if steps:
+            iteration, speed, loss = steps[-1]
+            lines.append(f"iteration {iteration}, loss {float(loss):.5f}, {speed} iterations a second")
+        measured = re.findall(r"psnr: ([\d.]+)", text)
+        if measured:
+            lines.append(f"PSNR of the last validation: {measured[-1]} dB")
+        weights = self.newest("models/net_g_ema_*.safetensors")
+        if weights:
+            lines.append(f"newest averaged weights: {weights[1]}")
+        return "\n".join(lines)
 
 
-def options(stage: str, data: Path, iterations: int, pretrained: Path | None) -> Dict[str, Any]:
-    suffix = "fidelity" if stage == "float" else "qat"
-    result = yaml.safe_load((TEMPLATES / f"AetherNet_small_x2_{suffix}.yml").read_text(encoding="utf-8"))
-    result["name"] = f"2x_AetherNet_small_wallpapers_{stage}"
+def options(stage: str, data: Path, iterations: int) -> Dict[str, Any]:
+    path = TEMPLATES / f"AetherNet_small_x2_{STAGES[stage]}.yml"
+    result: Dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    folders = {"dataroot_gt": [str(data / "gt")], "dataroot_lq": [str(data / "lq")]}
+    result["datasets"]["train"].update(CHANGES, **folders)
     result["manual_seed"] = 0
-    result["datasets"]["train"].update(CHANGES, dataroot_gt=[str(data / "gt")], dataroot_lq=[str(data / "lq")], num_worker_per_gpu=1)
-    if CHANGES["batch_size_per_gpu"] <= 8 and stage == "float":
-        result["network_g"]["batch_renorm"] = True
     if stage != "float":
         result["network_g"]["qat"] = "full" if stage == "qat_full" else True
-    if pretrained:
-        result["path"]["pretrain_network_g"] = str(pretrained)
-    result["train"].update(schedule(iterations, result["train"]["scheduler"]))
-    result["logger"].update(save_checkpoint_freq=max(1, iterations // 20), use_tb_logger=False)
+    schedule = {"total_iters": iterations, "warmup_iters": min(WARMUP, iterations // 10)}
+    result["train"]["scheduler"].update(schedule)
+    result["train"]["total_iter"] = iterations
+    result["logger"].update(save_checkpoint_freq=max(1, min(500, iterations // 10)), use_tb_logger=False)
     return result
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--traiNNer-redux", dest="checkout", type=Path, required=True, help="a checkout of traiNNer-redux")
-    parser.add_argument("--python", default=sys.executable, help="the Python that has what traiNNer-redux needs (default: this one)")
-    parser.add_argument("--data", type=Path, required=True, help="folder that training/prepare_pictures.py wrote")
-    parser.add_argument("--stage", choices=("float", "qat", "qat_full"), default="float")
-    parser.add_argument("--iterations", type=int, default=10000)
-    parser.add_argument("--pretrained", type=Path, help="weights to start from; the qat stage needs them")
-    args = parser.parse_args()
-    if not (args.data / "gt").is_dir():
-        parser.error(f"there is no {args.data / 'gt'}; training/prepare_pictures.py writes it")
+def go_on_from(weights: Path, done: int, settings: Dict[str, Any]) -> None:
+    """Let a training that has lost its optimizer go on: the rest of its iterations, from the rate it had."""
+    train = settings["train"]
+    schedule, rate = train["scheduler"], train["optim_g"]["lr"]
+    total, lowest = train["total_iter"], schedule["eta_min_ratio"]
+    now = lowest + (1 - lowest) * (1 + math.cos(math.pi * min(1.0, done / total))) / 2
+    rest = max(total - done, total // 100, 1)
+    schedule.update(total_iters=rest, warmup_iters=min(WARMUP, rest // 10), eta_min_ratio=lowest / now)
+    train["optim_g"]["lr"] = rate * now
+    train["total_iter"] = rest
+    settings["path"]["pretrain_network_g"] = str(weights)
+
+
+def done_before(weights: Path) -> int:
+    """Iterations of kept weights."""
+    with safe_open(str(weights), "pt") as file:
+        return int((file.metadata() or {}).get("iterations", 0))
+
+
+def keep(training: Training, target: Path) -> None:
+    """Write the newest averaged weights in half precision, training form, with the count of iterations."""
+    newest = training.newest("models/net_g_ema_*.safetensors")
+    if newest is None:
+        raise UserError(f"{training.folder / 'models'} holds no net_g_ema_*.safetensors; train first.")
+    iteration, path = newest
+    start = yaml.safe_load(training.options.read_text(encoding="utf-8"))["path"].get("pretrain_network_g")
+    before = done_before(Path(start)) if start and Path(start).suffix == ".safetensors" else 0
+    state = {name: value.half().contiguous() for name, value in read_checkpoint(path).state.items()}
+    broken = [name for name, value in state.items() if not torch.isfinite(value).all()]
+    if broken:
+        raise UserError(f"{path}: {broken[0]} is not finite in half precision; nothing was written.")
+    part = target.with_name(f"{target.name}.part")
+    save_file(state, str(part), {"format": "pt", "form": "training", "iterations": str(before + iteration)})
+    os.replace(part, target)
+    print(f"Wrote {target}: {before + iteration} iterations")
+
+
+def start(training: Training, args: argparse.Namespace) -> None:
+    if args.data is None or not (args.data / "gt").is_dir():
+        where = args.data and args.data / "gt"
+        raise UserError(f"there is no {where}; training/prepare_pictures.py writes it (--data).")
     if args.stage != "float" and not args.pretrained:
-        parser.error("--stage qat and qat_full need --pretrained: the float training's net_g_ema_latest.safetensors")
-    shutil.copy(ROOT / "archs" / "aether_arch.py", args.checkout / "traiNNer" / "archs")
-    result = options(args.stage, args.data.resolve(), args.iterations, args.pretrained and args.pretrained.resolve())
-    path = args.checkout / f"{result['name']}.yml"
-    path.write_text(yaml.safe_dump(result, sort_keys=False), encoding="utf-8")
-    cuda = subprocess.run([args.python, "-c", "import torch; raise SystemExit(not torch.cuda.is_available())"], check=False).returncode == 0
-    script = ["train.py"] if cuda else [str(ROOT / "tests" / "launchers" / "trainner_redux_cpu.py"), "train"]
-    if not cuda:
-        path.write_text(yaml.safe_dump({**result, **CPU}, sort_keys=False), encoding="utf-8")
-    os.chdir(args.checkout)
-    raise SystemExit(subprocess.run([args.python, *script, "--auto_resume", "-opt", path.name], check=False).returncode)
+        raise UserError(
+            f"--stage {args.stage} needs float weights to start from; pass them with --pretrained."
+        )
+    settings = {**options(args.stage, args.data.resolve(), args.iterations), "name": training.name}
+    kept = args.kept if args.stage == "float" and not args.pretrained else None
+    if training.newest("training_states/*.state"):
+        begins = "goes on from its newest state"
+        if training.options.is_file():  # as it began
+            settings = yaml.safe_load(training.options.read_text(encoding="utf-8"))
+    elif args.pretrained:
+        begins = f"starts from {args.pretrained}"
+        settings["path"]["pretrain_network_g"] = str(args.pretrained.resolve())
+    elif kept and kept.is_file():
+        done = done_before(kept)
+        begins = f"goes on from {kept} ({done} iterations), with a warm-up"
+        go_on_from(kept.resolve(), done, settings)
+    else:
+        begins = "starts anew"
+    cuda = subprocess.run(
+        [args.python, "-c", "import torch; raise SystemExit(not torch.cuda.is_available())"], check=False
+    )
+    launcher = ["train.py"]
+    if cuda.returncode:
+        settings.update(CPU)
+        launcher = [str(ROOT / "tests" / "launchers" / "trainner_redux_cpu.py"), "train"]
+    for name in ("aether_arch.py", "aether_quant.py") if args.stage != "float" else ("aether_arch.py",):
+        shutil.copy(ROOT / "archs" / name, training.checkout / "traiNNer" / "archs")
+    training.options.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+    command = [args.python, *launcher, "--auto_resume", "-opt", training.options.name]
+    threads = {name: str(args.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    with open(training.log, "ab") as log:
+        process = subprocess.Popen(
+            command,
+            cwd=training.checkout,
+            env={**os.environ, **threads},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            preexec_fn=None if os.name == "nt" else lambda: os.nice(19),
+        )
+    training.pid_file.write_text(str(process.pid), encoding="utf-8")
+    print(f"{training.name} {begins}; pid {process.pid}, log {training.log}", flush=True)
+    if args.wait and process.wait():
+        raise UserError(f"{training.name} ended with {process.returncode}; the reason is in {training.log}.")
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.checkout is None or not (args.checkout / "traiNNer" / "archs").is_dir():
+        raise UserError(f"{args.checkout} is no checkout of traiNNer-redux; pass one (--traiNNer-redux).")
+    training = Training(args.checkout.resolve(), args.name or f"2x_AetherNet_small_{args.stage}")
+    signals = {"pause": "SIGSTOP", "resume": "SIGCONT", "stop": "SIGTERM"}
+    for action, number in signals.items():
+        if getattr(args, action):
+            training.signal(getattr(signal, number))
+    if args.keep:
+        keep(training, args.kept)
+    elif not any(getattr(args, action) for action in signals) and training.pid() is None and not args.status:
+        start(training, args)
+    else:
+        print(training.status())
+
+
+def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
+    def from_environment(name: str) -> Optional[Path]:
+        return Path(os.environ[name]) if os.environ.get(name) else None
+
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    checkout, data = (from_environment(name) for name in ("AETHER_TRAINNER_REDUX", "AETHER_TRAINING_DATA"))
+    parser.add_argument("--traiNNer-redux", dest="checkout", type=Path, default=checkout, metavar="CHECKOUT")
+    parser.add_argument(
+        "--data", type=Path, default=data, metavar="FOLDER", help="pairs in FOLDER/gt and /lq"
+    )
+    python = os.environ.get("AETHER_TRAINING_PYTHON") or sys.executable
+    parser.add_argument("--python", default=python, help="that has what traiNNer-redux needs (default: this)")
+    parser.add_argument("--name", help="of the training (default: 2x_AetherNet_small_STAGE)")
+    parser.add_argument("--stage", choices=tuple(STAGES), default="float")
+    parser.add_argument("--iterations", type=int, default=100000)
+    parser.add_argument("--pretrained", type=Path, help="weights to start from; the qat stages need them")
+    parser.add_argument(
+        "--kept", type=Path, default=KEPT, help="weights that --keep writes (default: %(default)s)"
+    )
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--wait", action="store_true", help="return when the training ends")
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument("--status", action="store_true", help="say where it stands, start nothing")
+    action.add_argument("--pause", action="store_true", help="stop computing, as for a measurement")
+    action.add_argument("--resume", action="store_true", help="go on after --pause")
+    action.add_argument(
+        "--stop", action="store_true", help="end it; the next start goes on from the newest state"
+    )
+    action.add_argument("--keep", action="store_true", help="write the newest averaged weights to --kept")
+    return parser.parse_args(argv)
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    args = parse_args(argv)
+    return exit_code("train.py", lambda: run(args), "the training itself goes on.")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
