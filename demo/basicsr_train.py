@@ -1,10 +1,12 @@
-"""Train an AetherNet with BasicSR as pip installed it: nothing is copied into BasicSR and nothing in it is changed.
+"""Train an AetherNet with BasicSR as pip installed it, without changing anything in BasicSR.
 
-    python demo/basicsr_train.py [--root DIR] -opt options/basicsr/X.yml [BasicSR's own flags, such as --force_yml or --launcher pytorch]
+Usage:
+    python demo/basicsr_train.py [--root DIR] -opt options/basicsr/X.yml [BasicSR's own flags]
 
-Registers archs/aether_arch.py in BasicSR and runs BasicSR's own train_pipeline. ``--root`` (default: the current folder) is the folder
-for experiments/ and the one that relative paths in the options file start from. For BasicSR 1.4.2 and the kept-up fork
-animesisr-basicsr; from a checkout of BasicSR it is as good to copy archs/aether_arch.py into basicsr/archs/ and use its own train.py.
+Registers archs/aether_arch.py in BasicSR and runs BasicSR's own train_pipeline. ``--root`` (default: the
+current folder) is where experiments/ goes and where relative paths in the options file start. Works with
+BasicSR 1.4.2 and animesisr-basicsr. In a checkout of BasicSR you can also copy archs/aether_arch.py into
+basicsr/archs/ and use BasicSR's train.py.
 """
 
 from __future__ import annotations
@@ -18,16 +20,15 @@ import types
 from pathlib import Path
 from typing import List, Optional
 
-ARCH_FILE = Path(__file__).resolve().parents[1] / "archs" / "aether_arch.py"
-MODULE = "basicsr.archs.aether_arch"
+ROOT = Path(__file__).resolve().parents[1]
 _declared: list = []  # a torch.library.Library takes its operators away when it is collected
 
 
 def import_torchvision() -> types.ModuleType:
-    """Import torchvision, a build for CUDA beside a PyTorch for CPU too.
+    """Import torchvision, even a build for CUDA beside a PyTorch for CPU.
 
-    That build's operators don't load then, and the import stops at the first one missing. BasicSR needs none of them to train, so
-    declaring their names is enough.
+    The operators of such a build don't load, and the import stops at the first one that is missing. BasicSR
+    trains without them, so declaring their names is enough.
     """
     try:
         return importlib.import_module("torchvision")
@@ -46,21 +47,17 @@ def import_torchvision() -> types.ModuleType:
 
 
 def register_aether() -> types.ModuleType:
-    """Import BasicSR with the AetherNet variants in its registry and return the module that registered them."""
+    """Import BasicSR with AetherNet in its registry, and return the module that registered it."""
     import_torchvision()
-    functional_tensor = "torchvision.transforms.functional_tensor"  # BasicSR 1.4.2 imports it; torchvision 0.17 dropped it
-    if functional_tensor not in sys.modules and importlib.util.find_spec(functional_tensor) is None:
-        shim = types.ModuleType(functional_tensor)
-        shim.rgb_to_grayscale = importlib.import_module("torchvision.transforms.functional").rgb_to_grayscale  # type: ignore[attr-defined]
-        sys.modules[shim.__name__] = shim
-    importlib.import_module("basicsr.archs")
-    if MODULE not in sys.modules:  # else somebody copied the file into basicsr/archs, and importing that folder registered it
-        spec = importlib.util.spec_from_file_location(MODULE, ARCH_FILE)
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[MODULE] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[MODULE])
-    return sys.modules[MODULE]
+    name = "torchvision.transforms.functional_tensor"  # BasicSR 1.4.2 imports it; torchvision 0.17 dropped it
+    if name not in sys.modules and importlib.util.find_spec(name) is None:
+        functional = importlib.import_module("torchvision.transforms.functional")
+        sys.modules[name] = shim = types.ModuleType(name)
+        shim.rgb_to_grayscale = functional.rgb_to_grayscale  # type: ignore[attr-defined]
+    package = importlib.import_module("basicsr.archs")
+    if str(ROOT / "archs") not in package.__path__:  # looked at last: a copy inside BasicSR comes first
+        package.__path__.append(str(ROOT / "archs"))
+    return importlib.import_module("basicsr.archs.aether_arch")
 
 
 def main(argv: Optional[List[str]] = None) -> None:
@@ -74,6 +71,8 @@ def main(argv: Optional[List[str]] = None) -> None:
     if importlib.util.find_spec("basicsr") is None:
         parser.error("BasicSR is not installed; see requirements-basicsr.txt")
     register_aether()
+    sys.path.append(str(ROOT / "training"))
+    importlib.import_module("cpu_speed").speed_up_on_cpu()
     os.makedirs(args.root, exist_ok=True)
     os.chdir(args.root)
     sys.argv = [sys.argv[0], "-opt", options, *flags]  # where BasicSR looks for its arguments

@@ -1,15 +1,16 @@
-"""The whole way of an AetherNet in one run: train, fuse, export, upscale, compare.
+"""From photographs to a finished network in one run: train, fuse, export, upscale, compare.
 
+Usage:
     python demo/demo.py [--output DIR] [--quick]
 
-1. cuts a small data set from photographs that scikit-image ships (one stays out of it, for the comparison),
-2. trains aether_small x2 with BasicSR from options/basicsr/demo_aether_small_x2.yml, on a GPU where there is one,
-3. fuses the checkpoint with fuse_aether.py and exports it to ONNX,
-4. upscales the photograph that was held out and compares with it: bicubic, the network unfused, fused, and in ONNX Runtime,
+1. cuts a small data set out of photographs that scikit-image ships, all but one;
+2. trains aether_small x2 with BasicSR and options/basicsr/demo_aether_small_x2.yml, on a GPU if there is one;
+3. fuses the checkpoint with fuse_aether.py and exports it to ONNX;
+4. upscales the photograph that was kept back: bicubic, network unfused, fused and in ONNX Runtime;
 5. writes comparison.png.
 
-Exit code 1: the three networks disagree, or bicubic is better. Every low-resolution image here is Pillow's bicubic reduction of the
-whole photograph, cut afterwards, so that no cut has a border of its own.
+Exit code 1: the three networks disagree, or bicubic is better. Low-resolution pictures are Pillow's bicubic
+reductions of whole photographs, cut afterwards, so that no cut has a border of its own.
 """
 
 from __future__ import annotations
@@ -27,22 +28,29 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from skimage import data
-from skimage.color import rgb2ycbcr
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "archs"))
+sys.path[:0] = [str(ROOT), str(ROOT / "archs")]
 
-from aether_arch import AetherBase, aether_from_state_dict, export_onnx  # noqa: E402
+from aether_arch import AetherBase  # noqa: E402
+
+from aethersr.checkpoint import read_checkpoint  # noqa: E402
+from aethersr.identify import aether_from_state_dict  # noqa: E402
+from aethersr.onnx import export_onnx  # noqa: E402
+from aethersr.quality import quality  # noqa: E402
+from aethersr.timing import interleaved  # noqa: E402
 
 SCALE = 2
 OPTIONS = ROOT / "options" / "basicsr" / "demo_aether_small_x2.yml"
 EXPERIMENT = "demo_aether_small_x2"
 MARKER = ".aether_demo"  # only a folder that holds it is ever emptied
 HELD_OUT = "astronaut"
-# In the package itself, so nothing is downloaded, and free to use: CC0, public domain or no known restrictions.
-TRAINING = ("chelsea", "coffee", "rocket", "immunohistochemistry", "hubble_deep_field", "camera", "coins", "brick", "grass", "gravel")
-AGREEMENT = 0.01  # dB between the three networks: more than float rounding can do to an 8-bit image, less than any eye could see
+# Part of the package, so nothing is downloaded. All are CC0, public domain or without known restrictions.
+TRAINING = (
+    *("chelsea", "coffee", "rocket", "immunohistochemistry", "hubble_deep_field"),
+    *("camera", "coins", "brick", "grass", "gravel"),
+)
+AGREEMENT = 0.01  # dB between the networks: more than rounding can do, less than an eye could see
 CROPS = ((200, 60), (300, 330), (125, 340))  # left and top of the details shown: face, helmet, badge
 CROP_SIZE = 96
 
@@ -66,7 +74,10 @@ def reduced(image: Image.Image) -> Image.Image:
 
 
 def prepare_data(folder: Path, names: Sequence[str] = TRAINING, size: int = 96) -> int:
-    """Write pairs of cuts to ``folder``/gt and ``folder``/lq and return how many; flat ones (sky, black borders) teach nothing and stay out."""
+    """Write pairs of cuts to ``folder``/gt and ``folder``/lq and return how many.
+
+    Flat ones, such as sky and black borders, teach nothing and stay out.
+    """
     for sub in ("gt", "lq"):
         (folder / sub).mkdir(parents=True)
     count = 0
@@ -86,11 +97,19 @@ def prepare_data(folder: Path, names: Sequence[str] = TRAINING, size: int = 96) 
 
 
 def run(command: Sequence[str], show: Callable[[str], bool] = lambda line: True) -> None:
-    """Run a Python script of this repository, printing the lines that ``show`` picks; all of the last ones and exit if it fails."""
+    """Run a Python script of this repository and print the lines that ``show`` picks.
+
+    If it fails, print its last lines and exit.
+    """
     process = subprocess.Popen(
-        [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8", errors="replace",
+        [sys.executable, *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
         env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"},
-    )  # fmt: skip
+    )
     lines: List[str] = []
     assert process.stdout is not None
     for line in process.stdout:
@@ -98,7 +117,9 @@ def run(command: Sequence[str], show: Callable[[str], bool] = lambda line: True)
         if show(line):
             print("  " + line.rstrip(), flush=True)
     if process.wait():
-        sys.exit("".join(lines[-30:]) + f"demo: {Path(command[0]).name} failed with exit code {process.returncode}")
+        sys.exit(
+            "".join(lines[-30:]) + f"demo: {Path(command[0]).name} failed with exit code {process.returncode}"
+        )
 
 
 def train(root: Path, iterations: Optional[int]) -> Path:
@@ -108,7 +129,10 @@ def train(root: Path, iterations: Optional[int]) -> Path:
         values.update({"train:total_iter": iterations, "logger:print_freq": 1})
     flags = ["--force_yml", *(f"{name}={value}" for name, value in values.items())]
     # BasicSR also prints every layer of the network; all of it is in its log file.
-    run([str(ROOT / "demo" / "basicsr_train.py"), "--root", str(root), "-opt", str(OPTIONS), *flags], show=lambda line: "[epoch:" in line)
+    run(
+        [str(ROOT / "demo" / "basicsr_train.py"), "--root", str(root), "-opt", str(OPTIONS), *flags],
+        show=lambda line: "[epoch:" in line,
+    )
     checkpoint = root / "experiments" / EXPERIMENT / "models" / "net_g_latest.pth"
     if not checkpoint.is_file():
         sys.exit(f"demo: BasicSR ended without {checkpoint}")
@@ -116,8 +140,7 @@ def train(root: Path, iterations: Optional[int]) -> Path:
 
 
 def load(path: Path) -> AetherBase:
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    return aether_from_state_dict(state.get("params_ema", state))
+    return aether_from_state_dict(read_checkpoint(path).state)
 
 
 def to_array(image: Image.Image) -> np.ndarray:
@@ -129,24 +152,8 @@ def to_image(array: np.ndarray) -> Image.Image:
     return Image.fromarray((array[0].transpose(1, 2, 0).clip(0, 1) * 255).round().astype(np.uint8))
 
 
-def quality(image: Image.Image, truth: Image.Image) -> Tuple[float, float]:
-    """PSNR in dB and SSIM on the luma of the 8-bit images, without a border of ``SCALE`` pixels, as papers give them."""
-    one, two = (rgb2ycbcr(np.asarray(each))[SCALE:-SCALE, SCALE:-SCALE, 0] for each in (image, truth))
-    ssim = structural_similarity(one, two, data_range=255, gaussian_weights=True, sigma=1.5, use_sample_covariance=False)
-    return float(peak_signal_noise_ratio(two, one, data_range=255)), float(ssim)
-
-
-def measure(name: str, upscale: Callable[[], Image.Image], truth: Image.Image, runs: int = 3) -> Result:
-    """Quality and the median time of an upscaler, after one run that warms it up."""
-    image, times = upscale(), []
-    for _ in range(runs):
-        start = time.perf_counter()
-        upscale()
-        times.append(time.perf_counter() - start)
-    return Result(name, image, *quality(image, truth), 1000 * sorted(times)[runs // 2])
-
-
 def compare(unfused: AetherBase, fused: AetherBase, onnx_path: Path, truth: Image.Image) -> List[Result]:
+    """Picture, quality and median time of each way to upscale ``truth`` from its reduction."""
     import onnxruntime
 
     lq = reduced(truth)
@@ -160,17 +167,27 @@ def compare(unfused: AetherBase, fused: AetherBase, onnx_path: Path, truth: Imag
 
         return upscale
 
-    return [
-        measure("bicubic", lambda: lq.resize(truth.size, Image.Resampling.BICUBIC), truth),
-        measure("AetherNet unfused", torch_upscaler(unfused), truth),
-        measure("AetherNet fused", torch_upscaler(fused), truth),
-        measure("AetherNet ONNX fp32", lambda: to_image(np.asarray(session.run(["output"], {"input": array})[0])), truth),
-    ]
+    ways: Dict[str, Callable[[], Image.Image]] = {
+        "bicubic": lambda: lq.resize(truth.size, Image.Resampling.BICUBIC),
+        "AetherNet unfused": torch_upscaler(unfused),
+        "AetherNet fused": torch_upscaler(fused),
+        "AetherNet ONNX fp32": lambda: to_image(session.run(["output"], {"input": array})[0]),
+    }
+    times = interleaved(ways, rounds=3)
+    results = []
+    for name, upscale in ways.items():
+        image = upscale()
+        psnr, ssim = quality(np.asarray(truth), np.asarray(image), SCALE)
+        results.append(Result(name, image, psnr, ssim, times.median(name)))
+    return results
 
 
 def table(results: Sequence[Result]) -> str:
     rows = [f"{'':<20} {'PSNR-Y dB':>10} {'SSIM':>8} {'ms (CPU)':>9}"]
-    rows += [f"{result.name:<20} {result.psnr:>10.3f} {result.ssim:>8.4f} {result.milliseconds:>9.0f}" for result in results]
+    rows += [
+        f"{result.name:<20} {result.psnr:>10.3f} {result.ssim:>8.4f} {result.milliseconds:>9.0f}"
+        for result in results
+    ]
     return "\n".join(rows)
 
 
@@ -185,13 +202,22 @@ def complaint(results: Sequence[Result]) -> Optional[str]:
     return None
 
 
-def side_by_side(columns: Dict[str, Image.Image], boxes: Sequence[Tuple[int, int]] = CROPS, size: int = CROP_SIZE, zoom: int = 4) -> Image.Image:
-    """A picture with the whole image over its enlarged details, one column an image; the frames show where the details are."""
+def side_by_side(
+    columns: Dict[str, Image.Image],
+    boxes: Sequence[Tuple[int, int]] = CROPS,
+    size: int = CROP_SIZE,
+    zoom: int = 4,
+) -> Image.Image:
+    """One column an image: the whole of it over enlarged details, with frames where these are."""
     width, header, gap = size * zoom, 28, 8
     first = next(iter(columns.values()))
     boxes = [box for box in boxes if box[0] + size <= first.width and box[1] + size <= first.height]
     height = round(first.height * width / first.width)
-    sheet = Image.new("RGB", (len(columns) * (width + gap) + gap, header + height + len(boxes) * (width + gap) + gap), "white")
+    sheet = Image.new(
+        "RGB",
+        (len(columns) * (width + gap) + gap, header + height + len(boxes) * (width + gap) + gap),
+        "white",
+    )
     draw = ImageDraw.Draw(sheet)
     for column, (label, image) in enumerate(columns.items()):
         left = gap + column * (width + gap)
@@ -208,8 +234,17 @@ def side_by_side(columns: Dict[str, Image.Image], boxes: Sequence[Tuple[int, int
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--output", type=Path, default=ROOT / "demo_output", help="folder for what is written; emptied first (default: demo_output)")
-    parser.add_argument("--quick", action="store_true", help="two iterations and a small picture, to see that every step runs; bicubic may win")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=ROOT / "demo_output",
+        help="folder for what is written; emptied first (default: demo_output)",
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="two iterations and a small picture, to see that every step runs; bicubic may win",
+    )
     args = parser.parse_args(argv)
     output = args.output.resolve()
     if output.exists() and not (output / MARKER).is_file() and (not output.is_dir() or any(output.iterdir())):
@@ -223,14 +258,27 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     def step(text: str) -> None:
         print(f"[{time.perf_counter() - start:4.0f} s] {text}", flush=True)
 
-    step(f"cutting training pairs from {2 if args.quick else len(TRAINING)} photographs ({HELD_OUT} stays out)")
+    step(
+        f"cutting training pairs from {2 if args.quick else len(TRAINING)} photographs ({HELD_OUT} stays out)"
+    )
     count = prepare_data(output / "data" / "train", TRAINING[:2] if args.quick else TRAINING)
-    step(f"training aether_small x{SCALE} on {count} pairs with BasicSR, options {OPTIONS.relative_to(ROOT).as_posix()}")
+    step(f"training aether_small x{SCALE} on {count} pairs with BasicSR and {OPTIONS.name}")
     checkpoint = train(output, 2 if args.quick else None)
     step("fusing")
     fused = output / "aether_small_x2_fused.pth"
     names = ["--model_path", str(checkpoint), "--output_path", str(fused)]
-    run([str(ROOT / "fuse_aether.py"), *names, "--model_type", "aether_small", "--upscale", str(SCALE), "--device", "cpu"])
+    run(
+        [
+            str(ROOT / "fuse_aether.py"),
+            *names,
+            "--model_type",
+            "aether_small",
+            "--upscale",
+            str(SCALE),
+            "--device",
+            "cpu",
+        ]
+    )
     step("exporting to ONNX")
     network = load(fused)
     onnx_path = Path(export_onnx(network, scale=SCALE, output_path=str(output / "aether_small_x2_fp32.onnx")))
@@ -239,9 +287,12 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     if args.quick:
         truth = truth.crop((190, 50, 318, 178))
     results = compare(load(checkpoint), network, onnx_path, truth)
-    columns = {f"{result.name.split()[0]}: {result.psnr:.2f} dB": result.image for result in (results[0], results[3])}
+    columns = {
+        f"{result.name.split()[0]}: {result.psnr:.2f} dB": result.image for result in (results[0], results[3])
+    }
     side_by_side({**columns, "ground truth": truth}).save(output / "comparison.png")
-    step(f"done: {HELD_OUT} {truth.width}x{truth.height}, luma, {SCALE} border pixels left out\n\n{table(results)}\n")
+    size = f"{truth.width}x{truth.height}"
+    step(f"done: {HELD_OUT} {size}, luma, {SCALE} border pixels left out\n\n{table(results)}\n")
     print(f"picture: {output / 'comparison.png'}")
     wrong = complaint(results)
     if wrong and not (args.quick and "bicubic" in wrong):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import subprocess
 import sys
@@ -26,7 +27,9 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=300)
 
 
-def test_training_pairs_show_the_same_place_and_the_held_out_photograph_is_not_among_them(tmp_path: Path) -> None:
+def test_training_pairs_show_the_same_place_and_the_held_out_photograph_is_not_among_them(
+    tmp_path: Path,
+) -> None:
     assert demo.HELD_OUT not in demo.TRAINING
     count = demo.prepare_data(tmp_path, ["coffee"])
     names = sorted(path.name for path in (tmp_path / "gt").iterdir())
@@ -55,20 +58,6 @@ def test_every_photograph_ships_inside_scikit_image() -> None:
         assert list(shipped.glob(f"{stem}.*")), f"{name} would be downloaded"
 
 
-def test_quality_ignores_the_border_and_falls_with_the_noise() -> None:
-    truth = demo.photograph("coffee").crop((200, 100, 264, 164))
-    pixels = np.asarray(truth).astype(int)
-    border = pixels.copy()
-    border[: demo.SCALE] = 255 - border[: demo.SCALE]
-    assert demo.quality(Image.fromarray(border.astype(np.uint8)), truth)[0] == float("inf")
-    noise = np.random.default_rng(0).normal(size=pixels.shape)
-    (psnr_4, ssim_4), (psnr_8, ssim_8) = (
-        demo.quality(Image.fromarray((pixels + level * noise).round().clip(0, 255).astype(np.uint8)), truth) for level in (4, 8)
-    )
-    assert psnr_8 < psnr_4 - 3
-    assert ssim_8 < ssim_4 < 1
-
-
 def test_images_survive_the_way_through_the_network_format() -> None:
     image = demo.photograph("coffee").crop((0, 0, 31, 17))
     array = demo.to_array(image)
@@ -78,9 +67,16 @@ def test_images_survive_the_way_through_the_network_format() -> None:
 
 @pytest.mark.parametrize(
     ("values", "words"),
-    [((30, 31, 31.005, 31), None), ((30, 31, 31.02, 31), "differ"), ((30, 29, 29, 29), "bicubic"), ((30, float("nan"), 31, 31), "differ")],
+    [
+        ((30, 31, 31.005, 31), None),
+        ((30, 31, 31.02, 31), "differ"),
+        ((30, 29, 29, 29), "bicubic"),
+        ((30, float("nan"), 31, 31), "differ"),
+    ],
 )
-def test_networks_that_disagree_or_lose_to_bicubic_are_complained_about(values: tuple[float, ...], words: str | None) -> None:
+def test_networks_that_disagree_or_lose_to_bicubic_are_complained_about(
+    values: tuple[float, ...], words: str | None
+) -> None:
     complaint = demo.complaint([result(str(k), value) for k, value in enumerate(values)])
     assert complaint is None if words is None else words in str(complaint)
 
@@ -88,7 +84,9 @@ def test_networks_that_disagree_or_lose_to_bicubic_are_complained_about(values: 
 def test_the_picture_shows_every_image_with_its_details() -> None:
     image = demo.photograph("coffee").crop((0, 0, 128, 100))
     inverted = Image.fromarray(255 - np.asarray(image))
-    sheet = np.asarray(demo.side_by_side({"one": image, "two": inverted}, boxes=((5, 2), (500, 500)), size=32, zoom=2))
+    sheet = np.asarray(
+        demo.side_by_side({"one": image, "two": inverted}, boxes=((5, 2), (500, 500)), size=32, zoom=2)
+    )
     height = 28 + 50 + 64 + 2 * 8  # label, whole image, one detail (the other lies outside), gaps
     assert sheet.shape == (height, 2 * (64 + 8) + 8, 3)
     detail = np.asarray(image.crop((5, 2, 37, 34)).resize((64, 64), Image.Resampling.NEAREST))
@@ -96,31 +94,32 @@ def test_the_picture_shows_every_image_with_its_details() -> None:
     assert np.array_equal(sheet[-72:-8, 80:144], 255 - detail)
 
 
-def test_the_launcher_registers_the_file_once_and_prefers_a_copy_inside_basicsr(tmp_path: Path) -> None:
-    code = (
-        f"import sys; sys.path.insert(0, {str(ROOT / 'demo')!r})\n"
-        "import basicsr_train\n"
-        "module = basicsr_train.register_aether()\n"
-        "assert basicsr_train.register_aether() is module\n"
-        "from basicsr.utils.registry import ARCH_REGISTRY\n"
-        "net = ARCH_REGISTRY.get('aether_small')(scale=2, embed_dim=8, depths=[1])\n"
-        "assert isinstance(net, module.AetherNet)\n"
-        "print(module.__file__)"
-    )
+REGISTER = f"""import sys; sys.path.insert(0, {str(ROOT / "demo")!r})
+import basicsr_train
+module = basicsr_train.register_aether()
+assert basicsr_train.register_aether() is module
+from basicsr.utils.registry import ARCH_REGISTRY
+net = ARCH_REGISTRY.get("aether_small")(scale=2, embed_dim=8, depths=[1], qat=QAT)
+assert isinstance(net, module.AetherBase)
+print(module.__file__)"""
+
+
+def registered(folder: Path, qat: bool) -> Path:
+    code = f"import sys; sys.path.insert(0, {str(folder)!r})\n" + REGISTER.replace("QAT", str(qat))
     done = run("-c", code)
     assert done.returncode == 0, done.stderr
-    assert Path(done.stdout.strip().splitlines()[-1]) == ROOT / "archs" / "aether_arch.py"
+    return Path(done.stdout.strip().splitlines()[-1])
 
-    import importlib.util
 
+def test_the_launcher_registers_the_file_once_and_prefers_a_copy_inside_basicsr(tmp_path: Path) -> None:
+    assert registered(tmp_path, qat=True) == ROOT / "archs" / "aether_arch.py"
     spec = importlib.util.find_spec("basicsr")
     assert spec is not None
     assert spec.origin is not None
-    shutil.copytree(Path(spec.origin).parent, tmp_path / "basicsr", ignore=shutil.ignore_patterns("__pycache__"))
+    ignore = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(Path(spec.origin).parent, tmp_path / "basicsr", ignore=ignore)
     copy = shutil.copy(ROOT / "archs" / "aether_arch.py", tmp_path / "basicsr" / "archs")
-    done = run("-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n" + code)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip().splitlines()[-1] == copy
+    assert registered(tmp_path, qat=False) == Path(copy)
 
 
 def test_the_launcher_names_a_missing_options_file_in_one_line() -> None:
@@ -139,7 +138,9 @@ def test_the_demo_does_not_empty_a_folder_that_is_not_its_own(tmp_path: Path) ->
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
-def test_a_quick_run_goes_from_photographs_to_a_picture_and_starts_afresh_the_second_time(tmp_path: Path) -> None:
+def test_a_quick_run_goes_from_photographs_to_a_picture_and_starts_afresh_the_second_time(
+    tmp_path: Path,
+) -> None:
     output = tmp_path / "out"
     output.mkdir()
     (output / demo.MARKER).touch()
@@ -147,11 +148,14 @@ def test_a_quick_run_goes_from_photographs_to_a_picture_and_starts_afresh_the_se
     done = run(str(ROOT / "demo" / "demo.py"), "--quick", "--output", str(output))
     assert done.returncode == 0, done.stdout + done.stderr
     assert not (output / "stale.txt").exists()
-    rows = {line[:20].strip(): line[20:].split() for line in done.stdout.splitlines() if line.startswith(("bicubic", "AetherNet"))}
+    printed = done.stdout.splitlines()
+    rows = {
+        line[:20].strip(): line[20:].split() for line in printed if line.startswith(("bicubic", "AetherNet"))
+    }
     assert list(rows) == ["bicubic", "AetherNet unfused", "AetherNet fused", "AetherNet ONNX fp32"]
     psnr = [float(values[0]) for name, values in rows.items() if name != "bicubic"]
     assert max(psnr) - min(psnr) <= demo.AGREEMENT, psnr
-    assert sum("[epoch:" in line for line in done.stdout.splitlines()) == 2, "training should report its progress"
+    assert sum("[epoch:" in line for line in printed) == 2, "training should report its progress"
     with Image.open(output / "comparison.png") as picture:
         assert picture.width > 3 * demo.CROP_SIZE
     state = torch.load(output / "aether_small_x2_fused.pth", weights_only=True)
