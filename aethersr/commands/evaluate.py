@@ -23,6 +23,7 @@ from aethersr.errors import UserError, first_line, missing_package
 
 KINDS = (".png", ".bmp", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")  # of Pillow, 8 bits
+TILE = 1024  # pixels of the low-resolution picture: larger ones go through in parts, with the same result
 Upscaler = Callable[[Any], Any]  # (H, W, 3) uint8 -> (scale * H, scale * W, 3) uint8
 Table = Dict[str, Dict[str, List[Tuple[float, float]]]]  # [row][folder] -> (PSNR, SSIM) of each picture
 
@@ -75,30 +76,27 @@ def read(path: Path, flag: str) -> Any:
 
 def open_network(path: Path, device: str) -> Tuple[Upscaler, int]:
     """The network in a file as a function from picture to picture, and its scale."""
-    import numpy as np
-
     from aethersr.network import load_network
     from aethersr.tiling import upscale_tiled
 
     try:
-        net, channels, overlap = load_network(path, device, fp16=False)
+        net = load_network(path, device, fp16=False)
     except UserError as error:
         raise UserError(str(error).replace("--model", "FILE")) from None
+    channels = net.in_chans
     if channels not in (1, 3):
         raise UserError(f"{path} takes {channels} channels; pass a network for 1 or 3 (FILE).")
 
-    @torch.inference_mode()
+    overlap = net.reach if net.size is None else min(net.reach, min(net.size) // 4)  # as aether-upscale
+
     def upscale(picture: Any) -> Any:
-        x = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 255
+        x = torch.from_numpy(picture.copy()).permute(2, 0, 1)[None].float() / 255
         x = x.reshape(-1, channels, *x.shape[2:])  # a grey network sees each colour alone
-        out = upscale_tiled(net, x.to(device), TILE, overlap).float().cpu()
+        out = upscale_tiled(net, x, TILE, overlap, size=net.size)
         out = out.reshape(3, *out.shape[2:]).permute(1, 2, 0)
         return (out.clamp(0, 1) * 255).round().to(torch.uint8).numpy()
 
-    return upscale, upscale(np.zeros((16, 16, 3), np.uint8)).shape[0] // 16
-
-
-TILE = 1024  # of the low-resolution picture: larger ones go through in parts, with the same result
+    return upscale, net.scale
 
 
 def measure(
