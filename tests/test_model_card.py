@@ -1,4 +1,4 @@
-"""A card that training/model_card.py writes keeps OpenModelDB's rules, and says of a file what the file is."""
+"""A card that training/model_card.py writes keeps OpenModelDB's rules and describes the files."""
 
 from __future__ import annotations
 
@@ -71,13 +71,19 @@ def broken(value: dict[str, Any], rules: dict[str, Rule]) -> list[str]:
 
 
 def problems(path: Path) -> list[str]:
-    """The properties of a card that OpenModelDB would refuse, and its id where that is another than its name should have."""
+    """The properties of a card that OpenModelDB would refuse, and "id" where the file's name is wrong."""
     card = json.loads(path.read_text(encoding="utf-8"))
     unknown = [key for key in card if key not in {**REQUIRED, **OPTIONAL}]
-    wrong = broken(card, REQUIRED) + broken(card, {key: rule for key, rule in OPTIONAL.items() if card.get(key) is not None})
+    wrong = broken(card, REQUIRED) + broken(
+        card, {key: rule for key, rule in OPTIONAL.items() if card.get(key) is not None}
+    )
     scale = card.get("scale")
     twice = re.search(rf"^{scale}x-({scale}x|x{scale})|-({scale}x|x{scale})$", path.stem)
-    return unknown + wrong + (["id"] if twice or not re.fullmatch(rf"{scale}x(-[a-zA-Z0-9]+)+", path.stem) else [])
+    return (
+        unknown
+        + wrong
+        + (["id"] if twice or not re.fullmatch(rf"{scale}x(-[a-zA-Z0-9]+)+", path.stem) else [])
+    )
 
 
 def says_what_the_files_are(path: Path, *files: Path) -> None:
@@ -105,30 +111,56 @@ def run(*arguments: Any) -> int:
 
 
 def test_a_card_keeps_every_rule_and_says_what_the_files_are(files: list[Path]) -> None:
-    training = [word for option in ("iterations", "batch_size", "hr_size", "dataset_size") for word in (f"--{option}", "7")]
-    assert run(*files, *ADDRESS, *training, "--license", "CC-BY-4.0", "--dataset", "pictures", "--description", " one\ntwo ") == 0
+    training = [
+        word
+        for option in ("iterations", "batch_size", "hr_size", "dataset_size")
+        for word in (f"--{option}", "7")
+    ]
+    assert (
+        run(
+            *files,
+            *ADDRESS,
+            *training,
+            "--license",
+            "CC-BY-4.0",
+            "--dataset",
+            "pictures",
+            "--description",
+            " one\ntwo ",
+        )
+        == 0
+    )
     path = files[0].with_name("2x-My-Model.json")
     assert problems(path) == []
     says_what_the_files_are(path, *files)
     card = json.loads(path.read_text(encoding="utf-8"))
     assert (card["name"], card["size"]) == ("My_Model", ["24dim", "3nb", "11ks"])
     assert (card["scale"], card["inputChannels"], card["outputChannels"]) == (2, 3, 3)
-    assert [resource["urls"] for resource in card["resources"]] == [[f"https://example.org/v1/{file.name}"] for file in files]
+    assert [resource["urls"] for resource in card["resources"]] == [
+        [f"https://example.org/v1/{file.name}"] for file in files
+    ]
 
 
 def test_the_card_of_the_shipped_weights_lacks_their_address_alone() -> None:
     (path,) = (ROOT / "weights").glob("*.json")
-    (weights,) = (ROOT / "weights").glob("*.safetensors")
+    (weights,) = (ROOT / "weights").glob("*wallpapers_fp16.safetensors")
     says_what_the_files_are(path, weights)
     assert problems(path) == ["resources"]
     card = json.loads(path.read_text(encoding="utf-8"))
     card["resources"][0]["urls"] = ["https://example.org/x"]
     assert broken(card, REQUIRED) == []
     net = aether_arch.aether_small(scale=2)
-    assert card["size"] == ["small", f"{net.options['embed_dim']}dim", f"{sum(net.options['depths'])}nb", f"{net.options['lk_kernel']}ks"]
+    assert card["size"] == [
+        "small",
+        f"{net.options['embed_dim']}dim",
+        f"{sum(net.options['depths'])}nb",
+        f"{net.options['lk_kernel']}ks",
+    ]
 
 
-@pytest.mark.parametrize("change", [{"urls": []}, {"sha256": "0" * 63}, {"type": "bin"}, {"size": 0}, {"platform": "torch"}])
+@pytest.mark.parametrize(
+    "change", [{"urls": []}, {"sha256": "0" * 63}, {"type": "bin"}, {"size": 0}, {"platform": "torch"}]
+)
 def test_the_rules_notice_a_broken_resource(files: list[Path], change: dict[str, Any]) -> None:
     assert run(*files, *ADDRESS) == 0
     path = files[0].with_name("2x-My-Model.json")
@@ -138,7 +170,9 @@ def test_the_rules_notice_a_broken_resource(files: list[Path], change: dict[str,
     assert problems(path) == ["resources"]
 
 
-def test_the_same_files_and_options_give_the_same_bytes_and_nothing_is_overwritten_unasked(files: list[Path], capsys: Any) -> None:
+def test_the_same_files_and_options_give_the_same_bytes_and_nothing_is_overwritten_unasked(
+    files: list[Path], capsys: Any
+) -> None:
     assert run(*files) == 0
     path = files[0].with_name("2x-My-Model.json")
     first = path.read_bytes()
@@ -152,7 +186,13 @@ def test_the_same_files_and_options_give_the_same_bytes_and_nothing_is_overwritt
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("2x Mine", "2x-Mine"), ("2xMine", "2x-Mine"), ("Mine x2", "2x-Mine"), ("  a__b (c) ", "2x-a-b-c"), ("Größe", "2x-Gr-e")],
+    [
+        ("2x Mine", "2x-Mine"),
+        ("2xMine", "2x-Mine"),
+        ("Mine x2", "2x-Mine"),
+        ("  a__b (c) ", "2x-a-b-c"),
+        ("Größe", "2x-Gr-e"),
+    ],
 )
 def test_an_id_has_letters_digits_and_single_dashes_and_the_scale_once(name: str, expected: str) -> None:
     assert model_card.model_id(name, 2) == expected
@@ -166,7 +206,8 @@ def test_what_makes_no_card_is_an_error_in_one_line(files: list[Path], capsys: A
     empty.write_bytes(b"")
     wrong_scale = files[2].rename(files[2].with_name("4x_My_Model.onnx"))
     for arguments in (
-        [files[0].with_name("absent.pth")], [damaged], [wrong_scale], [files[0], other], [files[0], wrong_scale], [files[0], empty], [files[0], ROOT],
+        [files[0].with_name("absent.pth")], [damaged], [wrong_scale], [files[0], other],
+        [files[0], wrong_scale], [files[0], empty], [files[0], ROOT],
         [files[0], files[0].with_name("absent.onnx")], [files[0], "--name", "写真"],
     ):  # fmt: skip
         assert run(*arguments) == 2, arguments
@@ -175,7 +216,12 @@ def test_what_makes_no_card_is_an_error_in_one_line(files: list[Path], capsys: A
         assert error.startswith("model_card.py: error: ")
         assert "FILE" in error or "--name" in error
         assert "--model_path" not in error
-    for option, value in (("--date", "22.11.2026"), ("--tags", "Photo"), ("--author", ""), ("--iterations", "0")):
+    for option, value in (
+        ("--date", "22.11.2026"),
+        ("--tags", "Photo"),
+        ("--author", ""),
+        ("--iterations", "0"),
+    ):
         with pytest.raises(SystemExit) as stopped:
             model_card.main([str(files[0]), *OPTIONS, option, value])
         assert stopped.value.code == 2

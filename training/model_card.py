@@ -1,10 +1,12 @@
 """A model card in OpenModelDB's schema, filled from the release files.
 
-    python training/model_card.py 2x_MyModel.safetensors 2x_MyModel_fp16.onnx --author my-id --date 2026-11-22 --tags photo,restoration
+    python training/model_card.py 2x_MyModel.safetensors 2x_MyModel_fp16.onnx \\
+        --author my-id --date 2026-11-22 --tags photo,restoration
 
-Writes 2x-MyModel.json beside the first file: the id is the name that OpenModelDB's data/models/ wants. Scale, channels and size tags are read from
-the weights, size and sha256 from every file; what no file knows is an option, so the same options give the same bytes on any day. OpenModelDB
-takes a card once its files have addresses (--url), and its author and the architecture "aethernet" are in its lists.
+Writes 2x-MyModel.json beside the first file, under the name that OpenModelDB's data/models/ wants. Scale,
+channels and size tags are read from the weights, size and sha256 from every file; the rest are options, so
+the same options give the same bytes on any day. OpenModelDB takes a card once its files have addresses
+(--url), and its author and the architecture "aethernet" are in its lists.
 """
 
 from __future__ import annotations
@@ -23,9 +25,11 @@ from urllib.parse import quote
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "archs")]
 
-from aether_arch import aether_from_state_dict, variant_name  # noqa: E402
-
-from fuse_aether import UserError, exit_code, read_state  # noqa: E402
+from aethersr.checkpoint import read_checkpoint  # noqa: E402
+from aethersr.commands import exit_code  # noqa: E402
+from aethersr.errors import UserError  # noqa: E402
+from aethersr.files import Together  # noqa: E402
+from aethersr.identify import aether_from_state_dict, variant_name  # noqa: E402
 
 PLATFORMS = {".pth": "pytorch", ".safetensors": "pytorch", ".onnx": "onnx"}
 TRAINING = {  # option: property of the schema
@@ -40,15 +44,18 @@ TRAINING = {  # option: property of the schema
 def facts(path: Path) -> dict[str, Any]:
     """What a card says about the network itself."""
     try:
-        net = aether_from_state_dict(read_state(path)[0])
-    except UserError as error:
-        raise UserError(str(error).replace("--model_path", "FILE")) from None
+        net = aether_from_state_dict(read_checkpoint(path, "FILE").state)
     except ValueError as error:
         raise UserError(f"{path}: {error} Pass release files of AetherNet (FILE).") from None
     options, name = net.options, variant_name(net.options)
     size = [name[len("aether_") :]] if name.startswith("aether_") else []
     size += [f"{options['embed_dim']}dim", f"{sum(options['depths'])}nb", f"{options['lk_kernel']}ks"]
-    return {"size": size, "scale": net.scale, "inputChannels": options["in_chans"], "outputChannels": options["in_chans"]}
+    return {
+        "size": size,
+        "scale": net.scale,
+        "inputChannels": options["in_chans"],
+        "outputChannels": options["in_chans"],
+    }
 
 
 def resource(path: Path, url: str) -> dict[str, Any]:
@@ -60,7 +67,13 @@ def resource(path: Path, url: str) -> dict[str, Any]:
         raise UserError(f"{path} is no file, or empty; pass release files (FILE).")
     ending = path.suffix.lower()
     urls = [f"{url.rstrip('/')}/{quote(path.name)}"] if url else []
-    return {"platform": PLATFORMS[ending], "type": ending[1:], "size": len(content), "sha256": hashlib.sha256(content).hexdigest(), "urls": urls}
+    return {
+        "platform": PLATFORMS[ending],
+        "type": ending[1:],
+        "size": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "urls": urls,
+    }
 
 
 def model_name(path: Path) -> str:
@@ -69,7 +82,7 @@ def model_name(path: Path) -> str:
 
 
 def model_id(name: str, scale: int) -> str:
-    """The file's name in OpenModelDB: letters and digits with dashes between, the scale in front and nowhere else."""
+    """The file's name in OpenModelDB: the scale in front, then letters and digits with dashes between."""
     words = re.sub("[^a-zA-Z0-9]+", "-", name).strip("-")
     words = re.sub(rf"^({scale}x|x{scale})-?|-({scale}x|x{scale})$", "", words, flags=re.IGNORECASE)
     if not words:
@@ -81,15 +94,22 @@ def card(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """The card, and its id."""
     for path in args.files:
         if path.suffix.lower() not in PLATFORMS:
-            raise UserError(f"{path} ends in {path.suffix or 'nothing'!r}; expected .pth, .safetensors or .onnx (FILE).")
+            raise UserError(
+                f"{path} ends in {path.suffix or 'nothing'!r}; expected .pth, .safetensors or .onnx (FILE)."
+            )
     weights = [path for path in args.files if PLATFORMS[path.suffix.lower()] == "pytorch"]
     if not weights:
-        raise UserError(f"{args.files[0]} alone does not tell the network's size; pass its .safetensors or .pth file too (FILE).")
+        raise UserError(
+            f"{args.files[0]} alone does not tell the network's size; pass its weights too (FILE)."
+        )
     network = facts(weights[0])
     for path in args.files:
         scale = re.match(r"(\d+)x", path.name)
         if (path in weights and facts(path) != network) or (scale and int(scale[1]) != network["scale"]):
-            raise UserError(f"{path} is not the x{network['scale']} network of {weights[0]}; pass the files of one model, named by its scale (FILE).")
+            raise UserError(
+                f"{path} is not the x{network['scale']} network of {weights[0]}; "
+                "pass the files of one model, named by its scale (FILE)."
+            )
     name = args.name or model_name(args.files[0])
     content = {
         "name": name,
@@ -101,7 +121,11 @@ def card(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "architecture": "aethernet",
         **network,
         "resources": [resource(path, args.url) for path in args.files],
-        **{key: getattr(args, option) for option, key in TRAINING.items() if getattr(args, option) is not None},
+        **{
+            key: getattr(args, option)
+            for option, key in TRAINING.items()
+            if getattr(args, option) is not None
+        },
         "images": [],
     }
     return content, model_id(name, network["scale"])
@@ -112,21 +136,23 @@ def write_card(args: argparse.Namespace) -> None:
     target: Path = args.files[0].with_name(f"{name}.json")
     if os.path.lexists(target) and not args.overwrite:
         raise UserError(f"{target} exists; pass --overwrite to replace it, or another --name.")
-    part = target.with_name(f"{name[:40]}.{os.getpid()}.part")
+    text = json.dumps(content, indent=4, ensure_ascii=False)  # as OpenModelDB's own, no line break at the end
     try:
-        part.write_bytes(json.dumps(content, indent=4, ensure_ascii=False).encode())  # as OpenModelDB writes its own, no line break at the end
-        os.replace(part, target)
+        with Together() as files:
+            files.part(target).write_bytes(text.encode())
+            files.commit()
     except OSError as error:
-        raise UserError(f"{target} can't be written: {error.strerror or error}; free space, or pass another --name.") from None
-    finally:
-        part.unlink(missing_ok=True)
+        remedy = "free space, or pass another --name"
+        raise UserError(f"{target} can't be written: {error.strerror or error}; {remedy}.") from None
     print(f"Wrote {target}" + ("" if args.url else "; its files have no addresses yet (--url)"))
 
 
 def ids(text: str) -> list[str]:
     words = [word.strip() for word in text.split(",")]
     if not all(re.fullmatch("[a-z0-9]+(-[a-z0-9]+)*", word) for word in words):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected ids as OpenModelDB has them, small letters, digits and dashes, with commas between")
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: expected ids of small letters, digits and dashes, with commas between"
+        )
     return words
 
 
@@ -138,16 +164,34 @@ def positive(text: str) -> int:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0], allow_abbrev=False)
-    parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="release files of one network, .safetensors, .pth and .onnx")
-    parser.add_argument("--author", type=ids, required=True, help="id in OpenModelDB, or several with commas between")
-    parser.add_argument("--date", type=datetime.date.fromisoformat, required=True, help="of publication, YYYY-MM-DD")
-    parser.add_argument("--tags", type=ids, required=True, help="ids from OpenModelDB's data/tags.json, with commas between")
+    parser.add_argument(
+        "files",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="release files of one network, .safetensors, .pth and .onnx",
+    )
+    parser.add_argument(
+        "--author", type=ids, required=True, help="id in OpenModelDB, or several with commas between"
+    )
+    parser.add_argument(
+        "--date", type=datetime.date.fromisoformat, required=True, help="of publication, YYYY-MM-DD"
+    )
+    parser.add_argument(
+        "--tags", type=ids, required=True, help="ids from OpenModelDB's data/tags.json, with commas between"
+    )
     parser.add_argument("--license", help="SPDX id, such as CC-BY-4.0 (default: none)")
     parser.add_argument("--name", help="default: the first file's, without scale and precision")
     parser.add_argument("--description", default="", help="Markdown")
-    parser.add_argument("--url", default="", help="address of the folder that the files can be downloaded from")
+    parser.add_argument(
+        "--url", default="", help="address of the folder that the files can be downloaded from"
+    )
     for option in TRAINING:
-        parser.add_argument(f"--{option}", type=str if option == "dataset" else positive, help=f"of the training: {TRAINING[option]} of the schema")
+        parser.add_argument(
+            f"--{option}",
+            type=str if option == "dataset" else positive,
+            help=f"of the training: {TRAINING[option]} of the schema",
+        )
     parser.add_argument("--overwrite", action="store_true", help="replace the card where it exists")
     return parser.parse_args(argv)
 
