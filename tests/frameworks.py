@@ -1,8 +1,9 @@
-"""The three training frameworks as the tests run them: where each lies, what its options call things, how it is started without CUDA."""
+"""The training frameworks as the tests run them: where each lies, what it calls things, how it starts."""
 
 from __future__ import annotations
 
 import copy
+import importlib.util
 import os
 import re
 import shutil
@@ -10,7 +11,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, ClassVar, Dict, List, Tuple
+from typing import Any, ClassVar, Dict, List, Optional, Tuple
 
 import numpy as np
 import pytest
@@ -20,9 +21,14 @@ from conftest import ROOT
 from PIL import Image
 
 LAUNCHERS = ROOT / "tests" / "launchers"
-SCALE, SIDE, IMAGES = 2, 24, 4  # LR pixels of a training image, which is one crop: every iteration sees all images whole
-TINY = {"embed_dim": 16, "depths": [1, 1], "drop_path_rate": 0.0}
+SCALE, SIDE, IMAGES = (
+    2,
+    24,
+    4,
+)  # a training picture is one crop of SIDE pixels: every iteration sees all of them whole
+TINY = {"embed_dim": 16, "depths": [1, 1]}
 ITERATIONS, SAVED_AT = 20, 10
+DELETED = "(no such option)"  # as a change: takes the option out of the file
 
 
 def toml(table: Dict[str, Any], name: str = "") -> str:
@@ -30,15 +36,26 @@ def toml(table: Dict[str, Any], name: str = "") -> str:
     lines = [f"[{name}]"] if name else []
     for key, value in table.items():
         if not isinstance(value, dict) and value is not None:
-            text = str(value).lower() if isinstance(value, bool) else f"'{value}'" if isinstance(value, str) else str(value)
+            text = str(value)
+            if isinstance(value, bool):
+                text = text.lower()
+            elif isinstance(value, str):
+                text = f"'{value}'"
             lines.append(f"{key} = {text}")
-    tables = [toml(value, f"{name}.{key}".lstrip(".")) for key, value in table.items() if isinstance(value, dict)]
+    tables = [
+        toml(value, f"{name}.{key}".lstrip(".")) for key, value in table.items() if isinstance(value, dict)
+    ]
     return "\n".join([*lines, *tables])
 
 
 def merged(options: Dict[str, Any], changes: Dict[str, Any]) -> Dict[str, Any]:
     for key, value in changes.items():
-        options[key] = merged(options[key], value) if isinstance(value, dict) and isinstance(options.get(key), dict) else value
+        if isinstance(value, str) and value == DELETED:
+            options.pop(key, None)
+        elif isinstance(value, dict) and isinstance(options.get(key), dict):
+            merged(options[key], value)
+        else:
+            options[key] = value
     return options
 
 
@@ -50,56 +67,85 @@ class Framework:
     launcher: str
     package: str
     python = sys.executable
-    arguments: Tuple[str, ...] = ()
+    tasks: Tuple[str, ...] = ()  # what the launcher can start, where that is more than a training
     resumes_exactly = True
-    # What lets two runs be compared step by step, in minutes: a tiny network, and nothing random or rounded in its training.
+    # What lets two runs be compared step by step, in seconds: a tiny network, nothing random or rounded.
     comparable: ClassVar[Dict[str, Any]] = {}
+    # The same for options files older than the option `norm`, besides.
+    comparable_before_norm: ClassVar[Dict[str, Any]] = {}
 
     def __init__(self, root: Path) -> None:
         self.root = root  # the folder it runs in
 
-    def changes(self, folder: Path, batch: int, side: int, scale: int, iterations: int, saved_at: int) -> Dict[str, Any]:
+    @property
+    def archs(self) -> Path:
+        return self.root / self.package / "archs"
+
+    def bring(self, *files: str) -> None:
+        """Copy files of archs/ to where the framework looks for architectures."""
+        for file in files:
+            shutil.copy(ROOT / "archs" / file, self.archs)
+
+    def changes(
+        self, folder: Path, batch: int, side: int, scale: int, iterations: int, saved_at: int
+    ) -> Dict[str, Any]:
         """Paths, sizes and iterations: all that differs from the template in an unedited run."""
         raise NotImplementedError
 
-    def longer(self, iterations: int, decay: float) -> Dict[str, Any]:
-        """Options of a longer training with a short average, to the end of a schedule."""
-        train = {"total_iter": iterations, "ema_decay": decay, "scheduler": self.rest(iterations)}
-        return {"train": train, "logger": {"save_checkpoint_freq": iterations}, "val": {"val_freq": iterations}}
+    def template_text(self, kind: str = "fidelity", scale: int = SCALE) -> str:
+        path = self.template.replace("fidelity", kind).replace("x2", f"x{scale}")
+        return (ROOT / "options" / path).read_text(encoding="utf-8")
 
-    def stopped(self, iteration: int) -> Dict[str, Any]:
-        """What ends a training earlier than its schedule does."""
-        return {"train": {"total_iter": iteration}}
+    def options(
+        self,
+        name: str,
+        images: Path,
+        text: Optional[str] = None,
+        scale: int = SCALE,
+        batch: int = IMAGES,
+        iterations: int = ITERATIONS,
+        **extra: Any,
+    ) -> Path:
+        """Options for a run that can be compared with others, from ``text`` or the fidelity template."""
+        changes = self.changes(images, batch, SIDE, scale, iterations, min(SAVED_AT, iterations))
+        return self.written(name, text or self.template_text(scale=scale), changes, self.comparable, extra)
 
-    def rest(self, iterations: int) -> Dict[str, Any]:
-        """A schedule at whose end the weights have come to rest."""
-        return {"milestones": [iterations * 2 // 5, iterations * 3 // 5], "gamma": 0.1}
-
-    def options(self, name: str, images: Path, batch: int = IMAGES, kind: str = "fidelity", **extra: Any) -> Path:
-        """Options for runs that are compared with each other, from the template of aether_small x2."""
-        changes = self.changes(images, batch, SIDE, SCALE, ITERATIONS, SAVED_AT)
-        return self.written(name, self.template.replace("fidelity", kind), merged(merged(changes, copy.deepcopy(self.comparable)), extra))
-
-    def unedited(self, name: str, template: str, images: Path, batch: int, side: int, scale: int, iterations: int, **extra: Any) -> Path:
+    def unedited(
+        self,
+        name: str,
+        text: str,
+        images: Path,
+        batch: int,
+        side: int,
+        scale: int,
+        iterations: int,
+        **extra: Any,
+    ) -> Path:
         """Options that differ from the template in paths, sizes and iterations alone, and in ``extra``."""
-        return self.written(name, template, merged(self.changes(images, batch, side, scale, iterations, iterations), extra))
+        return self.written(
+            name, text, self.changes(images, batch, side, scale, iterations, iterations), extra
+        )
 
-    def written(self, name: str, template: str, changes: Dict[str, Any]) -> Path:
-        changes = {"name": name, "manual_seed": 1, **changes}
-        text = (ROOT / "options" / template).read_text(encoding="utf-8")
-        if template.endswith(".toml"):
+    def written(self, name: str, text: str, *changes: Dict[str, Any]) -> Path:
+        path = self.root / f"{name}{Path(self.template).suffix}"
+        if path.suffix == ".toml":
             import tomllib
 
-            path = self.root / f"{name}.toml"
-            path.write_text(toml(merged(tomllib.loads(text), changes)), encoding="utf-8")
+            options = tomllib.loads(text)
         else:
-            path = self.root / f"{name}.yml"
-            path.write_text(yaml.safe_dump(merged(yaml.safe_load(text), changes), sort_keys=False), encoding="utf-8")
+            options = yaml.safe_load(text)
+        for change in ({"name": name, "manual_seed": 1}, *changes):
+            merged(options, copy.deepcopy(change))
+        text = toml(options) if path.suffix == ".toml" else yaml.safe_dump(options, sort_keys=False)
+        path.write_text(text, encoding="utf-8")
         return path
 
-    def command(self, options: Path, *extra: str, processes: int = 1) -> List[str]:
-        launch = [self.python, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else [self.python]
-        return [*launch, str(LAUNCHERS / self.launcher), *self.arguments, "-opt", str(options), *extra]
+    def command(self, options: Path, *extra: str, processes: int = 1, task: str = "train") -> List[str]:
+        launch = [self.python]
+        if processes > 1:
+            launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        which = [task] if task in self.tasks else []
+        return [*launch, str(LAUNCHERS / self.launcher), *which, "-opt", str(options), *extra]
 
     def start(self, *args: Any, **kwargs: Any) -> subprocess.Popen[str]:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": ""}
@@ -113,7 +159,7 @@ class Framework:
             start_new_session=True,
         )
 
-    def run(self, *args: Any, timeout: float = 150, **kwargs: Any) -> str:
+    def run(self, *args: Any, timeout: float = 150, succeeds: bool = True, **kwargs: Any) -> str:
         process = self.start(*args, **kwargs)
         try:
             output, _ = process.communicate(timeout=timeout)
@@ -121,11 +167,22 @@ class Framework:
             os.killpg(process.pid, signal.SIGKILL)  # with its data workers
             output, _ = process.communicate()
             raise AssertionError(f"{self.name} took longer than {timeout} s:\n{output[-3000:]}") from None
-        assert process.returncode == 0, f"{self.name} ended with {process.returncode}:\n{output[-3000:]}"
+        if succeeds:
+            assert process.returncode == 0, f"{self.name} ended with {process.returncode}:\n{output[-3000:]}"
         return output
 
     def experiment(self, name: str) -> Path:
         return self.root / "experiments" / name
+
+    def rewound(self, name: str, to: str) -> str:
+        """Copy a finished experiment as it was at its first checkpoint: a training can go on from there."""
+        pattern = re.compile(rf"(.*_)?{SAVED_AT}\.(state|pth|safetensors)")
+        for file in sorted(self.experiment(name).rglob("*")):
+            if pattern.fullmatch(file.name):
+                target = self.experiment(to) / file.relative_to(self.experiment(name))
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(file, target)
+        return to
 
     def losses(self, name: str) -> Dict[int, float]:
         """Loss of each iteration, from the framework's own log."""
@@ -148,6 +205,7 @@ class Framework:
 class BasicSR(Framework):
     name, package, launcher = "BasicSR", "basicsr", "basicsr_cpu.py"
     template = "basicsr/train/AetherNet/train_aether_small_x2_fidelity.yml"
+    tasks = ("train", "test")
 
     comparable: ClassVar[Dict[str, Any]] = {
         "datasets": {"train": {"use_hflip": False, "use_rot": False}},
@@ -155,8 +213,14 @@ class BasicSR(Framework):
         "train": {"warmup_iter": 5},
     }
 
-    def changes(self, folder: Path, batch: int, side: int, scale: int, iterations: int, saved_at: int) -> Dict[str, Any]:
-        train = {"dataroot_gt": str(folder / "hr"), "dataroot_lq": str(folder / "lr"), "gt_size": side * scale}
+    def changes(
+        self, folder: Path, batch: int, side: int, scale: int, iterations: int, saved_at: int
+    ) -> Dict[str, Any]:
+        train = {
+            "dataroot_gt": str(folder / "hr"),
+            "dataroot_lq": str(folder / "lr"),
+            "gt_size": side * scale,
+        }
         return {
             "num_gpu": 0,
             "datasets": {
@@ -172,7 +236,7 @@ class BasicSR(Framework):
 class Redux(Framework):
     name, package, launcher = "traiNNer-redux", "traiNNer", "trainner_redux_cpu.py"
     template = "traiNNer-redux/train/AetherNet/AetherNet_small_x2_fidelity.yml"
-    arguments = ("train",)
+    tasks = ("train", "test")
     python = os.environ.get("TRAINNER_REDUX_PYTHON", sys.executable)
 
     comparable: ClassVar[Dict[str, Any]] = {
@@ -182,21 +246,21 @@ class Redux(Framework):
         "train": {"scheduler": {"warmup_iters": 5, "eta_min_ratio": 1.0}},
     }
 
-    def changes(self, folder: Path, batch: int, side: int, scale: int, iterations: int, saved_at: int) -> Dict[str, Any]:
+    def changes(
+        self, folder: Path, batch: int, side: int, scale: int, iterations: int, saved_at: int
+    ) -> Dict[str, Any]:
         train = {"dataroot_gt": [str(folder / "hr")], "dataroot_lq": [str(folder / "lr")], "lq_size": side}
+        sizes = {"num_worker_per_gpu": 1, "batch_size_per_gpu": batch, "dataset_enlarge_ratio": 1}
         return {
             "num_gpu": 0,
             "datasets": {
-                "train": {**train, "num_worker_per_gpu": 1, "batch_size_per_gpu": batch, "dataset_enlarge_ratio": 1},
+                "train": {**train, **sizes},
                 "val": {"dataroot_gt": [str(folder / "val_hr")], "dataroot_lq": [str(folder / "val_lr")]},
             },
             "train": {"total_iter": iterations, "scheduler": {"total_iters": iterations}},
             "val": {"val_enabled": True, "val_freq": saved_at},
             "logger": {"print_freq": 1, "save_checkpoint_freq": saved_at, "use_tb_logger": False},
         }
-
-    def rest(self, iterations: int) -> Dict[str, Any]:
-        return {"total_iters": iterations, "eta_min_ratio": 0.001}
 
     def weights(self, name: str, iteration: Any = "latest") -> Path:
         return self.experiment(name) / "models" / f"net_g_ema_{iteration}.safetensors"
@@ -216,30 +280,26 @@ class Neosr(Framework):
         "bfloat16": False,
         "datasets": {"train": {"use_hflip": False, "use_rot": False}},
         "network_g": TINY,
-        "train": {"optim_g": {"lr": 2e-4}},
+        "train": {"optim_g": {"warmup_steps": 5}},
+    }
+    comparable_before_norm: ClassVar[Dict[str, Any]] = {
+        "train": {"optim_g": {"lr": 2e-4, "warmup_steps": DELETED}, "scheduler": {"T_max": ITERATIONS // 2}}
     }
 
-    def changes(self, folder: Path, batch: int, side: int, scale: int, iterations: int, saved_at: int) -> Dict[str, Any]:
+    def changes(
+        self, folder: Path, batch: int, side: int, scale: int, iterations: int, saved_at: int
+    ) -> Dict[str, Any]:
         train = {"dataroot_gt": str(folder / "hr"), "dataroot_lq": str(folder / "lr"), "patch_size": side}
+        validation = {"dataroot_gt": str(folder / "val_hr"), "dataroot_lq": str(folder / "val_lr")}
+        logger = {"print_freq": 1, "save_checkpoint_freq": saved_at, "use_tb_logger": False}
         return {
             "datasets": {
                 "train": {**train, "num_worker_per_gpu": 1, "batch_size": batch, "pin_memory": False},
-                "val": {"dataroot_gt": str(folder / "val_hr"), "dataroot_lq": str(folder / "val_lr"), "pin_memory": False},
+                "val": {**validation, "pin_memory": False},
             },
-            "train": {"scheduler": {"T_max": iterations // 2}},
             "val": {"val_freq": saved_at},
-            "logger": {"total_iter": iterations, "print_freq": 1, "save_checkpoint_freq": saved_at, "use_tb_logger": False},
+            "logger": {"total_iter": iterations, **logger},
         }
-
-    def rest(self, iterations: int) -> Dict[str, Any]:
-        return {"T_max": iterations // 2}
-
-    def stopped(self, iteration: int) -> Dict[str, Any]:
-        return {"logger": {"total_iter": iteration}}
-
-    def longer(self, iterations: int, decay: float) -> Dict[str, Any]:
-        train = {"ema": decay, "scheduler": self.rest(iterations)}
-        return {"train": train, "logger": {"total_iter": iterations, "save_checkpoint_freq": iterations}, "val": {"val_freq": iterations}}
 
 
 class ReleasedNeosr(Neosr):
@@ -247,40 +307,51 @@ class ReleasedNeosr(Neosr):
     python = sys.executable
 
 
-def checkout(kind: type, variable: str, folder: Path) -> Framework:
-    """A copy of the checkout that an environment variable names, with the drop-in file in its place."""
-    source = os.environ.get(variable)
-    if not source:
-        pytest.skip(f"{kind.name} has no package: set {variable} to a checkout to run this with it")
-    root = folder / kind.package
-    shutil.copytree(source, root, ignore=shutil.ignore_patterns(".git", "experiments", "datasets"))
-    shutil.copy(ROOT / "archs" / "aether_arch.py", root / kind.package / "archs")
-    return kind(root)
-
-
-def released_neosr(folder: Path) -> Framework:
-    """neosr 0.1.0 as the package index has it, beside its two dependencies that no other test needs."""
-    install = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "--ignore-requires-python"]
-    packages = ["neosr==0.1.0", "einops==0.8.2", "PyWavelets==1.9.0"]
-    done = subprocess.run([*install, "--target", str(folder), *packages], capture_output=True, text=True, timeout=300)
-    if done.returncode:
-        pytest.skip(f"neosr 0.1.0 can't be had from the package index here: {done.stderr.strip().splitlines()[-1]}")
-    shutil.copy(ROOT / "archs" / "aether_arch.py", folder / "neosr" / "archs")
-    return ReleasedNeosr(folder)
-
-
 FRAMEWORKS = ("BasicSR", "neosr 0.1.0", "traiNNer-redux", "neosr")
 
 
 def framework_named(name: str, folder: Path) -> Framework:
-    """One of FRAMEWORKS, ready to run in ``folder``; skips the test where it can't be had."""
-    if name == "BasicSR":
-        return BasicSR(folder)
-    if name == "neosr 0.1.0":
-        return released_neosr(folder)
-    if name == "neosr":
-        return checkout(Neosr, "NEOSR_ROOT", folder)
-    return checkout(Redux, "TRAINNER_REDUX_ROOT", folder)
+    """A copy of one of FRAMEWORKS with aether_arch.py in it; skips the test where it can't be had."""
+    framework = {
+        "BasicSR": installed_basicsr,
+        "neosr 0.1.0": released_neosr,
+        "traiNNer-redux": lambda folder: checkout(Redux, "TRAINNER_REDUX_ROOT", folder),
+        "neosr": lambda folder: checkout(Neosr, "NEOSR_ROOT", folder),
+    }[name](folder)
+    framework.bring("aether_arch.py")
+    return framework
+
+
+def installed_basicsr(folder: Path) -> Framework:
+    spec = importlib.util.find_spec("basicsr")
+    if spec is None or not spec.origin:
+        pytest.skip("BasicSR is not installed: see requirements-basicsr.txt")
+    shutil.copytree(
+        Path(spec.origin).parent, folder / "basicsr", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    return BasicSR(folder)
+
+
+def released_neosr(folder: Path) -> Framework:
+    """neosr 0.1.0 as the package index has it, with its two dependencies that no other test needs."""
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    packages = ["neosr==0.1.0", "einops==0.8.2", "PyWavelets==1.9.0"]
+    install = [*pip, "--no-deps", "--ignore-requires-python", "--target", str(folder), *packages]
+    done = subprocess.run(install, capture_output=True, text=True, timeout=300)
+    if done.returncode:
+        pytest.skip(
+            f"neosr 0.1.0 can't be had from the package index: {done.stderr.strip().splitlines()[-1]}"
+        )
+    return ReleasedNeosr(folder)
+
+
+def checkout(kind: type, variable: str, folder: Path) -> Framework:
+    """A copy of the checkout that an environment variable names."""
+    source = os.environ.get(variable)
+    if not source:
+        pytest.skip(f"{kind.name} has no package: set {variable} to a checkout to run this with it")
+    ignored = shutil.ignore_patterns(".git", "experiments", "datasets", "__pycache__")
+    return kind(Path(shutil.copytree(source, folder / kind.package, ignore=ignored)))
 
 
 def load(path: Path) -> Dict[str, torch.Tensor]:

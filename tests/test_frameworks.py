@@ -1,12 +1,11 @@
-"""The training frameworks themselves, unedited, on the CPU: the generated template trains, resumes, averages, scales out and fuses.
+"""The training frameworks themselves, unedited, on a CPU: templates train, resume, scale out and fuse.
 
-BasicSR and neosr's released package come from the package index. traiNNer-redux and newer neosr have no package: they run when
-TRAINNER_REDUX_ROOT or NEOSR_ROOT names a checkout (with TRAINNER_REDUX_PYTHON or NEOSR_PYTHON, the Python that has what it needs).
+BasicSR and neosr 0.1.0 come from the package index. traiNNer-redux and newer neosr have no package: they run
+when TRAINNER_REDUX_ROOT or NEOSR_ROOT names a checkout. ..._PYTHON can name the Python that has their needs.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 import signal
@@ -14,48 +13,48 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any, Dict
 
 import numpy as np
 import onnxruntime
 import pytest
 import torch
-from aether_arch import DeploymentNorm, aether_from_state_dict
+from aether_arch import aether_from_state_dict
 from conftest import ROOT
 from frameworks import (
     FRAMEWORKS,
     IMAGES,
     ITERATIONS,
     SAVED_AT,
-    SCALE,
     SIDE,
+    TINY,
     Framework,
     framework_named,
     load,
-    merged,
     output_of,
     pixels_of,
 )
 from PIL import Image
 from skimage import data as photographs
 
+BEFORE_NORM = "8ffda8c"  # the last commit whose networks had no option `norm`; trainings begun with it go on
+STATISTICS = {"running_mean": 0.0, "running_var": 1.0}
+
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pairs of pictures: four for training, each as large as a crop, and two of other sizes for validation."""
+    """Pairs of pictures at x2, and in x4/ at x4: four for training, each one crop, and two for validation."""
     folder = tmp_path_factory.mktemp("images")
     picture = np.concatenate([photographs.astronaut(), photographs.coffee()[:, :512].repeat(2, 0)[:512]], 1)
-
-    def pair(kind: str, number: int, height: int, width: int) -> None:
-        y, x = 60 * number + 40, 70 * number + 150
-        hr = Image.fromarray(picture[y : y + height * SCALE, x : x + width * SCALE])
-        for name, image in ((f"{kind}hr", hr), (f"{kind}lr", hr.resize((width, height), Image.Resampling.BICUBIC))):
-            (folder / name).mkdir(exist_ok=True)
-            image.save(folder / name / f"{number}.png")
-
-    for number in range(IMAGES):
-        pair("", number, SIDE, SIDE)
-    for number, (height, width) in enumerate([(25, 38), (32, 27)]):
-        pair("val_", number, height, width)
+    for scale, target in ((2, folder), (4, folder / "x4")):
+        for kind, sizes in (("", [(SIDE, SIDE)] * IMAGES), ("val_", [(25, 38), (32, 27)])):
+            for number, (height, width) in enumerate(sizes):
+                y, x = 60 * number + 40, 70 * number + 150
+                hr = Image.fromarray(picture[y : y + height * scale, x : x + width * scale])
+                lr = hr.resize((width, height), Image.Resampling.BICUBIC)
+                for name, image in ((f"{kind}hr", hr), (f"{kind}lr", lr)):
+                    (target / name).mkdir(exist_ok=True, parents=True)
+                    image.save(target / name / f"{number}.png")
     return folder
 
 
@@ -71,46 +70,79 @@ def trained(framework: Framework, images: Path) -> str:
     return "whole"
 
 
-# ---------------------------------------------------------------------------------------------------------------------- tests
+@pytest.fixture(scope="module")
+def fused(framework: Framework, trained: str) -> Path:
+    """What fuse_aether.py makes of it."""
+    saved = framework.weights(trained)
+    target = framework.root / f"fused{saved.suffix}"
+    command(ROOT / "fuse_aether.py", "--model_path", saved, "--output_path", target, "--device", "cpu")
+    return target
+
+
+def command(script: Path, *arguments: Any, timeout: float = 300) -> None:
+    done = subprocess.run(
+        [sys.executable, str(script), *map(str, arguments)], capture_output=True, text=True, timeout=timeout
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def assert_the_same_losses(framework: Framework, whole: str, resumed: str, first: int = 1) -> None:
+    wanted, found = framework.losses(whole), framework.losses(resumed)
+    assert sorted(wanted) == list(range(1, ITERATIONS + 1))
+    assert sorted(found) == list(range(first, ITERATIONS + 1))
+    for step, loss in found.items():
+        allowed = 1.001 if framework.resumes_exactly or step <= SAVED_AT else 2
+        ratio = loss / wanted[step]
+        assert 1 / allowed <= ratio <= allowed, (
+            f"iteration {step}: {loss:.4g} resumed, {wanted[step]:.4g} whole"
+        )
+
+
+def assert_the_same_weights(path: Path, other: Path) -> None:
+    state, again = load(path), load(other)
+    assert state.keys() == again.keys()
+    different = [name for name in state if not torch.allclose(state[name], again[name], rtol=1e-3, atol=1e-5)]
+    assert not different, f"{len(different)} of {len(state)} tensors differ after resuming: {different[:4]}"
+
+
+# ------------------------------------------------------------------------------------------------------ tests
 
 
 def test_the_template_trains_and_the_loss_falls(framework: Framework, trained: str) -> None:
     losses = framework.losses(trained)
     assert sorted(losses) == list(range(1, ITERATIONS + 1))
-    # The first steps away from the interpolation that a new network is cost something, so the very first loss is not the measure.
+    # The first steps away from the interpolation that a new network is cost something.
     first, last = (float(np.mean([losses[step] for step in steps])) for steps in (range(2, 7), range(16, 21)))
     assert last < 0.95 * first, f"mean loss of iterations 2 to 6 {first:.4f}, of 16 to 20 {last:.4f}"
 
 
-def test_what_was_validated_is_what_was_saved_and_what_fuse_aether_writes(framework: Framework, trained: str, images: Path, tmp_path: Path) -> None:
-    saved, shown = framework.weights(trained, ITERATIONS), framework.validated(trained)
-    fused = tmp_path / f"fused{saved.suffix}"
-    command = [sys.executable, str(ROOT / "fuse_aether.py"), "--model_path", str(saved), "--output_path", str(fused), "--device", "cpu"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=150)
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_what_was_validated_is_what_was_saved_and_what_fuse_aether_writes(
+    framework: Framework, trained: str, fused: Path, images: Path
+) -> None:
+    shown = framework.validated(trained)
     image = images / "val_lr" / f"{shown.name[0]}.png"
-    for path in (saved, fused):
-        difference = np.abs(output_of(aether_from_state_dict(load(path)), image) - np.array(Image.open(shown))).max()
-        assert difference <= 1, f"{path.name} differs from {framework.name}'s own validation by {difference}/255"
+    for path in (framework.weights(trained, ITERATIONS), fused):
+        difference = np.abs(
+            output_of(aether_from_state_dict(load(path)), image) - np.array(Image.open(shown))
+        ).max()
+        assert difference <= 1, (
+            f"{path.name} differs from {framework.name}'s own validation by {difference}/255"
+        )
 
 
-def test_the_averaged_network_has_the_statistics_that_its_weights_have(framework: Framework, images: Path) -> None:
-    # To the end of a schedule: weights, their average and the running statistics have all come to rest, and must agree.
-    framework.run(framework.options("averaged", images, **framework.longer(iterations=150, decay=0.9)))
-    net = aether_from_state_dict(load(framework.weights("averaged")))
-    renewed = copy.deepcopy(net)
-    batch = torch.cat([pixels_of(path) for path in sorted((images / "lr").iterdir())])
-    for module in renewed.modules():
-        if isinstance(module, DeploymentNorm):
-            module.momentum = 1.0  # the statistics of this one batch, which is all that the training saw
-    with torch.no_grad():
-        renewed.train()(batch)
-    image = images / "val_lr" / "0.png"
-    difference = np.abs(output_of(net, image) - output_of(renewed.eval(), image)).mean()
-    assert difference <= 0.5, f"mean difference {difference:.2f}/255 between the saved statistics and those of the averaged weights"
+def test_the_statistics_of_a_new_network_stay_0_and_1_so_that_no_average_needs_them(
+    framework: Framework, trained: str
+) -> None:
+    state = load(framework.weights(trained))
+    found = {name: value for name, value in state.items() if name.endswith(tuple(STATISTICS))}
+    assert found
+    for name, value in found.items():
+        assert torch.equal(value, torch.full_like(value, STATISTICS[name.split(".")[-1]])), name
 
 
-def test_a_killed_training_resumes_with_the_losses_of_an_uninterrupted_one(framework: Framework, trained: str, images: Path) -> None:
+def test_a_killed_training_resumes_with_the_losses_of_an_uninterrupted_one(
+    framework: Framework, trained: str, images: Path
+) -> None:
     options = framework.options("killed", images)
     process = framework.start(options)
     try:
@@ -124,53 +156,159 @@ def test_a_killed_training_resumes_with_the_losses_of_an_uninterrupted_one(frame
         process.communicate()
     assert max(framework.losses("killed")) < ITERATIONS
     framework.run(options, "--auto_resume")
-    whole, resumed = framework.losses(trained), framework.losses("killed")
-    assert sorted(resumed) == sorted(whole)
-    for step in range(1, ITERATIONS + 1):
-        allowed = 1.001 if framework.resumes_exactly or step <= SAVED_AT else 2
-        ratio = resumed[step] / whole[step]
-        assert 1 / allowed <= ratio <= allowed, f"iteration {step}: loss {resumed[step]:.4g} resumed, {whole[step]:.4g} uninterrupted"
+    assert_the_same_losses(framework, trained, "killed")
+
+
+@pytest.mark.parametrize("batch_renorm", [False, True])
+def test_a_training_begun_before_the_option_norm_goes_on_with_the_same_losses(
+    framework: Framework, images: Path, batch_renorm: bool
+) -> None:
+    def at_that_commit(path: str) -> str:
+        show = ["git", "-C", str(ROOT), "show", f"{BEFORE_NORM}:{path}"]
+        done = subprocess.run(show, capture_output=True, text=True, encoding="utf-8")
+        if done.returncode:
+            pytest.skip(f"needs the history of the repository: {done.stderr.strip()}")
+        return done.stdout
+
+    def options(name: str) -> Path:
+        network = {"batch_renorm": batch_renorm, "drop_path_rate": 0.0}
+        changes = {**framework.comparable_before_norm, "network_g": network}
+        return framework.options(name, images, at_that_commit(f"options/{framework.template}"), **changes)
+
+    whole, resumed = (f"before_norm_{batch_renorm}_{part}".lower() for part in ("whole", "resumed"))
+    try:
+        (framework.archs / "aether_arch.py").write_text(
+            at_that_commit("archs/aether_arch.py"), encoding="utf-8"
+        )
+        framework.run(options(whole))
+    finally:
+        framework.bring("aether_arch.py")
+    framework.rewound(whole, resumed)
+    framework.run(options(resumed), "--auto_resume")
+    assert_the_same_losses(framework, whole, resumed, first=SAVED_AT + 1)
+    if framework.resumes_exactly:
+        assert_the_same_weights(framework.weights(whole), framework.weights(resumed))
+
+
+def test_weights_of_another_scale_start_a_training_with_all_but_their_tail(
+    framework: Framework, trained: str, images: Path
+) -> None:
+    start = framework.weights(trained)
+    path = {"pretrain_network_g": str(start), "strict_load_g": False}
+    output = framework.run(framework.options("from_x2", images / "x4", scale=4, iterations=1, path=path))
+    taken, state = load(start), load(framework.weights("from_x2"))
+    body = [name for name in taken if not name.startswith(("upsample.", "conv_last."))]
+    far = [name for name in body if (state[name] - taken[name]).abs().max() > 2e-3]
+    assert not far, f"{len(far)} of {len(body)} tensors of the body are not those of {start.name}: {far[:4]}"
+    assert "x2" in output
+    assert "x4" in output
+
+
+def test_fused_weights_of_another_scale_are_refused_by_name(
+    framework: Framework, fused: Path, images: Path
+) -> None:
+    path = {"pretrain_network_g": str(fused), "strict_load_g": False}
+    if framework.name == "BasicSR":
+        path["param_key_g"] = None
+    options = framework.options("from_fused_x2", images / "x4", scale=4, iterations=1, path=path)
+    output = framework.run(options, succeeds=False)
+    assert not framework.weights("from_fused_x2").exists(), output[-3000:]
+    assert "x2" in output
+    assert "x4" in output
+
+
+def test_fused_weights_as_the_start_of_a_float_training_are_named(
+    framework: Framework, fused: Path, images: Path
+) -> None:
+    path: Dict[str, Any] = {"pretrain_network_g": str(fused)}
+    if framework.name == "BasicSR":
+        path["param_key_g"] = None
+    output = framework.run(framework.options("from_fused", images, iterations=1, path=path), succeeds=False)
+    assert "fused" in output
+    assert "training" in output
+
+
+def test_qat_without_aether_quant_ends_with_one_line_that_names_the_file(
+    framework: Framework, images: Path
+) -> None:
+    (framework.archs / "aether_quant.py").unlink(missing_ok=True)
+    text = framework.template_text("qat")
+    output = framework.run(
+        framework.options("qat_alone", images, text, path={"pretrain_network_g": None}), succeeds=False
+    )
+    assert not framework.weights("qat_alone").exists()
+    assert "aether_quant.py" in output.strip().splitlines()[-1], output[-3000:]
 
 
 def test_quantisation_aware_training_resumes_and_its_int8_file_is_what_was_validated(
     framework: Framework, trained: str, images: Path, tmp_path: Path
 ) -> None:
+    framework.bring("aether_quant.py")
     pretrained = {"path": {"pretrain_network_g": str(framework.weights(trained))}}
-    framework.run(framework.options("qat", images, kind="qat", **pretrained))
-    framework.run(framework.options("qat_resumed", images, kind="qat", **merged(framework.stopped(SAVED_AT), pretrained)))
-    framework.run(framework.options("qat_resumed", images, kind="qat", **pretrained), "--auto_resume")
-    whole, resumed = framework.losses("qat"), framework.losses("qat_resumed")
-    assert sorted(whole) == sorted(resumed) == list(range(1, ITERATIONS + 1))
-    assert whole[1] < 1.5 * framework.losses(trained)[ITERATIONS], "the float weights were not taken"
-    for step in range(1, ITERATIONS + 1):
-        allowed = 1.001 if framework.resumes_exactly or step <= SAVED_AT else 2
-        assert 1 / allowed <= resumed[step] / whole[step] <= allowed, f"iteration {step}: loss {resumed[step]:.4g} resumed, {whole[step]:.4g} not"
+    text = framework.template_text("qat")
+    framework.run(framework.options("qat", images, text, **pretrained))
+    framework.rewound("qat", "qat_resumed")
+    framework.run(framework.options("qat_resumed", images, text, **pretrained), "--auto_resume")
+    assert_the_same_losses(framework, "qat", "qat_resumed", first=SAVED_AT + 1)
+    first, before = framework.losses("qat")[1], framework.losses(trained)[ITERATIONS]
+    assert first < 1.5 * before, "the float weights were not taken"
+    if framework.resumes_exactly:
+        assert_the_same_weights(framework.weights("qat"), framework.weights("qat_resumed"))
     saved, shown = framework.weights("qat", ITERATIONS), framework.validated("qat")
-    state, again = load(saved), load(framework.weights("qat_resumed", ITERATIONS))
-    assert state.keys() == again.keys()
-    ranges = {name: float(state[name] / state[name.replace("range_sum", "watched")]) for name in state if name.endswith("range_sum")}
+    state = load(saved)
+    sums = [name for name in state if name.endswith("range_sum")]
+    ranges = {name: float(state[name] / state[name.replace("range_sum", "watched")]) for name in sums}
     assert ranges
     assert all(math.isfinite(largest) and largest > 0 for largest in ranges.values()), ranges
-    if framework.resumes_exactly:
-        different = [name for name in state if not torch.allclose(state[name], again[name], rtol=1e-3, atol=1e-5)]
-        assert not different, f"{len(different)} of {len(state)} tensors are others after resuming: {different[:4]}"
-    command = [sys.executable, str(ROOT / "fuse_aether.py"), "--model_path", str(saved), "--output_path", str(tmp_path / "net.safetensors")]
-    done = subprocess.run([*command, "--onnx", "fp32,fp16,int8", "--device", "cpu"], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["net.safetensors", *(f"net_{kind}.onnx" for kind in ("fp16", "fp32", "int8"))]
+    net = tmp_path / "net.safetensors"
+    arguments = ("--model_path", saved, "--output_path", net, "--onnx", "fp32,fp16,int8", "--device", "cpu")
+    command(ROOT / "fuse_aether.py", *arguments)
+    written = sorted(path.name for path in tmp_path.iterdir())
+    assert written == ["net.safetensors", "net_fp16.onnx", "net_fp32.onnx", "net_int8.onnx"]
     pixels = pixels_of(images / "val_lr" / f"{shown.name[0]}.png").numpy()
-    session = onnxruntime.InferenceSession(str(tmp_path / "net_int8.onnx"), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        str(tmp_path / "net_int8.onnx"), providers=["CPUExecutionProvider"]
+    )
     output = np.asarray(session.run(None, {"input": pixels})[0])[0].clip(0, 1).transpose(1, 2, 0)
     difference = np.abs((output * 255).round() - np.array(Image.open(shown)))
     far = float((difference > 1).mean())
-    assert far <= 0.01, f"{far:.2%} of the pixels of the int8 file and of {framework.name}'s own validation are more than 1/255 apart"
+    assert far <= 0.01, (
+        f"{far:.2%} of the pixels of the int8 file are more than 1/255 from {framework.name}'s"
+    )
 
 
-@pytest.mark.parametrize("kind", ["fidelity", "qat"])
-def test_two_processes_end_with_the_same_weights_and_statistics(framework: Framework, images: Path, kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["batch norm", "qat"])
+def test_two_processes_end_with_the_same_weights_and_statistics(
+    framework: Framework, images: Path, kind: str, tmp_path: Path
+) -> None:
+    extra: Dict[str, Any] = {"network_g": {"norm": "batch"}}
+    if kind == "qat":
+        framework.bring("aether_quant.py")
+        extra = {"text": framework.template_text("qat")}
     # No validation: neosr's runs on rank 0 alone, through a wrapper that then waits for the other ranks.
-    options = framework.options(f"two_{kind}", images, batch=IMAGES // 2, kind=kind, val=None, path={"pretrain_network_g": None})
+    extra.update(batch=IMAGES // 2, val=None, path={"pretrain_network_g": None})
+    options = framework.options(f"two_{kind[:3]}", images, **extra)
     framework.run(options, "--launcher", "pytorch", "--dump", str(tmp_path), processes=2)
     first, second = (torch.load(tmp_path / f"rank{rank}.pth", weights_only=True) for rank in range(2))
     different = [name for name in first if not torch.equal(first[name], second[name])]
-    assert not different, f"{len(different)} of {len(first)} tensors differ between the ranks: {different[:4]}"
+    assert not different, (
+        f"{len(different)} of {len(first)} tensors differ between the ranks: {different[:4]}"
+    )
+
+
+@pytest.mark.parametrize("framework", ["BasicSR"], indirect=True)  # the others read a flat file as it is
+def test_basicsr_runs_its_test_template_on_the_file_that_fuse_aether_writes(
+    framework: Framework, fused: Path, images: Path
+) -> None:
+    text = (ROOT / "options/basicsr/test/AetherNet/test_aether_small_x2.yml").read_text(encoding="utf-8")
+    assert "param_key_g: ~" in text, "the template no longer says what this file needs"
+    changes = {
+        "num_gpu": 0,
+        "datasets": {"test_1": {"dataroot_lq": str(images / "val_lr")}},
+        "network_g": TINY,
+        "path": {"pretrain_network_g": str(fused), "param_key_g": None},
+    }
+    framework.run(framework.written("tested", text, changes), task="test")
+    shown = next((framework.root / "results" / "tested").rglob("0_*.png"))
+    expected = output_of(aether_from_state_dict(load(fused)), images / "val_lr" / "0.png")
+    assert np.abs(expected - np.array(Image.open(shown))).max() <= 1

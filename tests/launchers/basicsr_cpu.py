@@ -1,6 +1,7 @@
-"""Run BasicSR's own training pipeline without CUDA, in the current folder.
+"""Run BasicSR's own train.py or test.py without CUDA, from a checkout or as pip installed it.
 
-    python basicsr_cpu.py -opt X.yml [--auto_resume] [--launcher pytorch] [--dump FOLDER]
+Usage:
+    python basicsr_cpu.py train -opt X.yml [--auto_resume] [--launcher pytorch] [--dump FOLDER]
 """
 
 from __future__ import annotations
@@ -15,18 +16,24 @@ import torch
 
 
 def main() -> None:
+    which = sys.argv.pop(1)
     folder = cpu.option("--dump")
     cpu.without_downloads()
     cpu.no_cuda()
     if "--launcher" in sys.argv:
         cpu.use_gloo()
-    cpu.register_aether()
+    sys.path.insert(0, os.getcwd())
+    cpu.register_aether()  # unless a copy of the file lies in the checkout
     cpu.contiguous_filter2d("basicsr.models.realesrnet_model", "basicsr.models.realesrgan_model")
-    pipeline: Any = importlib.import_module("basicsr.train")
+    pipeline: Any = importlib.import_module(f"basicsr.{which}")
     models = cpu.remember_model(pipeline)
     load: Any = torch.load
-    setattr(torch, "load", lambda file, map_location=None, **kwargs: load(file, map_location="cpu", **kwargs))  # noqa: B010  resume asks for a card
-    pipeline.train_pipeline(os.getcwd())
+
+    def load_on_cpu(file: Any, map_location: Any = None, **kwargs: Any) -> Any:
+        return load(file, map_location="cpu", **kwargs)  # resuming asks for a card
+
+    setattr(torch, "load", load_on_cpu)  # noqa: B010
+    getattr(pipeline, f"{which}_pipeline")(os.getcwd())
     cpu.dump(folder, models)
 
 

@@ -68,7 +68,7 @@ def no_cuda() -> None:
 
 
 def use_gloo() -> None:
-    """``--launcher pytorch`` with gloo on the CPU in place of NCCL on cards; call it before the framework is imported."""
+    """Let ``--launcher pytorch`` use gloo on the CPU. Call it before the framework is imported."""
     initialize = torch.distributed.init_process_group
 
     def start(backend: Any = None, **kwargs: Any) -> None:
@@ -79,7 +79,8 @@ def use_gloo() -> None:
         def __init__(self, net: torch.nn.Module, device_ids: Any = None, **kwargs: Any) -> None:
             super().__init__(net, **kwargs)
 
-    torch.multiprocessing.set_start_method("fork", force=True)  # a spawned data worker would run none of these preparations
+    # A spawned data worker would run none of these preparations.
+    torch.multiprocessing.set_start_method("fork", force=True)
     for owner, name, value in (
         (torch.distributed, "init_process_group", start),
         (torch.nn.parallel, "DistributedDataParallel", OnCpu),
@@ -90,14 +91,21 @@ def use_gloo() -> None:
 
 
 def without_downloads() -> None:
-    """Perceptual losses get a VGG with random weights (every step of the loss runs, its value means nothing): its own are a download."""
+    """Give perceptual losses a VGG with random weights, since its own are a download.
+
+    Every step of the loss runs, its value means nothing.
+    """
     import_torchvision()
     models: Any = importlib.import_module("torchvision.models")
-    models._api.WeightsEnum.get_state_dict = lambda weights, *args, **kwargs: models.get_model(weights.url.split("/")[-1].split("-")[0]).state_dict()
+
+    def random_weights(weights: Any, *args: Any, **kwargs: Any) -> Any:
+        return models.get_model(weights.url.split("/")[-1].split("-")[0]).state_dict()
+
+    models._api.WeightsEnum.get_state_dict = random_weights
 
 
 def contiguous_filter2d(*modules: str, function: str = "filter2D") -> None:
-    """Degradation on the fly blurs with a ``filter2D`` that calls ``view``, and on the CPU some of its inputs come as channels_last."""
+    """Make what ``filter2D`` gets contiguous: it calls ``view``, and on a CPU some is channels_last."""
     for module in map(importlib.import_module, modules):
         plain: Any = getattr(module, function)
         setattr(module, function, lambda image, kernel, plain=plain: plain(image.contiguous(), kernel))

@@ -1,8 +1,8 @@
-"""Run neosr's own training without CUDA; the current folder is a checkout with its train.py, or holds the released package alone.
+"""Run neosr's own training without CUDA, in a checkout or in a folder that holds the released package.
 
     python neosr_cpu.py -opt X.toml [--auto_resume] [--launcher pytorch] [--dump FOLDER]
 
-The released package (0.1.0) comes without train.py: then the loop below calls the same parts in the same order.
+The released package (0.1.0) has no train.py. The loop below then calls the same parts in the same order.
 """
 
 from __future__ import annotations
@@ -19,13 +19,19 @@ from torch.overrides import TorchFunctionMode
 
 
 def off_cuda(value: Any) -> Any:
-    return torch.device("cpu") if isinstance(value, (str, torch.device)) and str(value).startswith("cuda") else value
+    return (
+        torch.device("cpu")
+        if isinstance(value, (str, torch.device)) and str(value).startswith("cuda")
+        else value
+    )
 
 
 class OnCpu(TorchFunctionMode):
     """Every call of torch that names the device cuda gets cpu."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Tuple[Any, ...] = (), kwargs: Optional[Dict[str, Any]] = None) -> Any:
+    def __torch_function__(
+        self, func: Any, types: Any, args: Tuple[Any, ...] = (), kwargs: Optional[Dict[str, Any]] = None
+    ) -> Any:
         return func(*map(off_cuda, args), **{name: off_cuda(value) for name, value in (kwargs or {}).items()})
 
 
@@ -85,10 +91,14 @@ def train_released(root: str) -> List[Any]:
     train = opt["datasets"]["train"]
     train.update(opt.get("degradations") or {})
     train_set = build_dataset(train)
-    sampler = EnlargedSampler(train_set, opt["world_size"], opt["rank"], train.get("dataset_enlarge_ratio", 1))
+    sampler = EnlargedSampler(
+        train_set, opt["world_size"], opt["rank"], train.get("dataset_enlarge_ratio", 1)
+    )
     common = {"num_gpu": opt["num_gpu"], "dist": opt["dist"], "seed": opt["manual_seed"]}
     loader = build_dataloader(train_set, train, sampler=sampler, **common)
-    validation = build_dataloader(build_dataset(opt["datasets"]["val"]), opt["datasets"]["val"], sampler=None, **common)
+    validation = build_dataloader(
+        build_dataset(opt["datasets"]["val"]), opt["datasets"]["val"], sampler=None, **common
+    )
     model = build_model(opt)
     iteration, epoch, total = 0, 0, int(opt["logger"]["total_iter"])
     if state is not None:
@@ -104,7 +114,10 @@ def train_released(root: str) -> List[Any]:
             model.optimize_parameters(iteration)
             model.update_learning_rate(iteration, warmup_iter=opt["train"].get("warmup_iter", -1))
             if iteration % opt["logger"]["print_freq"] == 0:
-                logger.info(f"iter: {iteration} " + " ".join(f"{name}: {value:.4e}" for name, value in model.get_current_log().items()))
+                logger.info(
+                    f"iter: {iteration} "
+                    + " ".join(f"{name}: {value:.4e}" for name, value in model.get_current_log().items())
+                )
             if iteration % opt["logger"]["save_checkpoint_freq"] == 0:
                 model.save(epoch, iteration)
             if "val" in opt and iteration % opt["val"]["val_freq"] == 0:
@@ -126,9 +139,12 @@ def main() -> None:
         cpu.use_gloo()
     with OnCpu():
         cpu.contiguous_filter2d("neosr.models.otf")
-        if distributed:  # its own averaging of the logged losses stacks tensors of two shapes, and uses the None that reduce returns
+        if distributed:
+            # Its own averaging of the losses stacks tensors of two shapes and uses what reduce returns, None.
             base: Any = importlib.import_module("neosr.models.base").base
-            base.reduce_loss_dict = lambda self, losses: {name: value.mean().item() for name, value in losses.items()}
+            base.reduce_loss_dict = lambda self, losses: {
+                name: value.mean().item() for name, value in losses.items()
+            }
         if os.path.exists("train.py"):
             script: Any = importlib.import_module("train")
             script.CUDAPrefetcher = Prefetcher

@@ -1,5 +1,6 @@
-"""Run traiNNer-redux's own train.py, test.py or convert_to_onnx.py without CUDA; the current folder is its checkout.
+"""Run traiNNer-redux's own train.py, test.py or convert_to_onnx.py without CUDA, in its checkout.
 
+Usage:
     python trainner_redux_cpu.py train -opt X.yml [--auto_resume] [--launcher pytorch] [--dump FOLDER]
 """
 
@@ -28,7 +29,9 @@ def main() -> None:
     script.torch = cpu.Torch()
     if which == "convert_to_onnx":
         session = script.ort.InferenceSession
-        script.ort.InferenceSession = lambda path, options=None, providers=None, **kwargs: session(path, options, ["CPUExecutionProvider"], **kwargs)
+        script.ort.InferenceSession = lambda path, options=None, providers=None, **kwargs: session(
+            path, options, ["CPUExecutionProvider"], **kwargs
+        )
         script.convert_pipeline(os.getcwd())
         return
     script.get_env_info = lambda: f"CPU, torch {torch.__version__}"
