@@ -543,10 +543,13 @@ class FusedAetherBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.reparam_conv(x)
-        eager = _eager_on_cpu(x)
-        # The hidden tensor is the widest of all. A strip of it at a time stays in each core's cache.
-        rows = self.STRIP * torch.get_num_threads() // max(1, x.shape[0] * x.shape[3])
-        if eager and rows < x.shape[2]:
+        eager = x.device.type == "cpu" and not torch.is_grad_enabled() and not _recorded()
+        rows = x.shape[2]
+        if (
+            eager
+        ):  # the hidden tensor is the widest of all: a strip of it at a time stays in each core's cache
+            rows = self.STRIP * torch.get_num_threads() // max(1, x.shape[0] * x.shape[3])
+        if rows < x.shape[2]:
             for strip in out.split(max(1, rows), 2):
                 strip.copy_(self.feed_forward(strip))
         else:
@@ -571,11 +574,13 @@ class CollapsedTail(nn.Module):
     """Every layer after the LeakyReLU as one 5x5 convolution and one pixel shuffle.
 
     Features (N, C, H, W) and the network's input (N, c, H, W) -> (N, c, scale * H, scale * W). Upsampling
-    convolutions, shuffles and conv_last are linear, so inside the image they are one convolution. At the border they
-    pad with zeros at a higher resolution, where the one convolution still sees something. What that changes is
-    linear too, and touches the outermost pixels only: the outermost line of features is convolved with the
-    difference of both kernels and added under a mask that is 1 on that line. Slices would do as well, but several
-    runtimes can't take them where the size is not fixed.
+    convolutions, shuffles and conv_last are linear, so inside the image they are one convolution. At the border
+    they pad with zeros at a higher resolution, where the one convolution still sees something. What that changes
+    is linear too, and touches the outermost pixels only: the outermost line of features is convolved with the
+    difference of both kernels and added there.
+
+    Several runtimes can't slice where the size is not fixed. So an exported graph takes and adds that line under a
+    mask instead.
     """
 
     def __init__(self, channels: int, out_channels: int, scale: int) -> None:
@@ -644,17 +649,16 @@ class CollapsedTail(nn.Module):
         return getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias")
 
     def forward(self, x: Tensor, image: Tensor) -> Tensor:
-        out = self.convolve(x)
-        left, right = self.masks(image, 3, -1), self.masks(image, 3, 1)
-        for name, side in (("top", -1), ("bottom", 1)):
-            rows = self.masks(image, 2, side)
-            line = self.line(x, rows, 2)
-            delta = self.correction(line, name, 2)
-            delta = delta + self.correction(line, f"{name}_left", 2) * left[0]
-            delta = delta + self.correction(line, f"{name}_right", 2) * right[0]
-            out = out + delta * rows[0]
-        for name, columns in (("left", left), ("right", right)):
-            out = out + self.correction(self.line(x, columns, 3), name, 3) * columns[0]
+        out, masks = self.convolve(x), {}
+        edges = {"top": (2, -1), "bottom": (2, 1), "left": (3, -1), "right": (3, 1)}
+        if _recorded():
+            masks = {edge: self.masks(image, *edge) for edge in edges.values()}
+        for name, edge in edges.items():
+            line = self.line(x, edge, masks)
+            delta = self.correction(line, name)
+            for corner in ("left", "right") if edge[0] == 2 else ():
+                delta = self.added(delta, self.correction(line, f"{name}_{corner}"), edges[corner], masks)
+            out = self.added(out, delta, edge, masks)
         return F.pixel_shuffle(out, self.scale)
 
     def masks(self, image: Tensor, dim: int, side: int) -> List[Tensor]:
@@ -663,7 +667,7 @@ class CollapsedTail(nn.Module):
         They are made from the image, whose values are small: 0 times an infinite mean of features would be NaN.
         """
         shift = (self._shift if side < 0 else self._shift.flip(0)).view(
-            1, 1, *((3, 1) if dim == 2 else (1, 3))
+            (1, 1, 3, 1) if dim == 2 else (1, 1, 1, 3)
         )
         inside = F.conv2d(image.mean(5 - dim, keepdim=True), self._zero, self._one)  # ones
         found = []
@@ -673,23 +677,35 @@ class CollapsedTail(nn.Module):
             inside = further
         return found
 
-    def line(self, x: Tensor, masks: List[Tensor], dim: int) -> Tensor:
+    def line(self, x: Tensor, edge: Tuple[int, int], masks: Mapping[Tuple[int, int], List[Tensor]]) -> Tensor:
         """The outermost rows (N, depth * C, 1, W) or columns (N, depth * C, H, 1), side by side as channels."""
-        return torch.cat([(x * mask).sum(dim, keepdim=True) for mask in masks], 1)
+        (dim, side), size = edge, x.shape[edge[0]]
+        if masks:
+            return torch.cat([(x * mask).sum(dim, keepdim=True) for mask in masks[edge]], 1)
+        places = [place if side < 0 else size - 1 - place for place in range(self.depth)]
+        parts = [x.narrow(dim, min(max(place, 0), size - 1), 1) * (0 <= place < size) for place in places]
+        return torch.cat(parts, 1)
 
-    def correction(self, line: Tensor, name: str, dim: int) -> Tensor:
+    def correction(self, line: Tensor, name: str) -> Tensor:
         """What an edge, or one of its corners, adds to the one convolution: a convolution along the line."""
         (weight, bias), (row, column) = self.border(name), BORDERS[name]
-        lines = list(weight.unbind(dim))
-        if (row if dim == 2 else column) > 0:
-            lines.reverse()  # they are in the image's order, the line's parts the outermost first
-        weight = torch.cat(lines, 1).unsqueeze(dim)
-        if (
-            row and column and self.depth > 1
-        ):  # a corner's kernel begins or ends at the corner: centre it there
+        dim, side = (2, row) if row else (3, column)
+        lines = weight.unbind(dim)  # in the image's order; the line's parts are the outermost first
+        weight = torch.cat(lines if side < 0 else lines[::-1], 1).unsqueeze(dim)
+        if row and column and self.depth > 1:  # a corner's kernel begins or ends there: centre it
             zeros = weight.new_zeros(*weight.shape[:3], self.depth - 1)
             weight = torch.cat([zeros, weight] if column < 0 else [weight, zeros], 3)
         return F.conv2d(line, weight, bias, padding=[weight.shape[2] // 2, weight.shape[3] // 2])
+
+    def added(
+        self, x: Tensor, delta: Tensor, edge: Tuple[int, int], masks: Mapping[Any, List[Tensor]]
+    ) -> Tensor:
+        """``x`` with ``delta`` added to its outermost row or column."""
+        if masks:
+            return x + delta * masks[edge][0]
+        place = (slice(None),) * edge[0] + (slice(None, 1) if edge[1] < 0 else slice(-1, None),)
+        x[place] += delta[place]
+        return x
 
 
 class FusedAetherNet(AetherBase):
@@ -815,12 +831,10 @@ def _state_of(module: nn.Module, prefix: str) -> Dict[str, Tensor]:
     return {prefix + name: value for name, value in module.state_dict().items()}
 
 
-def _eager_on_cpu(x: Tensor) -> bool:
-    """Whether operations on ``x`` run one by one, with no gradient, tracer or compiler that holds their results."""
-    if x.device.type != "cpu" or torch.is_grad_enabled() or torch.jit.is_tracing():
-        return False
+def _recorded() -> bool:
+    """Whether an exporter or a compiler records the operations, instead of running them one by one."""
     compiling = getattr(getattr(torch, "compiler", None), "is_compiling", None)
-    return not (compiling and compiling())
+    return torch.jit.is_tracing() or bool(compiling and compiling())
 
 
 def _check_options(options: Mapping[str, Any]) -> None:

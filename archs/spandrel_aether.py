@@ -108,9 +108,7 @@ class AetherNetArch(Architecture[aether_arch.AetherBase]):
             ),
         )
 
-    def load(
-        self, state_dict: StateDict
-    ) -> ImageModelDescriptor[aether_arch.AetherBase]:
+    def load(self, state_dict: StateDict) -> ImageModelDescriptor[aether_arch.AetherBase]:
         # Every option that matters in evaluation is detectable but one: img_range of a
         # training or older fused form. 1, assumed here, is the default of every variant.
         # Raises ValueError where the tensors aren't those of a whole AetherNet.
@@ -143,9 +141,7 @@ def install() -> None:
     """Register AetherNet in spandrel's main registry; a second call does nothing."""
     from spandrel import MAIN_REGISTRY, ArchSupport
 
-    MAIN_REGISTRY.add(
-        ArchSupport.from_architecture(AetherNetArch()), ignore_duplicates=True
-    )
+    MAIN_REGISTRY.add(ArchSupport.from_architecture(AetherNetArch()), ignore_duplicates=True)
 
 
 __all__ = ["AetherNet", "AetherNetArch", "install"]
