@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import io
 import os
@@ -13,6 +12,7 @@ import torch
 from aether_quant import TARGETS
 from torch import Tensor
 
+from aethersr.exported import for_export
 from aethersr.identify import variant_name
 from aethersr.onnx_int8 import integer_convolutions
 
@@ -81,12 +81,13 @@ def export_onnx(
     }
     with torch.inference_mode(False), torch.no_grad():  # the tracer can't follow inference tensors
         if precision == "int8":
-            reference: Any = model.convert_to_quantized().cpu().for_target(target, reduce_range)
+            quantised: Any = model.convert_to_quantized()
+            reference = quantised.cpu().for_target(target, reduce_range)
             described.update(placement=reference.placement, target=target)
         else:
             reference = model.fused().cpu().float()
-        network = copy.deepcopy(reference).half() if precision == "fp16" else reference
-        file = trace(network, opset, fold=precision != "int8")
+        network = for_export(reference)
+        file = trace(network.half() if precision == "fp16" else network, opset, fold=precision != "int8")
         if precision == "int8":
             integer_convolutions(file, target)
         if simplify:

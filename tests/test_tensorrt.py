@@ -1,7 +1,7 @@
 """TensorRT's own parser and builder take the files, and see integers where they count.
 
-TensorRT for RTX builds without a GPU. Its licence is NVIDIA's own, so it is not among the requirements: pip install tensorrt-rtx, or these tests
-are skipped.
+TensorRT for RTX builds without a GPU. Its licence is NVIDIA's own, so no requirements file names it:
+pip install tensorrt-rtx, or these tests are skipped.
 """
 
 from __future__ import annotations
@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any, List, Tuple
 
 import pytest
-from aether_arch import export_onnx
-from test_quantised import float_net, quantised
+from test_onnx_int8 import float_net, quantised
+
+from aethersr.onnx import export_onnx
 
 trt = pytest.importorskip("tensorrt_rtx", reason="needs TensorRT for RTX: pip install tensorrt-rtx")
 
 
 def build(path: str, *options: Tuple[int, ...]) -> Tuple[Any, List[str], Any]:
-    """TensorRT's network, the parser's and builder's errors, and the engine; ``options``: smallest, usual and largest shape, or nothing."""
+    """TensorRT's network, its errors, and the engine; ``options``: smallest, usual and largest shape, if any."""
     errors: List[str] = []
 
     class Logger(trt.ILogger):
@@ -44,12 +45,13 @@ ANY_SIZE = ((1, 3, 16, 16), (1, 3, 64, 64), (2, 3, 256, 320))
 
 
 def integer_convolutions(network: Any) -> int:
-    """Convolutions whose input and kernel are dequantised integers: those that TensorRT fuses into integer ones."""
+    """Convolutions of a dequantised input and kernel: TensorRT fuses those into integer ones."""
     layers = [network.get_layer(index) for index in range(network.num_layers)]
     made = {layer.get_output(index).name: layer for layer in layers for index in range(layer.num_outputs)}
     dequantised = {name for name, layer in made.items() if layer.type == trt.LayerType.DEQUANTIZE}
     convolutions = [layer for layer in layers if layer.type == trt.LayerType.CONVOLUTION]
-    return sum(layer.num_inputs > 1 and all(layer.get_input(index).name in dequantised for index in (0, 1)) for layer in convolutions)
+    inputs = [[layer.get_input(index).name for index in range(layer.num_inputs)] for layer in convolutions]
+    return sum(len(names) > 1 and dequantised.issuperset(names[:2]) for names in inputs)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
@@ -66,7 +68,7 @@ def test_it_builds_the_integer_files(placement: str, others: int, tmp_path: Path
     path = export_onnx(quantised(placement, bound=1.0), 2, "int8", str(tmp_path / "net.onnx"), "tensorrt")
     network, errors, engine = build(path, *ANY_SIZE)
     assert engine is not None, errors
-    # Of three blocks gate, main and out; body_conv, and in full the fusion and what is 8-bit of the last two layers.
+    # Gate, main and out of three blocks; body_conv; in full the fusion and the 8-bit part of the last two layers.
     assert integer_convolutions(network) == 3 * 3 + others
 
 
@@ -77,7 +79,7 @@ def test_it_builds_a_file_of_one_size(tmp_path: Path) -> None:
 
 
 def test_it_refuses_the_flavour_of_onnx_runtime(tmp_path: Path) -> None:
-    """Which is why there is --target tensorrt; and were this file taken, the tests above would prove little."""
+    """That is why there is --target tensorrt. Were this file taken, the tests above would prove little."""
     path = export_onnx(quantised("default"), 2, "int8", str(tmp_path / "net.onnx"), "onnxruntime")
     _, errors, engine = build(path, *ANY_SIZE)
     assert engine is None

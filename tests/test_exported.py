@@ -1,0 +1,65 @@
+"""The network that converters get computes what the network does, of constants and without slices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from aether_arch import SCALES
+from conftest import small_net
+
+from aethersr.exported import for_export
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SIZES = ((1, 1), (1, 9), (2, 1), (2, 2), (3, 4), (7, 12))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scale", SCALES)
+def test_it_computes_the_same_at_every_size(scale: int) -> None:
+    net = small_net(scale, embed_dim=8, depths=(1,), lk_kernel=5).fused()
+    exported = for_export(net).double()
+    for height, width in SIZES:
+        image = torch.rand(2, 3, height, width, dtype=torch.float64)
+        expected = net(image)
+        error = float((exported(image) - expected).abs().max() / expected.abs().max())
+        assert error <= 1e-6, f"{error:.2g} at {width}x{height}"  # its constants are float32
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("placement", ["default", "full"])
+@pytest.mark.parametrize("scale", [2, 4])
+def test_int8_weights_stay_int8_and_compute_the_same(placement: str, scale: int) -> None:
+    net: Any = small_net(scale, embed_dim=8, depths=(1,), lk_kernel=5).float().prepare_qat(placement)
+    stored = net.convert_to_quantized()
+    exported, image = for_export(stored), torch.rand(1, 3, 7, 12)
+    assert float((exported(image) - stored(image)).abs().max()) <= 1e-5 * float(stored(image).abs().max())
+    weights = [
+        value
+        for name, value in exported.tail.named_buffers()
+        if name.startswith("borders") and value.dim() == 4
+    ]
+    assert sum(value.dtype == torch.int8 for value in weights) == 8
+
+
+@torch.no_grad()
+def test_half_precision_is_finite_on_a_long_narrow_picture_with_features_near_its_limit() -> None:
+    net = small_net(2, embed_dim=8, depths=(1,), lk_kernel=5).float().fused()
+    image = torch.rand(1, 3, 3, 5000)
+    largest: Any = {}
+    hook = net.conv_before_upsample.register_forward_hook(
+        lambda *call: largest.update(value=call[2].abs().max())
+    )
+    net(image)
+    hook.remove()
+    factor = 3e4 / float(largest["value"])  # what comes into the tail; what goes out stays as it is
+    net.conv_before_upsample[0].weight.mul_(factor)
+    net.conv_before_upsample[0].bias.mul_(factor)
+    for name, value in net.tail.named_parameters():
+        if name.endswith("weight"):
+            value.div_(factor)
+    expected = net(image)
+    half = for_export(net).half()(image.half()).float()
+    assert bool(half.isfinite().all())
+    assert float((half - expected).abs().max()) <= 0.02 * float(expected.abs().max())
