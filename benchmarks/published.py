@@ -1,6 +1,7 @@
 """AetherNet the published way, for comparison: two depthwise branches, or only their kernels merged.
 
-Both compute what the given AetherNet computes. Norms are written out by hand, temperature and error_comp are passes over pixels.
+Both compute what the given AetherNet computes. Norms are written out by hand; temperature and error_comp are
+passes over pixels.
 """
 
 from __future__ import annotations
@@ -67,7 +68,9 @@ class TemperedFFN(nn.Module):
 def _merge(conv: ReparamLargeKernelConv) -> nn.Module:
     weight, bias = conv.reparameterize()
     channels, _, size, _ = weight.shape
-    merged = nn.Conv2d(channels, channels, size, padding=size // 2, groups=channels, dtype=weight.dtype, device=weight.device)
+    merged = nn.Conv2d(
+        channels, channels, size, padding=size // 2, groups=channels, dtype=weight.dtype, device=weight.device
+    )
     merged.load_state_dict({"weight": weight, "bias": bias})
     return merged
 
@@ -76,20 +79,14 @@ def _rewritten(net: AetherNet, conv: Callable[..., nn.Module], norm: Callable[..
     net = copy.deepcopy(net)
     with torch.no_grad():
         for block in [module for module in net.modules() if isinstance(module, AetherBlock)]:
-            block.conv, block.norm, block.ffn = conv(block.conv), norm(block.norm), TemperedFFN(block.ffn)  # type: ignore[assignment]
-        net.norm = norm(net.norm)  # type: ignore[assignment]
+            block.conv, block.norm, block.ffn = conv(block.conv), norm(block.norm), TemperedFFN(block.ffn)
+        net.norm = norm(net.norm)
     return net
 
 
 def two_branches(net: AetherNet) -> nn.Module:
     """A copy that trains the published way."""
     return _rewritten(net, TwoBranches, HandWrittenNorm)
-
-
-def keep_contiguous(net: nn.Module) -> nn.Module:
-    """Let a network compute in contiguous layout, as the published one does: an AetherNet trains in channels_last on a CPU, whatever it is given."""
-    net.conv_first.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))  # type: ignore[operator, union-attr]
-    return net
 
 
 def kernels_merged(net: AetherNet) -> nn.Module:

@@ -1,6 +1,7 @@
-"""Ways of computing a fused block that were tried, in turn, against the plain one; and the weight gradient of its depthwise convolution.
+"""Ways to compute a fused block, and the weight gradient of its depthwise convolution, beside the plain ones.
 
-python benchmarks/variants.py [--size 128] [--rounds 15] [--threads 2]   # the figures of docs/speed.md
+Usage:
+    python benchmarks/variants.py [--size 128] [--rounds 15] [--threads 2]   # the figures of docs/speed.md
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from pathlib import Path
 from typing import Any, Callable, Dict
 
 import torch
-from benchmark import aether, aether_arch, export, milliseconds, session, table, threads_of_torch
+from benchmark import export, session, timed
+from networks import aether, aether_arch
+from report import table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -88,11 +91,14 @@ def blocks(variant: str, size: int, rounds: int, threads: int) -> None:
             export(made, x, Path(folder, "block.onnx"), True)
             steps["ORT"][name] = session(Path(folder, "block.onnx"), x, threads)
             memory_format = torch.channels_last
-            steps["eager"][name] = functools.partial(made.to(memory_format=memory_format), x.to(memory_format=memory_format))
-    print(f"{variant}, {len(stage)} blocks, {size}x{size}, {threads} threads: ms, and times as fast as plain\n")
-    with threads_of_torch(threads):
-        ms = {runtime: milliseconds(found, rounds) for runtime, found in steps.items()}
-    cells = [[name, *(f"{ms[r][name]:.1f} ({ms[r]['plain'] / ms[r][name]:.2f})" for r in ms)] for name in VARIANTS]
+            steps["eager"][name] = functools.partial(
+                made.to(memory_format=memory_format), x.to(memory_format=memory_format)
+            )
+    print(f"{variant}, {len(stage)} blocks, {size}x{size}, {threads} threads: ms, and beside plain\n")
+    found = [timed(each, rounds, threads) for each in steps.values()]
+    cells = [
+        [name, *(f"{ms.median(name):.1f} ({ms.ratio('plain', name)})" for ms in found)] for name in VARIANTS
+    ]
     print("\n".join(table(["block", "eager, channels_last", "ONNX Runtime"], cells)))
 
 
@@ -101,28 +107,46 @@ def weight_gradient(rounds: int, threads: int) -> None:
     cells = []
     for channels, batch, size in ((96, 4, 24), (96, 4, 48), (96, 8, 64), (180, 4, 48)):
         for memory_format in (torch.contiguous_format, torch.channels_last):
-            x, grad = (torch.rand(batch, channels, size, size).to(memory_format=memory_format) for _ in range(2))
+            x, grad = (
+                torch.rand(batch, channels, size, size).to(memory_format=memory_format) for _ in range(2)
+            )
             weight = torch.rand(channels, 1, 11, 11)
 
             def own(x: Tensor = x, grad: Tensor = grad, weight: Tensor = weight) -> Tensor:
-                options: Any = (None, [1, 1], [5, 5], [1, 1], False, [0, 0], len(weight), [False, True, False])
+                options: Any = (
+                    None,
+                    [1, 1],
+                    [5, 5],
+                    [1, 1],
+                    False,
+                    [0, 0],
+                    len(weight),
+                    [False, True, False],
+                )
                 return torch.ops.aten.convolution_backward(grad, x, weight, *options)[1]
 
             def as_convolution(x: Tensor = x, grad: Tensor = grad, weight: Tensor = weight) -> Tensor:
                 planes, kernels = x.reshape(1, -1, *x.shape[2:]), grad.reshape(-1, 1, *x.shape[2:])
-                return F.conv2d(planes, kernels, padding=5, groups=len(kernels)).view(len(x), *weight.shape).sum(0)
+                return (
+                    F.conv2d(planes, kernels, padding=5, groups=len(kernels))
+                    .view(len(x), *weight.shape)
+                    .sum(0)
+                )
 
             assert torch.allclose(own(), as_convolution(), rtol=1e-3)
-            with threads_of_torch(threads):
-                ms = milliseconds({"own": own, "as convolution": as_convolution}, rounds)
-            figures = [f"{ms['own']:.1f}", f"{ms['as convolution']:.1f}", f"{ms['own'] / ms['as convolution']:.1f}"]
+            ms = timed({"own": own, "as convolution": as_convolution}, rounds, threads)
+            figures = [f"{ms.median(name):.1f}" for name in ms.times] + [
+                str(ms.ratio("own", "as convolution"))
+            ]
             cells.append([f"({batch}, {channels}, {size}, {size})", str(memory_format)[6:], *figures])
     print("Weight gradient of the 11x11 depthwise convolution, ms\n")
-    print("\n".join(table(["input", "layout", "PyTorch's own", "as a convolution", "times as fast"], cells)))
+    print("\n".join(table(["input", "layout", "PyTorch's own", "as a convolution", "gain"], cells)))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
