@@ -1,10 +1,10 @@
-"""Every template, trained for real: nothing changed but paths, sizes and iterations. Slow; ``pytest -m slow tests/test_every_template.py``.
+"""Every template, trained for real: only paths, sizes and iterations are changed. Slow: run it with -m slow.
 
-For each framework, size and scale: fidelity from scratch (20 iterations for aether_small x2, as many as a saved and validated checkpoint
-takes for the others), then GAN from what it saved, then both degraded on the fly; and, on their own, quantisation-aware training of a new
-network (``-k qat``).
-Perceptual losses run on a VGG with random weights: its own are a download of 550 MB. traiNNer-redux's templates train in fp16, which no
-CPU has fast kernels for: the first one runs so, on smaller pictures, the others without AMP. neosr's run in bf16, as they are.
+For each framework, size and scale: fidelity from scratch, GAN from what that saved, both degraded on the fly,
+and quantisation-aware training (``-k qat``). aether_small x2 takes 20 iterations, the others very few.
+
+Perceptual losses run on a VGG with random weights: its own are a download of 550 MB. traiNNer-redux's
+templates use fp16, slow on a CPU: the first one does so on smaller pictures, the others without AMP.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ BATCH, SIDE, LARGEST = 4, 32, 4
 
 @pytest.fixture(scope="module", params=FRAMEWORKS)
 def framework(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Framework:
-    return framework_named(request.param, tmp_path_factory.mktemp("framework"))
+    framework = framework_named(request.param, tmp_path_factory.mktemp("framework"))
+    framework.bring("aether_quant.py")
+    return framework
 
 
 @pytest.fixture(scope="module", params=[2, 3, 4])
@@ -45,12 +47,18 @@ def images(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
             y, x = 40 * number, 60 * number
             hr = Image.fromarray(photographs.astronaut()[y : y + height * scale, x : x + width * scale])
             hr.save(folder / f"x{scale}" / f"{kind}hr" / f"{number}.png")
-            hr.resize((width, height), Image.Resampling.BICUBIC).save(folder / f"x{scale}" / f"{kind}lr" / f"{number}.png")
-    (folder / f"x{scale}" / "meta_info.txt").write_text("".join(f"{number}.png\n" for number in range(BATCH)), encoding="utf-8")
+            hr.resize((width, height), Image.Resampling.BICUBIC).save(
+                folder / f"x{scale}" / f"{kind}lr" / f"{number}.png"
+            )
+    (folder / f"x{scale}" / "meta_info.txt").write_text(
+        "".join(f"{number}.png\n" for number in range(BATCH)), encoding="utf-8"
+    )
     return folder / f"x{scale}"
 
 
-def extra(framework: Framework, images: Path, kind: str, scale: int, pretrained: Path | None, amp: bool) -> Dict[str, Any]:
+def extra(
+    framework: Framework, images: Path, kind: str, scale: int, pretrained: Path | None, amp: bool
+) -> Dict[str, Any]:
     """What templates of this kind need besides: further paths, and sizes that must agree with the others."""
     changes: Dict[str, Any] = {"path": {"pretrain_network_g": str(pretrained)}} if pretrained else {}
     if isinstance(framework, Redux) and not amp:
@@ -65,7 +73,9 @@ def extra(framework: Framework, images: Path, kind: str, scale: int, pretrained:
 
 
 @pytest.mark.parametrize("size", ["small", "medium", "large"])
-def test_every_template_of_a_size_and_scale_trains(framework: Framework, images: Path, size: str, tmp_path: Path) -> None:
+def test_every_template_of_a_size_and_scale_trains(
+    framework: Framework, images: Path, size: str, tmp_path: Path
+) -> None:
     kinds = templates(framework, size, int(images.name[1:]))
     order = sorted(kinds, key=lambda kind: ("gan" in kind, "otf" in kind.lower()))
     order.remove("qat")
@@ -74,12 +84,16 @@ def test_every_template_of_a_size_and_scale_trains(framework: Framework, images:
     saved = None
     for kind in order:
         first = (size, images.name, kind) == ("small", "x2", "fidelity")
-        weights = train(framework, kinds[kind], kind, images, saved if "gan" in kind else None, first, tmp_path)
+        weights = train(
+            framework, kinds[kind], kind, images, saved if "gan" in kind else None, first, tmp_path
+        )
         saved = saved or weights
 
 
 @pytest.mark.parametrize("size", ["small", "medium", "large"])
-def test_every_qat_template_of_a_size_and_scale_trains(framework: Framework, images: Path, size: str, tmp_path: Path) -> None:
+def test_every_qat_template_of_a_size_and_scale_trains(
+    framework: Framework, images: Path, size: str, tmp_path: Path
+) -> None:
     scale = int(images.name[1:])
     pretrained = tmp_path / "float.pth"
     torch.manual_seed(0)
@@ -94,13 +108,23 @@ def templates(framework: Framework, size: str, scale: int) -> Dict[str, Path]:
     return {path.stem.split(f"_x{scale}_")[1]: path for path in found}
 
 
-def train(framework: Framework, template: Path, kind: str, images: Path, pretrained: Path | None, first: bool, folder: Path) -> Path:
+def train(
+    framework: Framework,
+    template: Path,
+    kind: str,
+    images: Path,
+    pretrained: Path | None,
+    first: bool,
+    folder: Path,
+) -> Path:
     """Train from a template and compare what was saved with what was shown; returns the saved weights."""
     scale, iterations = int(images.name[1:]), 20 if first else 2
     batch, side = (2, SIDE // 2) if first and isinstance(framework, Redux) else (BATCH, SIDE)
     name = template.stem
     changes = extra(framework, images, kind, scale, pretrained, amp=first)
-    options = framework.unedited(name, str(template.relative_to(ROOT / "options")), images, batch, side, scale, iterations, **changes)
+    options = framework.unedited(
+        name, template.read_text(encoding="utf-8"), images, batch, side, scale, iterations, **changes
+    )
     output = framework.run(options, timeout=600)
     losses = framework.losses(name)
     assert sorted(losses) == list(range(1, iterations + 1)), f"{name}:\n{output[-3000:]}"
@@ -109,11 +133,16 @@ def train(framework: Framework, template: Path, kind: str, images: Path, pretrai
     assert weights.is_file(), output[-3000:]
     # What was saved, fused by the command, is what the framework showed.
     shown, fused = framework.validated(name, iterations), folder / f"{kind}{weights.suffix}"
-    command = [sys.executable, str(ROOT / "fuse_aether.py"), "--model_path", str(weights), "--output_path", str(fused), "--device", "cpu"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, str(ROOT / "fuse_aether.py"), "--model_path", str(weights), "--device", "cpu"]
+    done = subprocess.run(
+        [*command, "--output_path", str(fused)], capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     upscaled = output_of(aether_from_state_dict(load(fused)), images / "val_lr" / f"{shown.name[0]}.png")
     difference = np.abs(upscaled - np.array(Image.open(shown))).max()
-    assert difference <= 1, f"{kind}: {framework.name}'s validation and the fused network differ by {difference}/255"
-    print(f"{framework.name} {name}: {iterations} iterations, loss {losses[1]:.4g} to {losses[iterations]:.4g}, difference {difference:.0f}/255")
+    assert difference <= 1, (
+        f"{kind}: {framework.name}'s validation and the fused network differ by {difference}/255"
+    )
+    fell = f"loss {losses[1]:.4g} to {losses[iterations]:.4g}"
+    print(f"{framework.name} {name}: {iterations} iterations, {fell}, difference {difference:.0f}/255")
     return weights
