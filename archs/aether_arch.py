@@ -1,15 +1,13 @@
 """AetherNet: single-image super-resolution built to be fused, exported and quantised.
 
-One file that needs only torch (1.13+, Python 3.8+). Copied into ``traiNNer/archs/``, ``neosr/archs/`` or
-``basicsr/archs/``, it registers ``aether_small``, ``aether_medium`` and ``aether_large`` there. A network has
-one of three forms, each a class:
+Needs only torch (1.13+, Python 3.8+). Copied into the archs folder of traiNNer-redux, neosr or BasicSR, it
+registers ``aether_small``, ``aether_medium`` and ``aether_large``. A network has one of three forms:
 
     AetherNet       the training form: two depthwise branches, norms, separate reconstruction layers
     FusedAetherNet  the same function as plain convolutions, activations, attention and additions
-    QuantAetherNet  the fused form with fake quantisation, for INT8 (in aether_quant.py)
+    QuantAetherNet  the fused form with fake quantisation, for INT8 (aether_quant.py)
 
-``model.fuse_model()`` turns the first into the second, ``model.prepare_qat()`` into the third; ``eval()`` and
-``train()`` never change the form. ``load_state_dict`` gives the network the form of the file.
+``fuse_model()`` and ``prepare_qat()`` change the form, and ``load_state_dict`` takes the form of the file.
 
 Source: https://github.com/phhofm (AetherNet by Philip Hofmann). Licence: MIT.
 """
@@ -31,8 +29,6 @@ from torch.nn import functional as F
 __version__ = "0.2.0"
 SCALES = (1, 2, 3, 4, 8)
 
-# ---------------------------------------------------------------------------------------------- small blocks
-
 
 def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """One kernel per channel, zero padding that keeps the size: (N, C, H, W) -> (N, C, H, W)."""
@@ -40,11 +36,10 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 class ReparamLargeKernelConv(nn.Module):
-    """Depthwise convolution with a large and a small kernel in parallel, (N, C, H, W) -> (N, C, H, W).
+    """A large and a small depthwise kernel in parallel, shapes kept. arxiv.org/abs/2203.06717
 
-    Both branches are linear and nothing stands between them and their sum. So one convolution with the summed
-    kernel gives the same output and the same gradients in one pass, in training too.
-    Reference: RepLKNet, https://arxiv.org/abs/2203.06717
+    Nothing stands between the branches and their sum. So one convolution with the summed kernel gives the
+    same output and the same gradients in one pass, in training too.
     """
 
     def __init__(self, channels: int, lk_kernel: int, sk_kernel: int) -> None:
@@ -67,11 +62,11 @@ class ReparamLargeKernelConv(nn.Module):
 
 
 class DeploymentNorm(nn.Module):
-    """Per-channel scale and shift of ``(x - running_mean) / sqrt(running_var + eps)``.
+    """``(x - running_mean) / sqrt(running_var + eps) * weight + bias``, per channel.
 
-    By default the statistics stand still, at 0 and 1 or at a loaded file's values: batch statistics hold
-    super-resolution back (EDSR, https://arxiv.org/abs/1707.02921). With ``batch`` set the layer normalises over
-    (N, H, W) in training, as BatchNorm does, but with the biased variance in its running average.
+    The statistics stand still, at 0 and 1 or at a loaded file's values: batch statistics hold back
+    super-resolution (EDSR, arxiv.org/abs/1707.02921). With ``batch`` set, training normalises over (N, H, W)
+    as BatchNorm does, but with the biased variance in its running average.
     """
 
     eps = 1e-5
@@ -108,10 +103,7 @@ class DeploymentNorm(nn.Module):
 
 
 class GatedConvFFN(nn.Module):
-    """Gated feed-forward layer: ``conv_out(SiLU(conv_gate(x) * temperature) * conv_main(x))``, all 1x1.
-
-    Reference: GLU variants, https://arxiv.org/abs/2002.05202
-    """
+    """``conv_out(SiLU(conv_gate(x) * temperature) * conv_main(x))``, all 1x1. arxiv.org/abs/2002.05202"""
 
     def __init__(self, channels: int, hidden: int, drop: float) -> None:
         super().__init__()
@@ -119,20 +111,24 @@ class GatedConvFFN(nn.Module):
         self.conv_main = nn.Conv2d(channels, hidden, 1)
         self.conv_out = nn.Conv2d(hidden, channels, 1)
         self.temperature = nn.Parameter(torch.ones(1))
-        self.drop1 = nn.Dropout(drop)
-        self.drop2 = nn.Dropout(drop)
+        self.drop = nn.Dropout(drop)
 
     def reparameterize(self) -> Tuple[Tensor, Tensor]:
         """Weight and bias of the gate with the temperature in them: cheaper than a pass over pixels."""
-        return self.conv_gate.weight * self.temperature, _bias(self.conv_gate) * self.temperature
+        return self.conv_gate.weight * self.temperature, self.conv_gate.bias * self.temperature
 
     def forward(self, x: Tensor) -> Tensor:
         gate = F.conv2d(x, *self.reparameterize())
-        return self.drop2(self.conv_out(self.drop1(F.silu(gate) * self.conv_main(x))))
+        return self.drop(self.conv_out(self.drop(F.silu(gate) * self.conv_main(x))))
+
+
+def scaled(x: Tensor, weights: Tensor) -> Tensor:
+    """``x * weights``; in place where nobody else holds x: fresh memory takes as long as the product."""
+    return x * weights if torch.is_grad_enabled() or _recorded() else x.mul_(weights)
 
 
 class ChannelAttention(nn.Module):
-    """Squeeze-and-excitation over the global average. Reference: https://arxiv.org/abs/1709.01507"""
+    """Squeeze-and-excitation over the global average. arxiv.org/abs/1709.01507"""
 
     def __init__(self, channels: int, reduction: int = 8) -> None:
         super().__init__()
@@ -140,39 +136,20 @@ class ChannelAttention(nn.Module):
         excite = nn.Conv2d(channels // reduction, channels, 1, bias=False)
         self.fc = nn.Sequential(squeeze, nn.ReLU(), excite, nn.Sigmoid())
 
-    def weights(self, x: Tensor) -> Tensor:  # (N, C, 1, 1)
-        return self.fc(x.mean((2, 3), keepdim=True))
-
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.weights(x)
+        return scaled(x, self.fc(x.mean((2, 3), keepdim=True)))
 
 
 class SpatialAttention(nn.Module):
-    """Attention over pixels from the channels' maximum and mean. Reference: https://arxiv.org/abs/1807.06521"""
+    """Attention over pixels from the channels' maximum and mean. arxiv.org/abs/1807.06521"""
 
     def __init__(self, kernel: int = 7) -> None:
         super().__init__()
         self.conv = nn.Conv2d(2, 1, kernel, padding=kernel // 2, bias=False)
 
-    def weights(self, x: Tensor) -> Tensor:  # (N, 1, H, W)
-        return torch.sigmoid(self.conv(torch.cat([x.amax(1, keepdim=True), x.mean(1, keepdim=True)], 1)))
-
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.weights(x)
-
-
-class DropPath(nn.Module):
-    """Drops a sample's whole residual branch in training. Reference: https://arxiv.org/abs/1603.09382"""
-
-    def __init__(self, rate: float) -> None:
-        super().__init__()
-        self.rate = rate
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.rate == 0.0:
-            return x
-        keep = x.new_empty(x.shape[0], 1, 1, 1).bernoulli_(1.0 - self.rate)
-        return x * (keep / (1.0 - self.rate))
+        pooled = torch.cat([x.amax(1, keepdim=True), x.mean(1, keepdim=True)], 1)
+        return scaled(x, torch.sigmoid(self.conv(pooled)))
 
 
 class QuantFusion(nn.Module):
@@ -186,17 +163,14 @@ class QuantFusion(nn.Module):
     def reparameterize(self) -> Tuple[Tensor, Tensor]:
         """Weight and bias of the one 1x1 convolution that equals this layer."""
         weight = self.fusion_conv.weight
-        return weight, _bias(self.fusion_conv) + weight.flatten(1) @ self.error_comp.flatten()
+        return weight, self.fusion_conv.bias + weight.flatten(1) @ self.error_comp.flatten()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fusion_conv(x + self.error_comp)
 
 
 class AdaptiveUpsample(nn.Module):
-    """Convolutions and pixel shuffles and no activation: (N, C, H, W) -> (N, out, scale * H, scale * W).
-
-    Reference: https://arxiv.org/abs/1609.05158
-    """
+    """Convolutions and pixel shuffles: (N, C, H, W) -> (N, out, sH, sW). arxiv.org/abs/1609.05158"""
 
     def __init__(self, channels: int, scale: int) -> None:
         super().__init__()
@@ -216,12 +190,9 @@ class AdaptiveUpsample(nn.Module):
 
 
 class AetherBlock(nn.Module):
-    """``x + drop_path(attention(ffn(norm(conv(x)))))``, (N, C, H, W) -> (N, C, H, W).
+    """``x + drop_path(attention(ffn(norm(conv(x)))))``, (N, C, H, W) -> (N, C, H, W)."""
 
-    ``bound`` limits the norm's output to [-bound, bound]. Options: AetherNet's.
-    """
-
-    bound: Optional[float] = None
+    bound: Optional[float] = None  # limits the norm's output to [-bound, bound]
 
     def __init__(self, options: Mapping[str, Any], drop_path: float) -> None:
         super().__init__()
@@ -231,43 +202,42 @@ class AetherBlock(nn.Module):
         self.ffn = GatedConvFFN(channels, int(channels * options["mlp_ratio"]), options["drop"])
         self.channel_attn = ChannelAttention(channels) if options["use_channel_attn"] else nn.Identity()
         self.spatial_attn = SpatialAttention() if options["use_spatial_attn"] else nn.Identity()
-        self.drop_path = DropPath(drop_path)
+        self.drop_path = drop_path
 
     def reparameterize(self) -> Dict[str, Tensor]:
         """State dict of the equal FusedAetherBlock: norm and temperature move into the convolutions."""
         weight, bias = self.conv.reparameterize()
         scale, shift = self.norm.scale_and_shift()
-        gate_weight, gate_bias = self.ffn.reparameterize()
-        return {
+        state = {
             "reparam_conv.weight": weight * scale.view(-1, 1, 1, 1),
             "reparam_conv.bias": bias * scale + shift,
-            "gate_conv.weight": gate_weight,
-            "gate_conv.bias": gate_bias,
-            **_state_of(self.ffn.conv_main, "main_conv."),
-            **_state_of(self.ffn.conv_out, "out_conv."),
-            **_state_of(self.channel_attn, "channel_attn."),
-            **_state_of(self.spatial_attn, "spatial_attn."),
         }
+        state["gate_conv.weight"], state["gate_conv.bias"] = self.ffn.reparameterize()
+        for name, module in (("main_conv.", self.ffn.conv_main), ("out_conv.", self.ffn.conv_out),
+                             ("channel_attn.", self.channel_attn), ("spatial_attn.", self.spatial_attn)):  # fmt: skip
+            state.update(_state_of(module, name))
+        return state
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.norm(self.conv(x))
         if self.bound is not None:
             out = out.clamp(-self.bound, self.bound)
-        return x + self.drop_path(self.spatial_attn(self.channel_attn(self.ffn(out))))
-
-
-# ----------------------------------------------------------------------------- what all forms have in common
+        out = self.spatial_attn(self.channel_attn(self.ffn(out)))
+        if self.training and self.drop_path:  # drops whole samples: https://arxiv.org/abs/1603.09382
+            out = out * F.dropout(out.new_ones(len(out), 1, 1, 1), self.drop_path)
+        return x + out
 
 
 class AetherBase(nn.Module):
     """Options, the change of form, and loading. Build an AetherNet or call a variant instead."""
 
     mean: Tensor
+    stages: nn.ModuleList
+    fusion_convs: nn.ModuleList
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         super().__init__()
-        defaults = {name: p.default for name, p in inspect.signature(AetherNet.__init__).parameters.items()}
-        del defaults["self"]
+        defaults = {name: option.default for name, option in inspect.signature(AetherNet).parameters.items()}
         self.options: Dict[str, Any] = {**defaults, **options}
         _check_options(self.options)
         if self.options.pop("batch_renorm"):
@@ -276,10 +246,13 @@ class AetherBase(nn.Module):
         self.scale: int = self.options["scale"]
         self.register_buffer("mean", torch.full((1, self.options["in_chans"], 1, 1), 0.5))
 
-    @classmethod
-    def layout(cls, names: Iterable[str]) -> Dict[str, Any]:
-        """Arguments of a network of this form besides its options, as its tensor names tell them."""
-        return {}
+    def all_stages(self, out: Tensor) -> Tensor:
+        """What each stage leaves, (N, C, H, W), put through its 1x1 convolution and side by side again."""
+        features = []
+        for stage, fusion_conv in zip(self.stages, self.fusion_convs):
+            out = stage(out)
+            features.append(fusion_conv(out))
+        return torch.cat(features, 1)
 
     def fused(self) -> FusedAetherNet:
         """A fused deep copy in evaluation mode; this network stays as it is."""
@@ -287,25 +260,18 @@ class AetherBase(nn.Module):
             return copy.deepcopy(self).eval().fuse_model()
 
     def fuse_model(self) -> FusedAetherNet:
-        """Turn this network into a FusedAetherNet in place: the same object and the same function.
-
-        Fuse after training: an optimizer that was made before holds the old parameters.
-        """
+        """Turn this network into a FusedAetherNet in place. An earlier optimizer holds the old parameters."""
         raise NotImplementedError
 
     def prepare_qat(self, *args: Any, **options: Any) -> AetherBase:
         """Turn this network into a QuantAetherNet in place: see aether_quant.prepare_qat."""
-        return _neighbour("aether_quant").prepare_qat(self, *args, **options)
+        return _other("aether_quant").prepare_qat(self, *args, **options)
 
     def convert_to_quantized(self) -> AetherBase:
         raise ValueError("convert_to_quantized: call prepare_qat() first, and fine-tune.")
 
     def set_bound(self, bound: Optional[float]) -> None:
-        """Limit the output of every block's norm to [-bound, bound]; None removes the limit.
-
-        Raises:
-            ValueError: not a number from 1e-3 to 1e6.
-        """
+        """Limit every block's norm to [-bound, bound], 1e-3 to 1e6 (else ValueError); None: no limit."""
         _check_options({**self.options, "bound": bound})
         self.options = {**self.options, "bound": bound}
         self._buffers.pop("bound", None)
@@ -330,43 +296,39 @@ class AetherBase(nn.Module):
         self.__dict__.update(taken)
 
     def map_state_dict(self, state_dict: Dict[str, Tensor]) -> Dict[str, Tensor]:
-        """Give this network the form of ``state_dict``. traiNNer-redux calls this before it compares names."""
+        """Take the form of ``state_dict``. traiNNer-redux calls this before it compares names."""
         self._take_form_of(state_dict, "", strict=False)
         return state_dict
 
     def _load_from_state_dict(self, state_dict: Dict[str, Tensor], prefix: str, *args: Any) -> None:
-        """torch calls this before it copies a value: the file is taken whole, or the network stays as it was."""
+        """Called before a value is copied: a file is taken whole, or the network stays as it was."""
         self._take_form_of(state_dict, prefix, strict=args[1])
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     @torch.inference_mode(False)
+    @torch.random.fork_rng(devices=[])
     def _take_form_of(self, state_dict: Dict[str, Tensor], prefix: str, strict: bool) -> None:
-        """Take the form, the bound and the kind of norm of a state dict.
-
-        Raises:
-            RuntimeError: the state dict does not fit a network of that form; nothing has changed.
-        """
-        own = {name[len(prefix) :]: value for name, value in state_dict.items() if name.startswith(prefix)}
-        form, me = form_of(own), type(self).__name__
-        if form is None:
-            if not strict:
-                return
-            first = f"{len(own)} tensors of no AetherNet, the first is {next(iter(own), '')[:80]!r}"
-            raise RuntimeError(f"{me}: {first}; fuse_aether.py reads older layouts and wrapped files.")
-        scale, other, bound = scale_of(own), self, float(own["bound"]) if "bound" in own else None
+        """Take a state dict's form, bound and kind of norm. RuntimeError, and no change, where it does not fit."""
+        # Without strict, BasicSR and traiNNer-redux add ".ignore" to the names of tensors of another shape.
+        names = [name for name in state_dict if name.startswith(prefix)]
+        own = {name[len(prefix) :].split(".ignore")[0]: state_dict[name] for name in names}
+        form, scale, other = form_of(own), scale_of(own), self
+        bound = float(own["bound"]) if "bound" in own else None
         if form is AetherNet and isinstance(self, AetherNet):
-            if scale != self.scale and not strict:
-                warnings.warn(
-                    f"AetherNet: x{self.scale} takes the body of x{scale} weights; its tail starts anew."
-                )
-                for name in [name for name in own if name.startswith(("upsample.", "conv_last."))]:
-                    del own[name], state_dict[prefix + name]
-        elif type(self) is not form or not form.layout(own).items() <= self.__dict__.items():
-            other = form(**{**self.options, "bound": bound}, **form.layout(own))
+            if scale not in (None, self.scale) and not strict:
+                text = f"AetherNet x{self.scale} takes the body of x{scale} weights; its tail starts anew."
+                warnings.warn(text, stacklevel=4)
+                for name in [name for name in names if name[len(prefix) :].startswith(("upsample.", "conv_last."))]:
+                    del own[name[len(prefix) :].split(".ignore")[0]], state_dict[name]
+        elif form:
+            extra = {} if form is AetherNet else form.layout(own)
+            if type(self) is not form or not extra.items() <= self.__dict__.items():
+                other = form(**{**self.options, "bound": bound}, **extra)
         wrong = differences(other, own, strict)
         if wrong:
-            scales = f"x{scale} weights do not fit a x{self.scale} network; " if scale != self.scale else ""
-            raise RuntimeError(f"{me} stays as it was: {scales}tensors {wrong}.")
+            found = f"{form.__name__ if form else 'unknown weights'} x{scale} does not fit; tensors {wrong}."
+            me = f"{type(self).__name__} x{self.scale} stays as it was"
+            raise RuntimeError(f"{me}: {found} fuse_aether.py reads other layouts.")
         if other is not self:
             self.become(other)
         elif bound != self.options["bound"]:
@@ -378,19 +340,7 @@ class AetherBase(nn.Module):
                     module.batch = moved
 
 
-# --------------------------------------------------------------------------------------------- training form
-
-
-class FiniteGradient(torch.autograd.Function):
-    """The identity; a gradient that is not finite becomes zero, so that one broken batch ruins no weights."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        return torch.nan_to_num(grad, 0.0, 0.0, 0.0)
+# --------------------------------------------------------------------------------------- training form
 
 
 class AetherNet(AetherBase):
@@ -398,22 +348,19 @@ class AetherNet(AetherBase):
 
     Args:
         scale: 1, 2, 3, 4 or 8.
-        in_chans: image channels in and out.
         embed_dim: width C of the body; divisible by the number of stages.
         depths: blocks in each stage.
         mlp_ratio: a block's feed-forward layer has int(C * mlp_ratio) hidden channels.
         lk_kernel, sk_kernel: the two depthwise kernels, odd, sk_kernel <= lk_kernel.
         drop, drop_path_rate: dropout, and the last block's stochastic depth, both in [0, 1).
         img_range: the network works on (x - mean) * img_range.
-        use_channel_attn, use_spatial_attn: attention at the end of every block.
         batch_renorm: from earlier versions; means norm="frozen".
-        bound: limit of a block's norm, so that no picture makes the network run away; None: no limit. It is part of
-            the state dict, and a loaded file's bound is taken.
-        norm: "frozen" keeps the norms' statistics as they are, "batch" computes them from each batch. None: frozen,
-            but batch once a file with batch statistics is loaded, so that its training goes on.
+        bound: limit of every block's norm, so that no picture makes the network run away.
+        norm: "frozen" keeps the norms' statistics, "batch" takes each batch's. None: frozen, and batch once a
+            file with batch statistics is loaded, so that its training goes on.
 
     Raises:
-        ValueError: an option is impossible; the message names it, its value and what is allowed.
+        ValueError: an option is impossible; the message says what is allowed.
     """
 
     def __init__(
@@ -443,8 +390,7 @@ class AetherNet(AetherBase):
         self.upsample = AdaptiveUpsample(embed_dim, scale)
         self.conv_last = nn.Conv2d(self.upsample.out_channels, in_chans, 3, padding=1)
         self.set_bound(bound)
-        self.apply(_init_weights)
-        _init_as_interpolation(self)
+        _initialize(self)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
@@ -452,24 +398,24 @@ class AetherNet(AetherBase):
             self.non_finite = self.non_finite + finite.all().logical_not().detach()
             x = torch.where(finite, x, self.mean.to(x.dtype))
         shallow = self.conv_first((x - self.mean) * self.img_range)
-        out, features = shallow, []
-        for stage, fusion_conv in zip(self.stages, self.fusion_convs):
-            out = stage(out)
-            features.append(fusion_conv(out))
-        body = self.quant_fusion_layer(torch.cat(features, 1)) + shallow
+        body = self.quant_fusion_layer(self.all_stages(shallow)) + shallow
         body = self.conv_after_body(self.norm(body)) + body
         out = self.conv_last(self.upsample(self.conv_before_upsample(body))) / self.img_range + self.mean
-        return FiniteGradient.apply(out) if self.training else out
+        if out.requires_grad and not _recorded():  # a batch with a broken target must not ruin the weights
+            out.register_hook(lambda grad: torch.nan_to_num(grad, 0.0, 0.0, 0.0))
+        return out
 
     def train(self, mode: bool = True) -> AetherNet:
         count = 0 if mode else int(self.non_finite)
         if count:
-            warnings.warn(f"AetherNet: {count} training batches held NaN or infinite pixels, taken as grey.")
+            text = f"AetherNet: {count} batches held NaN or infinite pixels, which were taken as grey."
+            warnings.warn(text, stacklevel=2)
             self.non_finite = 0
         return super().train(mode)
 
     @torch.inference_mode(False)
     @torch.no_grad()
+    @torch.random.fork_rng(devices=[])
     def fuse_model(self) -> FusedAetherNet:
         state = copy.deepcopy(self).cpu().double().reparameterize()
         other = FusedAetherNet(**self.options, **FusedAetherNet.layout(state))
@@ -489,8 +435,8 @@ class AetherNet(AetherBase):
         state["fusion.weight"], state["fusion.bias"] = self.quant_fusion_layer.reparameterize()
         state.update(_state_of(self.conv_after_body, "body_conv."))
         scale, shift = self.norm.scale_and_shift()
-        # conv(s * b + t) + b = conv'(b') + b' - t/s with b' = b + t/s. Where s is small beside t, the sum b + t/s
-        # would drown b in rounding: then the norm stays, as a depthwise 1x1 convolution.
+        # conv(s * b + t) + b = conv'(b') + b' - t/s with b' = b + t/s. Where s is small beside t, that would
+        # drown b in rounding: then the norm stays, as a depthwise 1x1 convolution.
         if bool((self.norm.bias.abs() <= 16 * self.norm.weight.abs()).all()):
             offset = torch.where(scale == 0, torch.zeros_like(shift), shift / scale)
             state["fusion.bias"] = state["fusion.bias"] + offset
@@ -505,15 +451,7 @@ class AetherNet(AetherBase):
         return state
 
 
-# ------------------------------------------------------------------------------------------------ fused form
-
-
-class PlainConv2d(nn.Conv2d):
-    """A convolution that starts at zero: its weights are always loaded, so no random number is drawn for them."""
-
-    def reset_parameters(self) -> None:
-        for value in self.parameters():
-            nn.init.zeros_(value)
+# ------------------------------------------------------------------------------------------ fused form
 
 
 class FusedAetherBlock(nn.Module):
@@ -526,10 +464,10 @@ class FusedAetherBlock(nn.Module):
         super().__init__()
         channels, kernel = options["embed_dim"], options["lk_kernel"]
         hidden = int(channels * options["mlp_ratio"])
-        self.reparam_conv = PlainConv2d(channels, channels, kernel, padding=kernel // 2, groups=channels)
-        self.gate_conv = PlainConv2d(channels, hidden, 1)
-        self.main_conv = PlainConv2d(channels, hidden, 1)
-        self.out_conv = PlainConv2d(hidden, channels, 1)
+        self.reparam_conv = nn.Conv2d(channels, channels, kernel, padding=kernel // 2, groups=channels)
+        self.gate_conv = nn.Conv2d(channels, hidden, 1)
+        self.main_conv = nn.Conv2d(channels, hidden, 1)
+        self.out_conv = nn.Conv2d(hidden, channels, 1)
         self.channel_attn = ChannelAttention(channels) if options["use_channel_attn"] else nn.Identity()
         self.spatial_attn = SpatialAttention() if options["use_spatial_attn"] else nn.Identity()
 
@@ -545,20 +483,14 @@ class FusedAetherBlock(nn.Module):
         out = self.reparam_conv(x)
         eager = x.device.type == "cpu" and not torch.is_grad_enabled() and not _recorded()
         rows = x.shape[2]
-        if (
-            eager
-        ):  # the hidden tensor is the widest of all: a strip of it at a time stays in each core's cache
+        if eager:  # the hidden tensor is the widest: a strip of it at a time stays in each core's cache
             rows = self.STRIP * torch.get_num_threads() // max(1, x.shape[0] * x.shape[3])
         if rows < x.shape[2]:
             for strip in out.split(max(1, rows), 2):
                 strip.copy_(self.feed_forward(strip))
         else:
             out = self.feed_forward(out)
-        for attention in (self.channel_attn, self.spatial_attn):
-            if eager and not isinstance(attention, nn.Identity):
-                out *= attention.weights(out)
-            else:
-                out = attention(out)
+        out = self.spatial_attn(self.channel_attn(out))
         out += x
         return out
 
@@ -570,17 +502,19 @@ BORDERS = {
 }  # fmt: skip
 
 
+# Masks of an edge, by (dimension, side): (2, -1) top, (2, 1) bottom, (3, -1) left, (3, 1) right
+Masks = Dict[Tuple[int, int], List[Tensor]]
+
+
 class CollapsedTail(nn.Module):
     """Every layer after the LeakyReLU as one 5x5 convolution and one pixel shuffle.
 
     Features (N, C, H, W) and the network's input (N, c, H, W) -> (N, c, scale * H, scale * W). Upsampling
     convolutions, shuffles and conv_last are linear, so inside the image they are one convolution. At the border
-    they pad with zeros at a higher resolution, where the one convolution still sees something. What that changes
-    is linear too, and touches the outermost pixels only: the outermost line of features is convolved with the
-    difference of both kernels and added there.
-
-    Several runtimes can't slice where the size is not fixed. So an exported graph takes and adds that line under a
-    mask instead.
+    they pad with zeros at a higher resolution, where the one convolution still sees something. What that
+    changes is linear too and touches the outermost pixels only: the outermost line of features, convolved with
+    the difference of both kernels, is added there. Several runtimes can't slice where the size is not fixed, so
+    an exported graph takes and adds that line under a mask.
     """
 
     def __init__(self, channels: int, out_channels: int, scale: int) -> None:
@@ -600,15 +534,15 @@ class CollapsedTail(nn.Module):
 
     @staticmethod
     def depth_at(scale: int) -> int:
-        """Lines of pixels that a correction depends on: one more where zeros are padded at two resolutions."""
+        """Lines of pixels that a correction sees: one more where zeros are padded at two resolutions."""
         return 1 if scale <= 3 else 2
 
     @classmethod
     def collapse(cls, tail: nn.Module, scale: int) -> Dict[str, Tensor]:
-        """State dict of the CollapsedTail that equals ``tail``, read off a 5x5 image.
+        """State dict of the CollapsedTail that equals ``tail``.
 
-        A kernel is the gradient of an output by the inputs. The middle pixel sees no border there, a pixel in the
-        middle of an edge sees that edge only, and a corner its two edges.
+        Kernels are gradients of outputs by a 5x5 image: its middle pixel sees no border, a pixel in the middle
+        of an edge sees that edge, and a corner its two edges.
         """
         like = next(tail.parameters())
         zero = F.pixel_unshuffle(tail(like.new_zeros(1, like.shape[1], 5, 5)), scale)[0]
@@ -621,23 +555,20 @@ class CollapsedTail(nn.Module):
         # (output, its row, its column, channel, row, column)
         padded = F.pad(torch.stack(kernels).unflatten(1, (3, 3)), (2, 2, 2, 2))
 
-        def seen_from(row: int, column: int) -> List[Tensor]:
-            """Kernel over offsets -2..2 and bias of an output in the first (-1), a middle or the last (1) line."""
+        def seen_from(row: int, column: int) -> Tuple[Tensor, Tensor]:
+            """Kernel over offsets -2..2 and bias of an output in the first (-1), middle or last (1) line."""
             y, x = 2 * (row + 1), 2 * (column + 1)
-            return [padded[:, row + 1, column + 1, :, y : y + 5, x : x + 5], zero[:, y, x]]
-
-        def correction(row: int, column: int) -> List[Tensor]:
-            return [here - inside for here, inside in zip(seen_from(row, column), seen_from(0, 0))]
+            return padded[:, row + 1, column + 1, :, y : y + 5, x : x + 5], zero[:, y, x]
 
         depth = cls.depth_at(scale)
         # Offsets 0..depth-1, all, and 1-depth..0
         window = {-1: slice(2, 2 + depth), 0: slice(0, 5), 1: slice(3 - depth, 3)}
         state = dict(zip(("weight", "bias"), seen_from(0, 0)))
         for name, (row, column) in BORDERS.items():
-            weight, bias = correction(row, column)
+            terms = [(1, row, column), (-1, 0, 0)]
             if row and column:  # both edges act on a corner already
-                for edge_weight, edge_bias in (correction(row, 0), correction(0, column)):
-                    weight, bias = weight - edge_weight, bias - edge_bias
+                terms = [(1, row, column), (-1, row, 0), (-1, 0, column), (1, 0, 0)]
+            weight, bias = (sum(k * seen_from(y, x)[part] for k, y, x in terms) for part in (0, 1))
             state[f"{name}_weight"], state[f"{name}_bias"] = weight[:, :, window[row], window[column]], bias
         return state
 
@@ -662,13 +593,12 @@ class CollapsedTail(nn.Module):
         return F.pixel_shuffle(out, self.scale)
 
     def masks(self, image: Tensor, dim: int, side: int) -> List[Tensor]:
-        """Masks of the ``depth`` outermost rows (dim 2: (N, 1, H, 1)) or columns (dim 3), the outermost first.
+        """Masks of the ``depth`` outermost rows (dim 2, (N, 1, H, 1)) or columns (dim 3), outermost first.
 
-        They are made from the image, whose values are small: 0 times an infinite mean of features would be NaN.
+        They are made from the image, whose values are small: 0 times an infinite mean would be NaN.
         """
-        shift = (self._shift if side < 0 else self._shift.flip(0)).view(
-            (1, 1, 3, 1) if dim == 2 else (1, 1, 1, 3)
-        )
+        shift = self._shift if side < 0 else self._shift.flip(0)
+        shift = shift.view((1, 1, 3, 1) if dim == 2 else (1, 1, 1, 3))
         inside = F.conv2d(image.mean(5 - dim, keepdim=True), self._zero, self._one)  # ones
         found = []
         for _ in range(self.depth):
@@ -677,7 +607,7 @@ class CollapsedTail(nn.Module):
             inside = further
         return found
 
-    def line(self, x: Tensor, edge: Tuple[int, int], masks: Mapping[Tuple[int, int], List[Tensor]]) -> Tensor:
+    def line(self, x: Tensor, edge: Tuple[int, int], masks: Masks) -> Tensor:
         """The outermost rows (N, depth * C, 1, W) or columns (N, depth * C, H, 1), side by side as channels."""
         (dim, side), size = edge, x.shape[edge[0]]
         if masks:
@@ -697,9 +627,7 @@ class CollapsedTail(nn.Module):
             weight = torch.cat([zeros, weight] if column < 0 else [weight, zeros], 3)
         return F.conv2d(line, weight, bias, padding=[weight.shape[2] // 2, weight.shape[3] // 2])
 
-    def added(
-        self, x: Tensor, delta: Tensor, edge: Tuple[int, int], masks: Mapping[Any, List[Tensor]]
-    ) -> Tensor:
+    def added(self, x: Tensor, delta: Tensor, edge: Tuple[int, int], masks: Masks) -> Tensor:
         """``x`` with ``delta`` added to its outermost row or column."""
         if masks:
             return x + delta * masks[edge][0]
@@ -711,8 +639,8 @@ class CollapsedTail(nn.Module):
 class FusedAetherNet(AetherBase):
     """AetherNet after fusing, the form to release: AetherNet's function in evaluation mode, in train() too.
 
-    Its tensors have names of their own, so that no value of one form is read as one of the other. ``img_range``
-    lies in the weights. Args: AetherNet's, and ``keep_norm`` where the last norm could not be merged.
+    Its tensors have names of their own, so that no value is read as one of another form. ``img_range`` lies in the
+    weights. Args: AetherNet's, and ``keep_norm`` where the last norm could not be merged.
     """
 
     block: Type[FusedAetherBlock] = FusedAetherBlock
@@ -726,31 +654,29 @@ class FusedAetherNet(AetherBase):
         def stage(depth: int) -> nn.Sequential:
             return nn.Sequential(*(self.block(self.options) for _ in range(depth)))
 
-        self.head = PlainConv2d(in_chans, channels, 3, padding=1)
+        self.head = nn.Conv2d(in_chans, channels, 3, padding=1)
         self.stages = nn.ModuleList(stage(depth) for depth in depths)
-        self.fusion_convs = nn.ModuleList(PlainConv2d(channels, channels // len(depths), 1) for _ in depths)
-        self.fusion = PlainConv2d(channels, channels, 1)
-        self.body_norm = PlainConv2d(channels, channels, 1, groups=channels) if keep_norm else nn.Identity()
-        self.body_conv = PlainConv2d(channels, channels, 3, padding=1)
-        before = PlainConv2d(channels, channels, 3, padding=1)
+        self.fusion_convs = nn.ModuleList(nn.Conv2d(channels, channels // len(depths), 1) for _ in depths)
+        self.fusion = nn.Conv2d(channels, channels, 1)
+        self.body_norm = nn.Conv2d(channels, channels, 1, groups=channels) if keep_norm else nn.Identity()
+        self.body_conv = nn.Conv2d(channels, channels, 3, padding=1)
+        before = nn.Conv2d(channels, channels, 3, padding=1)
         self.conv_before_upsample = nn.Sequential(before, nn.LeakyReLU(0.01))
         self.tail = CollapsedTail(channels, in_chans, self.scale)
         self.set_bound(self.options["bound"])
 
     @classmethod
     def layout(cls, names: Iterable[str]) -> Dict[str, Any]:
+        """Arguments besides the options, as tensor names tell them."""
         return {"keep_norm": "body_norm.weight" in names}
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training and self.warns_in_training and torch.is_grad_enabled():
             self.warns_in_training = False
-            warnings.warn("AetherNet: this trains the fused form; load the training-form file to train on.")
+            text = "AetherNet: this trains the fused form; the training-form file trains better."
+            warnings.warn(text, stacklevel=2)
         shallow = self.head(x - self.mean)
-        out, features = shallow, []
-        for stage, fusion_conv in zip(self.stages, self.fusion_convs):
-            out = stage(out)
-            features.append(fusion_conv(out))
-        body = self.fusion(torch.cat(features, 1)) + shallow
+        body = self.fusion(self.all_stages(shallow)) + shallow
         body = self.body_conv(self.body_norm(body)) + body
         return self.tail(self.conv_before_upsample(body), x)
 
@@ -758,25 +684,25 @@ class FusedAetherNet(AetherBase):
         return self
 
 
-# -------------------------------------------------------------------------------- names, options and helpers
+# -------------------------------------------------------------------------- names, options and helpers
 
 
-def form_of(names: Iterable[str]) -> Optional[Type[AetherBase]]:
+def form_of(names: Iterable[str]) -> Any:
     """The class of network that has tensors of these names; None where it is no AetherNet."""
     names = list(names)
     if any(name.endswith(".lk_conv.weight") for name in names):
         return AetherNet
-    if not any(name.endswith(".reparam_conv.weight") for name in names):
-        return None
-    if any(name.endswith(".reparam_conv.quant_out.range_sum") for name in names):
-        return _neighbour("aether_quant").QuantAetherNet
-    return FusedAetherNet
+    quantised = any(name.endswith(".reparam_conv.quant_out.range_sum") for name in names)
+    fused = any(name.endswith(".reparam_conv.weight") for name in names)
+    return _other("aether_quant").QuantAetherNet if fused and quantised else FusedAetherNet if fused else None
 
 
 def scale_of(state: Mapping[str, Tensor]) -> Optional[int]:
     """The scale that a state dict's tensors upsample to; None where that is none of SCALES."""
     convs = [name for name in state if name.startswith("upsample.blocks.") and name.endswith(".weight")]
     tail = [name for name in ("tail.weight", "tail.conv.weight") if name in state]
+    if not tail and not convs:
+        return None
     scale, few = 2 ** len(convs), state.get("head.weight" if tail else "conv_last.weight")
     if len(convs) < 2 and (tail or convs) and few is not None and few.dim() == 4:  # one pixel shuffle
         scale = math.isqrt(state[(tail or convs)[0]].shape[0] // max(1, few.shape[1]))
@@ -790,41 +716,34 @@ def differences(net: nn.Module, state: Mapping[str, Tensor], strict: bool = True
     lists = {"of another shape": [name for name in found if expected.get(name, found[name]) != found[name]]}
     if strict:
         lists.update(missing=sorted({*expected} - {*found}), unexpected=sorted({*found} - {*expected}))
-    texts = [f"{kind}: {len(names)} ({', '.join(name[:80] for name in names[:3])}{', ...' if names[3:] else ''})"
-             for kind, names in sorted(lists.items()) if names]  # fmt: skip
-    return "; ".join(texts)
+    texts = {
+        kind: ", ".join(name[:80] for name in names[:3]) for kind, names in sorted(lists.items()) if names
+    }
+    return "; ".join(
+        f"{kind}: {len(lists[kind])} ({text}{', ...' * (len(lists[kind]) > 3)})"
+        for kind, text in texts.items()
+    )
 
 
-def _neighbour(name: str) -> Any:
-    """The module that lies beside this file, in a framework's package or on the path."""
+def _other(module: str) -> Any:
+    """A module of another room: aether_quant lies beside this file, aethersr is installed."""
+    beside = module == "aether_quant"
     try:
-        return importlib.import_module(f".{name}" if __package__ else name, __package__)
+        return importlib.import_module(f".{module}" if beside and __package__ else module, __package__)
     except ModuleNotFoundError as error:
-        if (error.name or "").rpartition(".")[2] != name:
+        if module.split(".")[0] not in (error.name or "").split("."):
             raise
-        raise ImportError(f"{name}.py is missing: copy it from archs/ beside {__file__}.") from None
+        remedy = f"copy {module}.py beside {__file__}" if beside else "pip install . in AetherNet's folder"
+        raise ImportError(f"{module} is missing: {remedy}.") from None
 
 
 def __getattr__(name: str) -> Any:
     """What is asked for here and lives in another room."""
-    rooms = {"export_onnx": "onnx", "aether_from_state_dict": "identify", "variant_name": "identify"}
-    if name in ("QuantAetherNet", "Quantizer", "PLACEMENTS", "TARGETS"):
-        return getattr(_neighbour("aether_quant"), name)
+    rooms = {"export_onnx": "aethersr.onnx", "aether_from_state_dict": "aethersr.identify"}
+    rooms.update(dict.fromkeys(("QuantAetherNet", "Quantizer", "PLACEMENTS", "TARGETS"), "aether_quant"))
     if name not in rooms:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        return getattr(importlib.import_module(f"aethersr.{rooms[name]}"), name)
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "aethersr":
-            raise
-        raise ImportError(
-            f"{name} needs the package aethersr: pip install . in AetherNet's folder."
-        ) from None
-
-
-def _bias(conv: nn.Conv2d) -> Tensor:
-    assert conv.bias is not None  # for the type checker: these convolutions have one
-    return conv.bias
+    return getattr(_other(rooms[name]), name)
 
 
 def _state_of(module: nn.Module, prefix: str) -> Dict[str, Tensor]:
@@ -859,44 +778,40 @@ def _check_options(options: Mapping[str, Any]) -> None:
     check("depths", several and all(map(whole, depths)), "a list of whole numbers from 1")
     multiple = f"a multiple of {len(depths)}, the number of stages in depths"
     check("embed_dim", whole(width) and width % len(depths) == 0, multiple)
-    check("embed_dim", width >= scale // 2, f"{scale // 2} or more at scale {scale}")
-    check(
-        "embed_dim", width >= 8 or options["use_channel_attn"] is not True, "8 or more with use_channel_attn"
-    )
-    one = f"{1 / width:.3g} (one hidden channel) or more"
-    check("mlp_ratio", within("mlp_ratio", 1 / width, 1e6) and int(width * ratio) >= 1, one)
+    least = max(scale // 2, 8 * (options["use_channel_attn"] is True))
+    check("embed_dim", width >= least, f"{least} or more, for this scale and attention")
+    enough = within("mlp_ratio", 1 / width, 1e6) and int(width * ratio) >= 1
+    check("mlp_ratio", enough, f"{1 / width:.3g} (one hidden channel) or more")
     check("lk_kernel", whole(large) and large % 2 == 1, "an odd number from 1")
-    odd = f"an odd number from 1 to lk_kernel={large}"
-    check("sk_kernel", whole(small) and small in range(1, large + 1, 2), odd)
-    check("drop", within("drop", 0, 1), "0 <= drop < 1")
-    check("drop_path_rate", within("drop_path_rate", 0, 1), "0 <= drop_path_rate < 1")
+    inside = whole(small) and small in range(1, large + 1, 2)
+    check("sk_kernel", inside, f"an odd number from 1 to lk_kernel={large}")
+    for name in ("drop", "drop_path_rate"):
+        check(name, within(name, 0, 1), f"0 <= {name} < 1")
     check("img_range", within("img_range", 1e-6, 1e6), "a number above 0 (1e-6 to 1e6)")
+    for name in ("use_channel_attn", "use_spatial_attn", "batch_renorm"):
+        check(name, isinstance(options.get(name, False), bool), "true or false")
     limit = options["bound"] is None or within("bound", 1e-3, 1e6)
     check("bound", limit, "a number above 0 (1e-3 to 1e6), or nothing")
     check("norm", options["norm"] in (None, "frozen", "batch"), "frozen, batch, or nothing")
-    for name in ("use_channel_attn", "use_spatial_attn", "batch_renorm"):
-        check(name, isinstance(options.get(name, False), bool), "true or false")
-
-
-def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Conv2d):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 @torch.no_grad()
-def _init_as_interpolation(net: AetherNet) -> None:
+def _initialize(net: AetherNet) -> None:
     """Start as an interpolation: blocks as identities, and the image in the first channels.
 
     A gated product squares what its norm gives it, block after block, so norms start at 0.25 and not at 1. All
-    other weights keep their random start, and training may change these too. LeakyReLU passes a value and its
-    negative as a pair: lrelu(v) - lrelu(-v) = 1.01 v. Networks too narrow for it keep the plain start.
+    other weights start at random, and training may change these too. LeakyReLU passes a value and its negative as
+    a pair: lrelu(v) - lrelu(-v) = 1.01 v. Networks too narrow for that start at random alone.
     """
-    for block in net.stages.modules():
-        if isinstance(block, AetherBlock):
-            nn.init.zeros_(block.ffn.conv_out.weight)
-            nn.init.constant_(block.norm.weight, 0.25)
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    for module in net.modules():
+        if isinstance(module, AetherBlock):
+            nn.init.zeros_(module.ffn.conv_out.weight)
+            nn.init.constant_(module.norm.weight, 0.25)
     image = net.conv_first.in_channels
     upsamplers = [conv for conv in net.upsample.blocks if isinstance(conv, nn.Conv2d)]
     step = net.scale if net.scale in (1, 3) else 2  # of each pixel shuffle
@@ -905,10 +820,9 @@ def _init_as_interpolation(net: AetherNet) -> None:
 
     def carry(conv: Any, matrix: Tensor) -> None:
         """The first channels of ``conv`` become ``matrix`` times the first channels before it."""
+        middle = conv.kernel_size[0] // 2
         conv.weight[: len(matrix)] = 0
-        conv.weight[: len(matrix), : matrix.shape[1], conv.kernel_size[0] // 2, conv.kernel_size[1] // 2] = (
-            matrix
-        )
+        conv.weight[: len(matrix), : matrix.shape[1], middle, middle] = matrix
 
     eye, (before, activation) = torch.eye(image), net.conv_before_upsample
     carry(net.conv_first, eye)
@@ -928,20 +842,12 @@ def _init_as_interpolation(net: AetherNet) -> None:
     carry(net.conv_last, eye)
 
 
-# -------------------------------------------------------------------------------------------------- variants
-
-
 def _variant(name: str, doc: str, width: int, depths: Tuple[int, ...], attention: bool) -> Any:
-    """A function that builds this AetherNet from AetherNet's options and ``qat``.
-
-    ``qat``: true, or a placement of quantisers, for a network that trains quantisation-aware.
-    """
+    """A function that builds this AetherNet. Its options are AetherNet's and ``qat``: true, or a placement."""
     own = {"embed_dim": width, "depths": depths, "use_channel_attn": attention, "use_spatial_attn": attention}
     options = inspect.signature(AetherNet).parameters.values()
     options = [option.replace(default=own.get(option.name, option.default)) for option in options]
-    qat = inspect.Parameter(
-        "qat", inspect.Parameter.KEYWORD_ONLY, default=False, annotation="Union[bool, str]"
-    )
+    qat = inspect.Parameter("qat", inspect.Parameter.KEYWORD_ONLY, default=False, annotation="bool | str")
     signature = inspect.Signature([*options, qat], return_annotation="AetherBase")
 
     def build(*args: Any, **given: Any) -> AetherBase:
@@ -949,30 +855,17 @@ def _variant(name: str, doc: str, width: int, depths: Tuple[int, ...], attention
         call.apply_defaults()
         qat = call.arguments.pop("qat")
         net = AetherNet(**call.arguments)
-        return net if qat is False else _neighbour("aether_quant").insert_quantizers(net, qat)
+        return net if qat is False else _other("aether_quant").insert_quantizers(net, qat)
 
     build.__name__, build.__qualname__, build.__doc__ = name, name, doc
     build.__signature__ = signature  # type: ignore[attr-defined]  the frameworks' documentation tools read it
     return build
 
 
-aether_small = _variant(
-    "aether_small", "Small and fast: 1.5 million parameters at x4.", 96, (4, 4, 4, 4), False
-)
+aether_small = _variant("aether_small", "Fast: 1.5 million parameters at x4.", 96, (4, 4, 4, 4), False)
 aether_medium = _variant("aether_medium", "Balanced: 3.7 million parameters at x4.", 128, (6, 6, 6, 6), True)
 aether_large = _variant("aether_large", "Best: 10.6 million parameters at x4.", 180, (8, 8, 8, 8, 8), True)
 VARIANTS = (aether_small, aether_medium, aether_large)
-
-# ---------------------------------------------------------------------------------------------- registration
-
-
-def _keep_statistics_as_parameters(net: nn.Module) -> None:
-    """For BasicSR, whose EMA copies parameters and no buffers: norm statistics would stay at their start."""
-    for norm in net.modules():
-        for name in ("running_mean", "running_var") if isinstance(norm, DeploymentNorm) else ():
-            value = getattr(norm, name)
-            delattr(norm, name)
-            norm.register_parameter(name, nn.Parameter(value, requires_grad=False))
 
 
 def _register(framework: str) -> None:
@@ -984,13 +877,14 @@ def _register(framework: str) -> None:
 
         @functools.wraps(variant)
         def build(*args: Any, _variant: Callable[..., AetherBase] = variant, **options: Any) -> AetherBase:
-            if (
-                framework == "neosr" and not args and "scale" not in options
-            ):  # a network asks neosr for its scale
+            if framework == "neosr" and not args and "scale" not in options:  # neosr is asked for the scale
                 options["scale"] = importlib.import_module("neosr.archs.arch_util").net_opt()[0]
             net = _variant(*args, **options)
-            if framework == "basicsr":
-                _keep_statistics_as_parameters(net)
+            if framework == "basicsr":  # its EMA copies no buffers: norm statistics would stay at their start
+                for norm in [module for module in net.modules() if isinstance(module, DeploymentNorm)]:
+                    for name in ("running_mean", "running_var"):
+                        value = norm._buffers.pop(name)
+                        norm.register_parameter(name, nn.Parameter(value, requires_grad=False))
             return net
 
         registry.register(build)

@@ -24,7 +24,11 @@ else:  # copied into a framework
 
 PLACEMENTS = ("default", "full")  # of quantisers, see QuantAetherNet
 TARGETS = ("onnxruntime", "tensorrt", "openvino")  # whom an int8 network is to be fast in, see for_target
-_bias = arch._bias
+
+
+def _bias(conv: nn.Conv2d) -> Tensor:
+    assert conv.bias is not None  # for the type checker: these convolutions have one
+    return conv.bias
 
 
 def prepare_qat(
@@ -43,6 +47,7 @@ def prepare_qat(
 
 
 @torch.inference_mode(False)
+@torch.random.fork_rng(devices=[])
 def insert_quantizers(net: arch.AetherBase, placement: Union[bool, str] = "default") -> QuantAetherNet:
     """prepare_qat without calibration: nothing is rounded before the first training batch sets the ranges.
 
@@ -168,7 +173,7 @@ class Quantizer(nn.Module):
         return torch.where(self.watched > 0, rounded.to(x.dtype), limited)
 
 
-class QuantConv2d(arch.PlainConv2d):
+class QuantConv2d(nn.Conv2d):
     """Convolution with an 8-bit weight, one scale an output channel, and optional quantisers of what comes in and goes out."""
 
     quant_in: nn.Module
@@ -206,7 +211,7 @@ class SplitConv2d(nn.Module):
         super().__init__()
         self.quant_in = Quantizer(spread=1.25)
         self.fine = QuantConv2d.like(conv, quant_out=Quantizer())
-        self.coarse = arch.PlainConv2d(conv.in_channels, conv.out_channels, 1)
+        self.coarse = nn.Conv2d(conv.in_channels, conv.out_channels, 1)
 
     @staticmethod
     def split(weight: Tensor, bias: Tensor) -> Dict[str, Tensor]:
@@ -262,7 +267,7 @@ class QuantTail(StorableTail):
         super().__init__(channels, out_channels, scale)
         del self.weight, self.bias
         self.quant_in = Quantizer(low_ratio=-0.01, spread=1.25)  # what LeakyReLU leaves below zero
-        conv = arch.PlainConv2d(channels, out_channels * scale**2, 5, padding=2)
+        conv = nn.Conv2d(channels, out_channels * scale**2, 5, padding=2)
         self.conv = QuantConv2d.like(conv, quant_out=Quantizer(low=0.0, high=1.0))
 
     def convolve(self, x: Tensor) -> Tensor:
@@ -384,6 +389,8 @@ class QuantAetherNet(arch.FusedAetherNet):
             if isinstance(block, QuantAetherBlock):
                 block.reparam_conv.quant_out.limit = bound  # type: ignore[union-attr, assignment]
 
+    @torch.inference_mode(False)
+    @torch.random.fork_rng(devices=[])
     def _take_form_of(self, state_dict: Dict[str, Tensor], prefix: str, strict: bool) -> None:
         """A float network's weights are taken in, with ranges unknown."""
         own = {name[len(prefix) :]: value for name, value in state_dict.items() if name.startswith(prefix)}
@@ -476,7 +483,9 @@ class QuantAetherNet(arch.FusedAetherNet):
                     value.copy_(new)
         return out
 
+    @torch.inference_mode(False)
     @torch.no_grad()
+    @torch.random.fork_rng(devices=[])
     def fuse_model(self) -> arch.FusedAetherNet:
         """Take the quantisers out again: a FusedAetherNet with these weights, in place."""
         weights = {
