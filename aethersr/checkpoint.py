@@ -14,7 +14,20 @@ import warnings
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Pattern, Set, Tuple, Union
+from typing import (
+    Any,
+    BinaryIO,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    Mapping,
+    NamedTuple,
+    Pattern,
+    Set,
+    Tuple,
+    Union,
+)
 
 import torch
 from torch import Tensor
@@ -118,12 +131,13 @@ def _networks(path: Tuple[str, ...], mapping: Mapping[Any, Any]) -> Iterator[_Ca
     """The networks whose tensors stand side by side in one mapping, one for each prefix."""
     tensors = {_NOISE.sub("", name): value for name, value in mapping.items() if _is_weight(name, value)}
     prefixes = _prefixes(tensors, _KERNEL) or _prefixes(tensors, _BLOCK)
-    for prefix in sorted(prefixes):
-        longer = tuple(other for other in prefixes if other.startswith(prefix) and other != prefix)
-        names = [
-            name for name in tensors if name.startswith(prefix) and not (longer and name.startswith(longer))
-        ]
-        state = {name[len(prefix) :]: tensors[name] for name in names}
+    states: Dict[str, Dict[str, Tensor]] = {prefix: {} for prefix in sorted(prefixes)}
+    for name, value in tensors.items():
+        ends = [end.end() for end in re.finditer(r"\.", name)]
+        prefix = next((name[:end] for end in [*reversed(ends), 0] if name[:end] in prefixes), None)
+        if prefix is not None:
+            states[prefix][name[len(prefix) :]] = value
+    for prefix, state in states.items():
         counted = "n_averaged" in state
         for counter in _COUNTERS:
             state.pop(counter, None)
@@ -246,7 +260,7 @@ def _read_pickled(path: Path, flag: str) -> Any:
 # What a file may name: the parts of tensors, and what optimizers and schedulers keep. None makes more than it
 # is given.
 _GLOBALS = re.compile(
-    r"collections (OrderedDict|Counter|defaultdict)|torch\._utils _rebuild_(tensor_v2|parameter)"
+    r"|collections (OrderedDict|Counter|defaultdict)|torch\._utils _rebuild_(tensor_v2|parameter)"
     r"|torch (\w+Storage|Size|device|u?int\d+|b?float\d+\w*|bool|complex\d+)"
 )
 _LARGEST_PICKLE = 2**20  # bytes; of a checkpoint with optimizers it takes a tenth
@@ -272,25 +286,29 @@ def _check_pickles(path: Path, content: io.BytesIO, flag: str) -> None:
             ]
     content.seek(0)
     for stream in streams:
-        begin, texts = stream.tell(), ("?", "?")
-        for opcode, argument, position in pickletools.genops(stream):
-            name = {"EMPTY_SET": "builtins set", "STACK_GLOBAL": " ".join(texts)}.get(
-                opcode.name, str(argument)
-            )
-            if opcode.name in ("EMPTY_SET", "STACK_GLOBAL") or (
-                opcode.name in ("GLOBAL", "INST") and not _GLOBALS.fullmatch(name)
-            ):
-                name = name.replace(" ", ".")[:80]
-                remedy = (
-                    "save the weights alone, torch.save(model.state_dict(), 'weights.pth'), or pass another"
-                )
-                reason = f"asks to run code on loading ({name!r}), which is refused"
-                raise UserError(f"{refused} {reason}; {remedy} ({flag}).")
-            if isinstance(argument, str):
-                texts = (texts[1], argument[:80])
-            if (position or 0) - begin > _LARGEST_PICKLE:
+        begin = stream.tell()
+        for name, position in _names_of(stream):
+            if not _GLOBALS.fullmatch(name):
+                reason = f"asks to run code on loading ({name.replace(' ', '.')[:80]!r}), which is refused"
+                remedy = "save the weights alone, torch.save(model.state_dict(), 'weights.pth')"
+                raise UserError(f"{refused} {reason}; {remedy}, or pass another ({flag}).")
+            if position - begin > _LARGEST_PICKLE:
                 raise UserError(f"{refused} holds more than weights; pass another ({flag}).")
     content.seek(0)
+
+
+def _names_of(stream: BinaryIO) -> Iterator[Tuple[str, int]]:
+    """What each step of a pickle asks for, as "module name" or "", and where the step stands."""
+    texts, memo = ["?", "?"], []
+    for opcode, argument, position in pickletools.genops(stream):
+        if opcode.name == "MEMOIZE":
+            memo.append(texts[-1])
+        elif isinstance(argument, str):
+            texts = [texts[-1], argument[:80]]
+        elif opcode.name == "BINGET" and isinstance(argument, int) and argument < len(memo):
+            texts = [texts[-1], memo[argument]]
+        name = {"EMPTY_SET": "builtins set", "STACK_GLOBAL": " ".join(texts)}.get(opcode.name, "")
+        yield (str(argument) if opcode.name in ("GLOBAL", "INST") else name), position or 0
 
 
 def _check_tensors(path: Path, state: Mapping[str, Tensor], flag: str) -> None:

@@ -254,18 +254,10 @@ def groups(net: FusedAetherNet) -> Dict[str, Group]:
 
     fusions = [f"fusion_convs.{k}" for k in range(len(net.fusion_convs))]
     reader = "body_norm" if net.keep_norm else "body_conv"
-    stream = Group(
-        [
-            "head.out",
-            "fusion.out",
-            f"{reader}.in",
-            "body_norm.in",
-            "body_conv.out",
-            "conv_before_upsample.in",
-        ],
-        both("head", "fusion", "body_conv"),
-        [f"{user}.weight" for user in (*fusions, reader, "conv_before_upsample.0")],
-    )
+    values = ["head.out", "fusion.out", f"{reader}.in", "body_norm.in", "body_conv.out"]
+    values += ["conv_before_upsample.in", "conv_before_upsample.0.in"]
+    users = [f"{user}.weight" for user in (*fusions, reader, "conv_before_upsample.0")]
+    stream = Group(values, both("head", "fusion", "body_conv"), users)
     found = {"stream": stream}
     for name, block in net.named_modules():
         if not isinstance(block, FusedAetherBlock):

@@ -1,4 +1,4 @@
-"""Half precision holds every layer: what would overflow is rescaled inside the fused network, exactly, and what needs nothing stays untouched."""
+"""Half precision holds every layer: what would overflow is rescaled inside, exactly; what needs nothing is untouched."""
 
 from __future__ import annotations
 
@@ -15,8 +15,20 @@ from aether_arch import AetherNet, FusedAetherNet
 from conftest import ROOT, small_net
 from safetensors.torch import load_file
 
-import fuse_aether
-from fuse_aether import HALF_MAX, SPARE_BITS, agreement, groups, hard_pictures, largest_of, largest_values, layers, rescale_
+from aethersr import half_precision
+from aethersr.commands import fuse
+from aethersr.half_precision import (
+    HALF_MAX,
+    SPARE_BITS,
+    agreement,
+    groups,
+    hard_pictures,
+    largest_of,
+    largest_values,
+    layers,
+    rescale_,
+    with_ranges_of,
+)
 
 NETWORKS: Dict[str, Dict[str, Any]] = {
     "attention": {"scale": 2},
@@ -156,7 +168,7 @@ def test_weights_that_half_precision_does_not_hold_are_fine_once_rescaled(action
 
 
 def run(*arguments: Any) -> int:
-    return fuse_aether.main([str(argument) for argument in (*arguments, "--device", "cpu")])
+    return fuse.main([str(argument) for argument in (*arguments, "--device", "cpu")])
 
 
 def saved(net: torch.nn.Module, path: Path) -> Path:
@@ -245,7 +257,7 @@ def test_a_picture_on_which_the_network_itself_runs_away_is_named_and_does_not_c
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     pictures = hard_pictures(3)
-    monkeypatch.setattr(fuse_aether, "hard_pictures", lambda channels: {**pictures, "glare": torch.full((1, channels, 9, 9), 1e4)})
+    monkeypatch.setattr(half_precision, "hard_pictures", lambda channels: {**pictures, "glare": torch.full((1, channels, 9, 9), 1e4)})
     assert run("--model_path", saved(small_net(2), tmp_path / "a.pth"), "--check-fp16") == 0
     report = capsys.readouterr().out
     assert f"Note: on 1 of {len(pictures) + 1} hard pictures the network runs away, in float32 too: glare; --bound 1 prevents it\n" in report
@@ -297,3 +309,18 @@ def test_an_older_pytorch_that_lacks_half_precision_on_a_cpu_is_said(monkeypatch
     report = capsys.readouterr().out
     assert "fp16 against fp32: not compared, this PyTorch does not compute it on a CPU" in report
     assert "headroom, bits" in report
+
+
+@pytest.mark.parametrize("placement", ["default", "full"])
+@pytest.mark.parametrize("bound", [None, 2.0])
+def test_a_quantised_network_is_rescaled_with_its_ranges(placement: str, bound: Any) -> None:
+    """Powers of two: every rounding happens at the same place, so the network gives the same picture."""
+    trained = small_net(2, depths=(1, 1), bound=bound).float().prepare_qat(placement).eval()
+    net = trained.fused()
+    powers = rescale_(net, everything_too_large())
+    assert set(powers.values()) != {0}
+    rescaled = with_ranges_of(net, trained, powers)
+    assert rescaled.placement == placement
+    with torch.no_grad():
+        for title, picture in pictures_of(net).items():
+            assert float((rescaled(picture) - trained(picture)).abs().max()) <= 1e-5, title

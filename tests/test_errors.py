@@ -1,0 +1,66 @@
+"""How a command ends: one line and an exit code; only what an allocator says is taken for out of memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from aethersr.commands import exit_code
+from aethersr.errors import UserError, is_out_of_memory, missing_package
+
+ALLOCATORS = [
+    MemoryError(),
+    torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:114] data. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+    RuntimeError("[enforce fail] data. DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."),
+    RuntimeError("CUDA error: out of memory"),
+]
+OTHERS = [
+    RuntimeError("CUDA error: an illegal memory access was encountered"),
+    RuntimeError("unsupported memory format option Preserve"),
+    RuntimeError("could not memory map the file"),
+    ValueError("memory"),
+]
+
+
+def raising(error: BaseException) -> Any:
+    def action() -> None:
+        raise error
+
+    return action
+
+
+@pytest.mark.parametrize("error", ALLOCATORS, ids=repr)
+def test_an_allocator_that_gets_nothing_is_one_line_with_a_remedy(error: BaseException, capsys: Any) -> None:
+    assert is_out_of_memory(error)
+    assert exit_code("x.py", raising(error), "") == 2
+    assert capsys.readouterr().err == "x.py: error: there is not enough memory; close other programs, or pass --device cpu.\n"
+
+
+def test_a_real_allocation_that_fails_is_out_of_memory() -> None:
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert is_out_of_memory(error.value)
+
+
+@pytest.mark.parametrize("error", OTHERS, ids=repr)
+def test_another_fault_that_speaks_of_memory_stays_what_it_is(error: Exception) -> None:
+    assert not is_out_of_memory(error)
+    with pytest.raises(type(error)):
+        exit_code("x.py", raising(error), "")
+
+
+def test_what_the_user_can_mend_is_one_printable_line_for_each_problem(capsys: Any) -> None:
+    assert exit_code("x.py", raising(UserError("a\nb \x1b[31m\nx.py: error: c")), "") == 2
+    assert capsys.readouterr().err == "x.py: error: a\\nb \\x1b[31m\nx.py: error: c\n"
+    assert exit_code("x.py", lambda: None, "") == 0
+    assert exit_code("x.py", raising(KeyboardInterrupt()), "nothing was written.") == 130
+    assert capsys.readouterr().err == "x.py: stopped; nothing was written.\n"
+
+
+def test_a_missing_package_is_named_as_the_index_names_it() -> None:
+    assert str(missing_package(ImportError(name="PIL.Image"), "--calibration", "upscale")) == (
+        "--calibration needs the package pillow: pip install pillow (or pip install 'aethersr[upscale]')."
+    )

@@ -1,0 +1,107 @@
+"""Outputs appear together or not at all, and a path that can't be written is refused before anything is computed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Dict, List
+
+import pytest
+
+from aethersr.errors import UserError
+from aethersr.files import Together, check_output
+
+
+def contents(folder: Path) -> Dict[str, str]:
+    return {path.name: os.readlink(path) if path.is_symlink() else path.read_text() for path in folder.iterdir()}
+
+
+def write(folder: Path, *names: str) -> None:
+    with Together() as files:
+        for name in names:
+            files.part(folder / name).write_text(f"new {name}")
+        files.commit()
+
+
+def test_files_appear_when_they_are_committed_and_leave_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("old")
+    with Together() as files:
+        for name in "abc":
+            files.part(tmp_path / name).write_text(f"new {name}")
+        assert (tmp_path / "a").read_text() == "old"
+        assert not (tmp_path / "b").exists()
+        files.commit()
+    assert contents(tmp_path) == {name: f"new {name}" for name in "abc"}
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["links", "a disk without links"])
+@pytest.mark.parametrize("failing", [0, 1, 2])
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), KeyboardInterrupt()], ids=["full", "stopped"])
+@pytest.mark.parametrize("before", [True, False], ids=["before it moved", "after it moved"])
+def test_a_move_that_fails_takes_the_earlier_ones_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int, error: BaseException, links: bool, before: bool
+) -> None:
+    (tmp_path / "a").write_text("old a")
+    (tmp_path / "c").symlink_to("elsewhere")
+    old, real, count = contents(tmp_path), os.replace, iter(range(99))
+
+    def replace(source: Any, target: Any) -> None:
+        mine = next(count) == failing
+        if mine and before:
+            raise error
+        real(source, target)
+        if mine:
+            raise error
+
+    monkeypatch.setattr(os, "replace", replace)
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *arguments, **options: (_ for _ in ()).throw(NotImplementedError()))
+    with pytest.raises(type(error)):
+        write(tmp_path, "a", "b", "c")
+    assert contents(tmp_path) == old
+
+
+def test_an_error_before_the_commit_leaves_everything_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("old")
+    with pytest.raises(ValueError, match="in between"), Together() as files:  # noqa: PT012
+        files.part(tmp_path / "a").write_text("new")
+        raise ValueError("in between")
+    assert contents(tmp_path) == {"a": "old"}
+
+
+def test_a_part_lies_beside_its_target_has_its_ending_and_a_name_no_longer_than_the_system_takes(tmp_path: Path) -> None:
+    names: List[str] = ["a" * 240 + ".safetensors", "é" * 100 + "_fp32.onnx", "é" * 100 + "_fp16.onnx", "写" * 80 + ".pth"]
+    with Together() as files:
+        parts = [files.part(tmp_path / name) for name in names]
+        for part, name in zip(parts, names):
+            part.write_text(name)
+            assert part.parent == tmp_path
+            assert part.suffix == Path(name).suffix
+        files.commit()
+    assert contents(tmp_path) == {name: name for name in names}
+
+
+def test_an_output_that_cannot_be_written_is_refused_with_the_option_to_change(tmp_path: Path) -> None:
+    source = tmp_path / "in.pth"
+    source.write_text("in")
+    os.link(source, tmp_path / "second.pth")
+    (tmp_path / "link.pth").symlink_to(source)
+    (tmp_path / "dangling.pth").symlink_to(tmp_path / "nothing")
+    (tmp_path / "folder.pth").mkdir()
+    (tmp_path / "device.pth").symlink_to(os.devnull)
+    (tmp_path / "taken.pth").write_text("mine")
+    for name, words, overwrite in (
+        ("no/out.pth", "does not exist", True),
+        ("in.pth", "is the input itself", True),
+        ("second.pth", "is the input itself", True),
+        ("link.pth", "is the input itself", True),
+        ("folder.pth", "is a folder", True),
+        ("device.pth", "is a pipe or a device", True),
+        ("taken.pth", "exists; pass --overwrite", False),
+        ("dangling.pth", "exists; pass --overwrite", False),
+    ):
+        with pytest.raises(UserError, match=words) as error:
+            check_output(tmp_path / name, [source], overwrite, "--out")
+        assert "--out" in str(error.value)
+    for name in ("taken.pth", "dangling.pth", "new.pth"):
+        check_output(tmp_path / name, [source], True, "--out")
