@@ -231,6 +231,7 @@ class AetherBlock(nn.Module):
 class AetherBase(nn.Module):
     """Options, the change of form, and loading. Build an AetherNet or call a variant instead."""
 
+    _strict = True
     mean: Tensor
     stages: nn.ModuleList
     fusion_convs: nn.ModuleList
@@ -300,9 +301,17 @@ class AetherBase(nn.Module):
         self._take_form_of(state_dict, "", strict=False)
         return state_dict
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, **options: Any) -> Any:
+        """As torch's, but the network takes the form of the file, or stays as it was where it does not fit."""
+        self._strict = strict  # torch gives _load_from_state_dict True, whatever was asked for
+        try:
+            return super().load_state_dict(state_dict, strict, **options)
+        finally:
+            self._strict = True
+
     def _load_from_state_dict(self, state_dict: Dict[str, Tensor], prefix: str, *args: Any) -> None:
         """Called before a value is copied: a file is taken whole, or the network stays as it was."""
-        self._take_form_of(state_dict, prefix, strict=args[1])
+        self._take_form_of(state_dict, prefix, self._strict)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     @torch.inference_mode(False)
@@ -310,16 +319,17 @@ class AetherBase(nn.Module):
     def _take_form_of(self, state_dict: Dict[str, Tensor], prefix: str, strict: bool) -> None:
         """Take a state dict's form, bound and kind of norm. RuntimeError, and no change, where it does not fit."""
         # Without strict, BasicSR and traiNNer-redux add ".ignore" to the names of tensors of another shape.
-        names = [name for name in state_dict if name.startswith(prefix)]
-        own = {name[len(prefix) :].split(".ignore")[0]: state_dict[name] for name in names}
+        named = ((name[len(prefix) :], state_dict[name]) for name in state_dict if name.startswith(prefix))
+        own = {name.split(".ignore")[0]: value for name, value in named}
         form, scale, other = form_of(own), scale_of(own), self
         bound = float(own["bound"]) if "bound" in own else None
         if form is AetherNet and isinstance(self, AetherNet):
             if scale not in (None, self.scale) and not strict:
                 text = f"AetherNet x{self.scale} takes the body of x{scale} weights; its tail starts anew."
                 warnings.warn(text, stacklevel=4)
-                for name in [name for name in names if name[len(prefix) :].startswith(("upsample.", "conv_last."))]:
-                    del own[name[len(prefix) :].split(".ignore")[0]], state_dict[name]
+                for name in [name for name in own if name.startswith(("upsample.", "conv_last."))]:
+                    del own[name]
+                    state_dict.pop(prefix + name, None)
         elif form:
             extra = {} if form is AetherNet else form.layout(own)
             if type(self) is not form or not extra.items() <= self.__dict__.items():
