@@ -15,6 +15,10 @@ def for_export(network: Any) -> Any:
     """A copy of a fused or quantised network that computes the same and is easier to convert."""
     network = copy.deepcopy(network).eval()
     network.tail = ExportTail(network.tail, network.options["in_chans"])
+    mean = network.mean
+    if bool((mean == mean.flatten()[0]).all()):  # always: it is 0.5
+        del network.mean
+        network.mean = float(mean.flatten()[0])  # a tensor would be a constant layer in ncnn
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             module.__class__ = nn.Conv2d  # converters know it by this name; what it adds is about training
@@ -57,28 +61,28 @@ class ExportTail(nn.Module):
 class Masks(nn.Module):
     """Masks of a picture's first and last ``depth`` rows (dim 2: (N, 1, H, 1)) or columns, outermost first.
 
-    A column of ones, shifted by one with a zero coming in, differs from itself in the first row only. Made
-    from the picture, whose values are small: zero times an infinite mean of features would be NaN.
+    In a column of ones with zeros around it, a pixel differs from the one before it in the first row only.
+    The ones are made from the picture, whose values are small: zero times an infinite mean of features would
+    be NaN.
+
+    Two channels of ones, and no subtractions, for chaiNNer. It can't read an NCNN file in which a layer has
+    an odd number of weights, and its optimiser takes such a subtraction for a constant.
     """
 
     def __init__(self, channels: int, dim: int, depth: int) -> None:
         super().__init__()
-        self.across, self.depth = 5 - dim, depth
-        self.ones = convolution(torch.zeros(1, channels, 1, 1), torch.ones(1))
-        down = torch.tensor([1.0, 0.0, 0.0]).view((1, 1, 3, 1) if dim == 2 else (1, 1, 1, 3))
-        self.shifts = nn.ModuleList(convolution(kernel) for kernel in (down, down.flip(dim)))
+        self.across = 5 - dim
+        self.ones = convolution(torch.zeros(2, channels, 1, 1), torch.ones(2))
+        self.first, self.last = nn.ModuleList(), nn.ModuleList()
+        for line in range(depth):
+            kernel = torch.zeros(1, 2, 2 * line + 3)
+            kernel[0, 0, :2] = torch.tensor([-1.0, 1.0])
+            for convs, each in ((self.first, kernel), (self.last, kernel.flip(2))):
+                convs.append(convolution(each.unsqueeze(5 - dim)))
 
     def forward(self, image: Tensor) -> List[List[Tensor]]:
         ones = self.ones(image.mean(self.across, keepdim=True))
-        found: List[List[Tensor]] = []
-        for shift in self.shifts:
-            inside, masks = ones, []
-            for _ in range(self.depth):
-                further = shift(inside)
-                masks.append(inside - further)
-                inside = further
-            found.append(masks)
-        return found
+        return [[conv(ones) for conv in convs] for convs in (self.first, self.last)]
 
 
 def outermost(x: Tensor, masks: List[Tensor], dim: int) -> Tensor:
@@ -101,9 +105,8 @@ def along_line(name: str, weight: Tensor, bias: Tensor) -> nn.Conv2d:
 def convolution(weight: Tensor, bias: Optional[Tensor] = None) -> nn.Conv2d:
     """A module of this weight that keeps the size."""
     outputs, inputs, *kernel = weight.shape
-    padding: Any = [size // 2 for size in kernel]
-    shape: Any = kernel
-    made = nn.utils.skip_init(nn.Conv2d, inputs, outputs, shape, padding=padding, bias=bias is not None)
+    options: Any = {"padding": [size // 2 for size in kernel], "bias": bias is not None}
+    made = nn.utils.skip_init(nn.Conv2d, inputs, outputs, kernel, **options)
     made.weight = nn.Parameter(weight.detach().float(), requires_grad=False)
     if bias is not None:
         made.bias = nn.Parameter(bias.detach().float(), requires_grad=False)

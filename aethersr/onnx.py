@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import io
-import os
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, Mapping, Optional, Sequence
 
 import torch
@@ -13,6 +13,7 @@ from aether_quant import TARGETS
 from torch import Tensor
 
 from aethersr.exported import for_export
+from aethersr.files import Together
 from aethersr.identify import variant_name
 from aethersr.onnx_int8 import integer_convolutions
 
@@ -103,14 +104,9 @@ def export_onnx(
         fix_size(file, (1, *static), scale)
         onnx.checker.check_model(file, full_check=True)  # infers the output's size and compares
     path = output_path or f"aether_x{scale}_{precision}.onnx"
-    part = f"{path}.{os.getpid()}.part"
-    try:
-        with open(part, "wb") as stream:  # written here: onnx and ONNX Runtime can't take every file name
-            stream.write(file.SerializeToString())
-        os.replace(part, path)
-    finally:
-        if os.path.exists(part):
-            os.remove(part)
+    with Together() as files:  # written here: onnx and ONNX Runtime can't take every file name
+        files.part(Path(path)).write_bytes(file.SerializeToString())
+        files.commit()
     return path
 
 
@@ -149,15 +145,16 @@ def _check_arguments(
         )
 
 
-def picture(like: Tensor, *shape: int) -> Tensor:
-    """Noise in [0, 1], always the same, in the type of ``like``. Leaves the global random generator alone."""
-    return torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(like.dtype)
+def picture(dtype: torch.dtype, *shape: int) -> Tensor:
+    """Noise in [0, 1], always the same, and the global random generator stays as it was."""
+    return torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
 def trace(network: AetherBase, opset: int, fold: bool) -> Any:
     """The network as an ONNX model of any batch, height and width. ``fold``: compute constants beforehand."""
     import onnx
 
+    dtype = next(network.parameters()).dtype
     # The output has names of its own: DirectML and ONNX Runtime fix a size by its name, on both ends alike.
     axes = {
         "input": {0: "batch", 2: "height", 3: "width"},
@@ -171,7 +168,7 @@ def trace(network: AetherBase, opset: int, fold: bool) -> Any:
         warnings.simplefilter("ignore")
         torch.onnx.export(
             network,
-            (picture(network.mean, 1, network.options["in_chans"], 19, 23),),
+            (picture(dtype, 1, network.options["in_chans"], 19, 23),),
             written,  # type: ignore[arg-type, unused-ignore]
             input_names=["input"],
             output_names=["output"],
@@ -189,9 +186,9 @@ def compare(file: bytes, reference: AetherBase, precision: str) -> None:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-    like = torch.zeros((), dtype=torch.float16 if precision == "fp16" else torch.float32)
+    dtype = torch.float16 if precision == "fp16" else torch.float32
     for height, width in ((17, 31), (33, 13)):
-        image = picture(like, 2, reference.options["in_chans"], height, width)
+        image = picture(dtype, 2, reference.options["in_chans"], height, width)
         expected = reference(image.float())
         output = torch.from_numpy(np.asarray(session.run(["output"], {"input": image.numpy()})[0])).float()
         error = (output - expected).abs()

@@ -1,0 +1,116 @@
+"""NCNN files: written from the fused network through pnnx, run in ncnn, and only then kept."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Optional, Tuple
+
+import torch
+from torch import Tensor
+
+from aethersr.errors import UserError, missing_package
+from aethersr.exported import for_export
+from aethersr.files import Together
+from aethersr.onnx import picture
+
+if TYPE_CHECKING:
+    from aether_arch import AetherBase
+
+WAY_OUT = "pip install -U ncnn pnnx, or leave --ncnn out."
+SIZES = ((17, 31), (33, 13), (9, 1))  # height and width of the pictures that are compared
+
+
+def export_ncnn(model: AetherBase, scale: int, output_path: Optional[str] = None) -> Tuple[str, str]:
+    """Write the fused network as NCNN's two files and return their paths. The model stays as it was.
+
+    Blob ``data`` (in_chans, H, W) in [0, 1] goes in, ``output`` (in_chans, scale * H, scale * W) comes out:
+    the names that Upscayl and others look for. Any size, weights in half precision. ncnn runs the files on three
+    odd sizes before they are kept. Needs the packages ncnn and pnnx.
+
+    Args:
+        scale: the model's scale, named again so that a mistaken export can't pass.
+        output_path: of the .param file, the .bin file comes beside it; default ``{scale}x_aether.param``.
+            Upscayl reads the scale in the name, see named_for_upscayl.
+
+    Raises:
+        UserError: ncnn or pnnx is not installed, or ncnn's output differs from the network's by more than a
+            step of 1/255. Nothing new is at output_path then.
+    """
+    if scale != model.scale:
+        raise ValueError(f"export_ncnn: scale={scale} was asked for, the model has scale={model.scale}.")
+    try:
+        import ncnn
+        import pnnx
+    except ImportError as error:
+        raise missing_package(error, "an NCNN file", "ncnn") from None
+    param = Path(output_path or f"{scale}x_aether.param")
+    with torch.inference_mode(False), torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+        reference = model.fused().cpu().float()
+        image = picture(torch.float32, 1, model.options["in_chans"], 19, 23)
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore"
+            )  # the tracer warns of the check for a size that only eager CPUs need
+            torch.jit.trace(for_export(reference), image, check_trace=False).save(f"{folder}/net.pt")
+        # Two shapes, so that it fixes neither.
+        shapes = [
+            f"inputshape{more}=[1,{image.shape[1]},{size}]" for more, size in (("", "19,23"), ("2", "34,26"))
+        ]
+        done = subprocess.run([pnnx.EXEC_PATH, "net.pt", *shapes], cwd=folder, capture_output=True, text=True)
+        text, weights = (Path(folder, f"net.ncnn.{ending}") for ending in ("param", "bin"))
+        if not (text.is_file() and weights.is_file()):
+            raise UserError(f"pnnx stopped with code {done.returncode}; {WAY_OUT}")
+        named = re.sub(r"\bin0\b", "data", text.read_text(encoding="ascii"))
+        text.write_text(re.sub(r"\bout0\b", "output", named), encoding="ascii")
+        _compare(ncnn, text, weights, reference)
+        with Together() as files:
+            for path, target in ((text, param), (weights, param.with_suffix(".bin"))):
+                files.part(target).write_bytes(path.read_bytes())
+            files.commit()
+    return str(param), str(param.with_suffix(".bin"))
+
+
+def named_for_upscayl(stem: str, scale: int) -> str:
+    """A file name in which Upscayl finds the scale: ``2x_`` comes in front where it would read another.
+
+    It takes the first of 1, 2, 3, 4 and 8 that is anywhere in the name as ``2x`` or ``x2``.
+    """
+    found = [each for each in (1, 2, 3, 4, 8) if re.search(f"{each}x|x{each}", stem.lower())]
+    return stem if found[:1] == [scale] else f"{scale}x_{stem}"
+
+
+def _compare(ncnn: Any, param: Path, weights: Path, reference: AetherBase) -> None:
+    net = ncnn.Net()
+    net.load_param(str(param))
+    net.load_model(str(weights))
+    for height, width in SIZES:
+        image = picture(torch.float32, 1, reference.options["in_chans"], height, width)
+        expected = reference(image)
+        output = run(net, image)
+        shapes = [tuple(each.shape) for each in (output, expected)]
+        if shapes[0] != shapes[1]:
+            raise UserError(
+                f"ncnn gives a picture of {shapes[0]} for {width}x{height}, expected {shapes[1]}; {WAY_OUT}"
+            )
+        difference = float((output - expected).abs().max())
+        # A step of 1/255. Weights whose output goes far beyond a picture's are rounded in proportion.
+        allowed = max(1.0, float(expected.abs().max())) / 255
+        if not difference <= allowed:
+            raise UserError(
+                f"ncnn differs from the network by {difference:.3g} at {width}x{height}, expected at most "
+                f"{allowed:.3g}; {WAY_OUT}"
+            )
+
+
+def run(net: Any, image: Tensor) -> Tensor:
+    """An ncnn.Net's output for one picture (1, in_chans, H, W)."""
+    import ncnn
+    import numpy as np
+
+    extractor = net.create_extractor()
+    extractor.input("data", ncnn.Mat(np.ascontiguousarray(image[0].numpy())).clone())
+    return torch.from_numpy(np.array(extractor.extract("output")[1]))[None]
