@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, ClassVar, Dict, List, Optional, Tuple
+from typing import Any, ClassVar, Dict, List, Optional, Tuple, Type
 
 import numpy as np
 import pytest
@@ -345,7 +345,7 @@ def released_neosr(folder: Path) -> Framework:
     return ReleasedNeosr(folder)
 
 
-def checkout(kind: type, variable: str, folder: Path) -> Framework:
+def checkout(kind: Type[Framework], variable: str, folder: Path) -> Framework:
     """A copy of the checkout that an environment variable names."""
     source = os.environ.get(variable)
     if not source:

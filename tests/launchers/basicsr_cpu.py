@@ -23,7 +23,9 @@ def main() -> None:
     if "--launcher" in sys.argv:
         cpu.use_gloo()
     sys.path.insert(0, os.getcwd())
-    cpu.register_aether()  # unless a copy of the file lies in the checkout
+    cpu.register_aether()
+    if os.path.isdir("basicsr"):  # a checkout: only files that were copied into it count
+        del sys.modules["basicsr.archs"].__path__[1:]
     cpu.contiguous_filter2d("basicsr.models.realesrnet_model", "basicsr.models.realesrgan_model")
     pipeline: Any = importlib.import_module(f"basicsr.{which}")
     models = cpu.remember_model(pipeline)

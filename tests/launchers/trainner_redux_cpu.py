@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import cpu
@@ -26,6 +27,8 @@ def main() -> None:
         cpu.use_gloo()
     cpu.contiguous_filter2d("traiNNer.models.realesrgan_model", function="filter2d")
     script: Any = importlib.import_module(which)
+    sys.path.append(str(Path(__file__).resolve().parents[2] / "training"))
+    importlib.import_module("cpu_speed").speed_up_on_cpu()
     script.torch = cpu.Torch()
     if which == "convert_to_onnx":
         session = script.ort.InferenceSession
