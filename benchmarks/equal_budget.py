@@ -48,8 +48,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), *(str(ROOT / folder) for folder in ("archs", "demo", "benchmarks"))]
+sys.path[:0] = [str(ROOT), *(str(ROOT / folder) for folder in ("archs", "demo", "training"))]
 import aether_arch  # noqa: E402
+from cpu_speed import speed_up_on_cpu  # noqa: E402
 from cuts import Cuts, Validation  # noqa: E402
 
 OURS = ("aether_small", "aether_medium", "aether_large", "AetherNet")
@@ -254,6 +255,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     args = parser.parse_args(argv)
     args.run = [parse_run(text, args.base) for text in args.run]
     torch.set_num_threads(args.threads)
+    speed_up_on_cpu()
     cuts = Cuts(args.data, args.limit)
     validation = Validation(args.validation, args.side, cuts.scale)
     wanted = f"{args.iterations} iterations" if args.iterations else f"{args.seconds:g} seconds"

@@ -1,7 +1,8 @@
-"""training/train.py with a traiNNer-redux that only waits; the real one trains in test_frameworks.py."""
+"""training/: pairs, and train.py with a traiNNer-redux that only waits (test_frameworks.py has the real one)."""
 
 from __future__ import annotations
 
+import csv
 import math
 import os
 import sys
@@ -9,15 +10,19 @@ import time
 from pathlib import Path
 from typing import Any, Callable
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from conftest import ROOT, small_net
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from skimage import data as photographs
 
 sys.path.insert(0, str(ROOT / "training"))
 
+import prepare_pictures
 import train
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="pausing is done with signals")
@@ -132,9 +137,10 @@ def test_quantisation_aware_training_starts_from_weights(checkout: Path, capsys:
     assert command(checkout, "--stage", "qat") == 2
     assert "--pretrained" in capsys.readouterr().err
     weights = checkout / "float.safetensors"
-    assert command(checkout, "--stage", "qat_full", "--pretrained", weights, "--wait") == 0
+    assert command(checkout, "--stage", "qat_full", "--pretrained", weights, "--rate", 2e-4, "--wait") == 0
     written = settings(checkout, "2x_AetherNet_small_qat_full")
     assert written["network_g"]["qat"] == "full"
+    assert written["train"]["optim_g"]["lr"] == 2e-4
     assert written["path"]["pretrain_network_g"] == str(weights)
     assert (checkout / "traiNNer" / "archs" / "aether_quant.py").exists()
 
@@ -224,3 +230,38 @@ def test_what_is_missing_is_said_in_one_line(checkout: Path, capsys: Any) -> Non
         error = capsys.readouterr().err
         assert part in error
         assert error.count("\n") == 1
+
+
+def test_pairs_of_own_pictures_are_sharp_cuts_and_their_reductions(tmp_path: Path, capsys: Any) -> None:
+    mine = tmp_path / "images"
+    mine.mkdir()
+    picture = photographs.astronaut()
+    Image.fromarray(picture).save(mine / "a.png")
+    Image.fromarray(picture[:, ::-1]).save(mine / "b.png")
+    Image.new("RGB", (400, 400), "grey").save(mine / "soft.png")
+    Image.fromarray(picture[:100, :100]).save(mine / "small.png")
+    arguments = [str(tmp_path / "pairs"), "--pictures", str(mine), "--reductions", "1"]
+    prepare_pictures.main(arguments)
+    rows = list(csv.DictReader((tmp_path / "pairs" / "sources.csv").open(encoding="utf-8")))
+    assert {row["picture"] for row in rows} == {"a.png", "b.png"}
+    assert all(20 <= float(row["bicubic_db"]) <= 37 for row in rows)
+    assert not (tmp_path / "pairs" / "unpacked").exists()
+    whole = np.asarray(Image.fromarray(picture).resize((256, 256), Image.Resampling.BICUBIC))
+    for row in rows:
+        gt, lq = (np.asarray(Image.open(tmp_path / "pairs" / sub / row["cut"])) for sub in ("gt", "lq"))
+        assert gt.shape == (192, 192, 3)
+        if row["picture"] == "a.png":
+            y, x = place(picture, gt)
+            assert np.array_equal(whole[y // 2 : y // 2 + 96, x // 2 : x // 2 + 96], lq)
+    with pytest.raises(SystemExit, match="exists; remove it"):
+        prepare_pictures.main(arguments)
+    with pytest.raises(SystemExit, match="is sharp enough"):
+        prepare_pictures.main([str(tmp_path / "none"), "--pictures", str(mine), "--reductions", "4"])
+
+
+def place(picture: np.ndarray, cut: np.ndarray) -> tuple[int, int]:
+    for y in range(0, picture.shape[0] - 191, 192):
+        for x in range(0, picture.shape[1] - 191, 192):
+            if np.array_equal(picture[y : y + 192, x : x + 192], cut):
+                return y, x
+    raise AssertionError("the cut is not in the picture")

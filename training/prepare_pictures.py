@@ -1,12 +1,13 @@
-"""Training pairs from free pictures that Debian packages carry: fetch, reduce, cut.
+"""Training pairs from free pictures that Debian packages carry, or from your own: fetch, reduce, cut.
 
     python training/prepare_pictures.py FOLDER [--scale 2] [--packages DIR]
+    python training/prepare_pictures.py FOLDER --pictures MINE [--reductions 1 2]
 
 Writes FOLDER/gt and FOLDER/lq (PNG pairs of one name), FOLDER/sources.csv (the picture, its reduction
-and bicubic's PSNR-Y for every pair) and FOLDER/copyright (what each package says about authors and
-licences; several of these licences ask for attribution). Needs Debian or Ubuntu: apt-get downloads the
-packages into FOLDER/packages, dpkg-deb unpacks them, nothing is installed. With ``--packages`` they are
-taken from there.
+and bicubic's PSNR-Y for every pair) and, of the packages, FOLDER/copyright (what each says about authors
+and licences; several of these licences ask for attribution). The packages need Debian or Ubuntu: apt-get
+downloads them into FOLDER/packages, dpkg-deb unpacks them, nothing is installed. With ``--packages`` they
+are taken from there. ``--pictures`` takes a folder of yours instead, with its subfolders.
 
 ===========================  ============================================  ==========================
 package                      authors                                       licence
@@ -20,9 +21,9 @@ ukui-wallpapers              Ubuntu Kylin community                        CC-BY
 ===========================  ============================================  ==========================
 
 Wallpapers are large and soft, and a soft cut teaches nothing: bicubic reproduces it. So pictures are
-reduced to 1/2, 1/3, 1/4 and 1/6 first, and only those cuts are kept on which bicubic interpolation
-reaches 20 to 37 dB. A low-resolution picture is Pillow's bicubic reduction of the whole picture, cut
-afterwards: no cut has a border of its own.
+reduced to 1/2, 1/3, 1/4 and 1/6 first (``--reductions``; 1 leaves sharp pictures as they are), and only
+those cuts are kept on which bicubic interpolation reaches 20 to 37 dB. A low-resolution picture is
+Pillow's bicubic reduction of the whole picture, cut afterwards: no cut has a border of its own.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Dict, Iterator, List, NamedTuple, Tuple
+from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 from PIL import Image
@@ -65,7 +66,7 @@ class Cut(NamedTuple):
 
 
 def unpack(packages: Path, folder: Path) -> None:
-    """Unpack each package of PACKAGES found in ``packages`` into ``folder``/NAME, downloading what is missing."""
+    """Unpack each of PACKAGES from ``packages`` into ``folder``/NAME; what is missing there is downloaded."""
     packages.mkdir(parents=True, exist_ok=True)
     missing = [name for name in PACKAGES if not list(packages.glob(f"{name}_*.deb"))]
     if missing:
@@ -80,19 +81,20 @@ def unpack(packages: Path, folder: Path) -> None:
         subprocess.run(["dpkg-deb", "-x", package, str(folder / name)], check=True)
 
 
-def pictures(folder: Path) -> List[Path]:
-    """Every picture once: no links, and of one picture in several sizes the largest."""
+def pictures(folder: Path, shortest: int, packages: bool) -> List[Path]:
+    """Every picture once: no links, and of a package's picture in several sizes the largest."""
     best: Dict[Path, Tuple[int, Path]] = {}
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() not in KINDS or path.is_symlink():
             continue
         with Image.open(path) as image:
             width, height = image.size
-        if min(width, height) < SHORTEST:
+        if min(width, height) < shortest:
             continue
-        # Plasma keeps the sizes of a picture in one folder; others have the size in the name.
-        alone = not path.parent.name.startswith("images")
-        key = path.with_name(re.sub(r"_\d+x\d+$", "", path.stem)) if alone else path.parent
+        key = path
+        if packages:  # Plasma keeps the sizes of a picture in one folder; others have the size in the name
+            alone = not path.parent.name.startswith("images")
+            key = path.with_name(re.sub(r"_\d+x\d+$", "", path.stem)) if alone else path.parent
         if key not in best or width > best[key][0]:
             best[key] = (width, path)
     return [path for _, path in best.values()]
@@ -119,37 +121,50 @@ def cuts_of_reduction(picture: Image.Image, reduction: int, scale: int) -> Itera
                 yield Cut(decibels, reduction, gt.crop(box), lq.crop(small))  # type: ignore[arg-type]
 
 
-def cuts(path: Path, scale: int) -> List[Cut]:
+def cuts(path: Path, scale: int, reductions: Sequence[int]) -> List[Cut]:
     """At most PER_PICTURE cuts of a picture, those on which bicubic interpolation does worst."""
     with Image.open(path) as opened:
         picture = opened.convert("RGB")
-    found = [cut for reduction in REDUCTIONS for cut in cuts_of_reduction(picture, reduction, scale)]
+    found = [cut for reduction in reductions for cut in cuts_of_reduction(picture, reduction, scale)]
     return sorted(found, key=lambda cut: cut.bicubic_db)[:PER_PICTURE]
 
 
-def main() -> None:
+def main(argv: Optional[List[str]] = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     parser.add_argument("folder", type=Path, help="where gt/, lq/, sources.csv and copyright/ go")
     parser.add_argument("--scale", type=int, choices=(2, 3, 4), default=2)
     parser.add_argument("--packages", type=Path, help="folder with .deb files (default: FOLDER/packages)")
-    args = parser.parse_args()
+    parser.add_argument("--pictures", type=Path, help="your own pictures, in place of the packages'")
+    text = "sizes to cut from: 1/2, 1/3, ... (default: %(default)s)"
+    parser.add_argument("--reductions", type=int, nargs="+", default=REDUCTIONS, metavar="N", help=text)
+    args = parser.parse_args(argv)
     if (args.folder / "gt").exists():
         sys.exit(f"prepare_pictures: {args.folder / 'gt'} exists; remove it, or name another folder")
+    if args.pictures and not args.pictures.is_dir():
+        sys.exit(f"prepare_pictures: there is no folder {args.pictures} (--pictures)")
     unpacked = args.folder / "unpacked"
     unpacked.mkdir(parents=True, exist_ok=True)
-    unpack(args.packages or args.folder / "packages", unpacked)
-    (args.folder / "copyright").mkdir(exist_ok=True)
-    for name in PACKAGES:
-        shutil.copy(unpacked / name / "usr/share/doc" / name / "copyright", args.folder / "copyright" / name)
-    rows = []
+    if not args.pictures:
+        unpack(args.packages or args.folder / "packages", unpacked)
+        (args.folder / "copyright").mkdir(exist_ok=True)
+        for name in PACKAGES:
+            shutil.copy(
+                unpacked / name / "usr/share/doc" / name / "copyright", args.folder / "copyright" / name
+            )
+    source = args.pictures or unpacked
+    rows: List[Tuple[str, str, int, str]] = []
     for sub in ("gt", "lq"):
+        shutil.rmtree(args.folder / f"{sub}.partial", ignore_errors=True)
         (args.folder / f"{sub}.partial").mkdir()
-    for path in tqdm(pictures(unpacked), unit="picture"):
-        for cut in cuts(path, args.scale):
+    found = pictures(source, SIZE if args.pictures else SHORTEST, not args.pictures)
+    for path in tqdm(found, unit="picture"):
+        for cut in cuts(path, args.scale, args.reductions):
             name = f"{len(rows):05d}.png"
             cut.gt.save(args.folder / "gt.partial" / name, compress_level=1)
             cut.lq.save(args.folder / "lq.partial" / name, compress_level=1)
-            rows.append((name, str(path.relative_to(unpacked)), cut.reduction, f"{cut.bicubic_db:.2f}"))
+            rows.append((name, str(path.relative_to(source)), cut.reduction, f"{cut.bicubic_db:.2f}"))
+    if not rows:
+        sys.exit(f"prepare_pictures: no cut of {source} is sharp enough; try other --reductions")
     with open(args.folder / "sources.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("cut", "picture", "reduction", "bicubic_db"), *rows])
     for sub in ("lq", "gt"):  # gt last: it says that all is there

@@ -167,6 +167,8 @@ def start(training: Training, args: argparse.Namespace) -> None:
             f"--stage {args.stage} needs float weights to start from; pass them with --pretrained."
         )
     settings = {**options(args.stage, args.data.resolve(), args.iterations), "name": training.name}
+    if args.rate:
+        settings["train"]["optim_g"]["lr"] = args.rate
     kept = args.kept if args.stage == "float" and not args.pretrained else None
     if training.newest("training_states/*.state"):
         begins = "goes on from its newest state"
@@ -242,6 +244,7 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser.add_argument("--stage", choices=tuple(STAGES), default="float")
     parser.add_argument("--iterations", type=int, default=100000)
     parser.add_argument("--pretrained", type=Path, help="weights to start from; the qat stages need them")
+    parser.add_argument("--rate", type=float, help="learning rate (default: the template's)")
     parser.add_argument(
         "--kept", type=Path, default=KEPT, help="weights that --keep writes (default: %(default)s)"
     )
