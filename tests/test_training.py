@@ -1,4 +1,4 @@
-"""training/: pairs, and train.py with a traiNNer-redux that only waits (test_frameworks.py has the real one)."""
+"""training/: pairs, and train.py with a traiNNer-redux that only waits (the real one: test_frameworks.py)."""
 
 from __future__ import annotations
 
