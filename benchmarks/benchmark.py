@@ -33,6 +33,7 @@ from published import two_branches
 from report import Row, load, processor, scatter, short, software, table, today, write
 from torch import Tensor, nn
 
+from aethersr.exported import for_export
 from aethersr.timing import Comparison, interleaved
 
 BASE = "aether_small fused"
@@ -48,6 +49,8 @@ def export(net: nn.Module, image: Tensor, path: Path, dynamic: bool) -> int:
     import onnx
     from onnx import numpy_helper
 
+    if isinstance(net, aether_arch.FusedAetherNet):
+        net = for_export(net)
     axes = {name: {0: "n", 2: "h", 3: "w"} for name in ("input", "output")} if dynamic else None
     names: Dict[str, Any] = {"input_names": ["input"], "output_names": ["output"], "dynamic_axes": axes}
     silence = io.StringIO()

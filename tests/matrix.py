@@ -1,10 +1,12 @@
-"""Which versions of Python and PyTorch the drop-in file and fuse_aether.py work with, tried in each of the interpreters named.
+"""Which versions of Python and PyTorch the network's files and fuse_aether.py work with.
 
+Usage:
     python tests/matrix.py                                   # those on PATH
     python tests/matrix.py /usr/bin/python3 venv/bin/python  # these
 
-Prints a Markdown table; exit code 1 where anything failed. An interpreter needs PyTorch, and safetensors for the column of that name; nothing is
-installed here. Versions of Python that no interpreter was found for are listed as not tested.
+Tries the interpreters named and prints a Markdown table; exit code 1 where anything failed. An interpreter
+needs PyTorch, and safetensors for the column of that name; nothing is installed here. Versions of Python that
+no interpreter was found for are listed as not tested.
 """
 
 from __future__ import annotations
@@ -29,14 +31,14 @@ class Absent(Exception):
     """This version of PyTorch or this interpreter has no such thing."""
 
 
-# ------------------------------------------------------------------------------------- inside an interpreter that is tried
+# ------------------------------------------------------------------------ inside an interpreter that is tried
 
 
 def trials(folder: Path) -> Dict[str, Callable[[], None]]:
     """One for each column, in an interpreter with PyTorch; each raises where it fails."""
     import torch
 
-    shutil.copy(str(ROOT / "archs" / "aether_arch.py"), str(folder))
+    shutil.copy(str(ROOT / "archs" / "aether_arch.py"), str(folder))  # alone, as in a framework
     sys.path.insert(0, str(folder))
     image = torch.rand(1, 3, 9, 7, generator=torch.Generator().manual_seed(0))
 
@@ -44,7 +46,9 @@ def trials(folder: Path) -> Dict[str, Callable[[], None]]:
         import aether_arch
 
         torch.manual_seed(0)
-        return aether_arch.AetherNet(scale=2, embed_dim=8, depths=(1, 1), lk_kernel=3, use_channel_attn=True, use_spatial_attn=True)
+        return aether_arch.AetherNet(
+            scale=2, embed_dim=8, depths=(1, 1), lk_kernel=3, use_channel_attn=True, use_spatial_attn=True
+        )
 
     def load(path: Path) -> Any:
         return torch.load(str(path), weights_only=True)
@@ -69,7 +73,9 @@ def trials(folder: Path) -> Dict[str, Callable[[], None]]:
                     net.fuse_model()
                     same(net(image), expected)
                     torch.save(net.state_dict(), str(folder / "fused.pth"))
-                    same(aether_arch.aether_from_state_dict(load(folder / "fused.pth"))(image), expected)
+                    other = build(scale=scale).eval()
+                    other.load_state_dict(load(folder / "fused.pth"))
+                    same(other(image), expected)
 
     def training() -> None:
         net = tiny().train()
@@ -90,6 +96,7 @@ def trials(folder: Path) -> Dict[str, Callable[[], None]]:
             same(second(image), first(image))
 
     def int8() -> None:
+        shutil.copy(str(ROOT / "archs" / "aether_quant.py"), str(folder))
         net = tiny().eval().fused().prepare_qat("default", [image])
         net(image).sum().backward()
         with torch.no_grad():
@@ -120,7 +127,15 @@ def trials(folder: Path) -> Dict[str, Callable[[], None]]:
             torch.save({"params": tiny().state_dict()}, str(source))
 
         def run(*more: str) -> int:
-            words = [sys.executable, str(ROOT / "fuse_aether.py"), "--model_path", str(source), "--output_path", str(target), *more]
+            words = [
+                sys.executable,
+                str(ROOT / "fuse_aether.py"),
+                "--model_path",
+                str(source),
+                "--output_path",
+                str(target),
+                *more,
+            ]
             done = subprocess.run(words, capture_output=True, text=True)
             assert done.stderr.count("\n") == (0 if done.returncode == 0 else 1), done.stderr
             return done.returncode
@@ -166,7 +181,7 @@ def inside() -> None:
     print("\n" + json.dumps(report))
 
 
-# -------------------------------------------------------------------------------------------------------- the table of all
+# ------------------------------------------------------------------------------------------- the table of all
 
 
 def on_path() -> List[str]:
@@ -186,14 +201,22 @@ def ask(interpreter: str) -> Optional[Dict[str, Any]]:
 
 def table(reports: List[Dict[str, Any]]) -> List[str]:
     tried = [report for report in reports if "torch" in report]
-    tried.sort(key=lambda report: [int(part) for part in f"{report['python']}.{report['torch']}".split(".")[:5] if part.isdigit()])
+    tried.sort(
+        key=lambda report: [
+            int(part) for part in f"{report['python']}.{report['torch']}".split(".")[:5] if part.isdigit()
+        ]
+    )
     columns = list(tried[0]["results"]) if tried else []
     rows = [["Python", "PyTorch", *columns], ["---", "---", *(":-:" for _ in columns)]]
     for report in tried:
         results = [result if result in ("yes", ABSENT) else "**no**" for result in report["results"].values()]
         rows.append([report["python"], report["torch"], *results])
     lines = ["| " + " | ".join(row) + " |" for row in rows]
-    missing = [version for version in VERSIONS if not any(report["python"].startswith(version + ".") for report in tried)]
+    missing = [
+        version
+        for version in VERSIONS
+        if not any(report["python"].startswith(version + ".") for report in tried)
+    ]
     return lines + ["", f"Not tested: Python {', '.join(missing)}."] if missing else lines
 
 
@@ -207,21 +230,28 @@ def main() -> int:
         return 0
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
     reports: Dict[str, Dict[str, Any]] = {}
+    failed = False
     for interpreter in args.interpreters or on_path():
         report = ask(interpreter)
         if report is None:
             if args.interpreters:
-                parser.error(f"{interpreter} does not start, or not this script; pass interpreters of Python 3.8 or newer")
-        elif "torch" not in report:
-            print(f"{interpreter}: Python {report['python']} without PyTorch, not tested", file=sys.stderr)
-        else:
-            reports[report["where"]] = report
-            print(f"{interpreter}: Python {report['python']}, PyTorch {report['torch']}, tried in {report['seconds']} s", file=sys.stderr)
-            for column, result in report["results"].items():
-                if result not in ("yes", ABSENT):
-                    print(f"{interpreter}: Python {report['python']}, PyTorch {report['torch']}, {column}: {result}", file=sys.stderr)
+                parser.error(
+                    f"{interpreter} does not run this script; pass interpreters of Python 3.8 or newer"
+                )
+            continue
+        name = f"{interpreter}: Python {report['python']}"
+        if "torch" not in report:
+            print(f"{name} without PyTorch, not tested", file=sys.stderr)
+            continue
+        reports[report["where"]] = report
+        name += f", PyTorch {report['torch']}"
+        print(f"{name}, tried in {report['seconds']} s", file=sys.stderr)
+        for column, result in report["results"].items():
+            if result not in ("yes", ABSENT):
+                failed = True
+                print(f"{name}, {column}: {result}", file=sys.stderr)
     print("\n".join(table(list(reports.values()))))
-    return int(any(result not in ("yes", ABSENT) for report in reports.values() for result in report["results"].values()))
+    return int(failed)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,74 @@
+"""benchmarks/gpu.py on a CPU: every part runs, ends in time, and its tables say what was measured."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import depthwise
+import gpu
+import gpu_kit
+import gpu_report
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_every_part_runs_and_is_in_the_table(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert gpu.main(["--device", "cpu", "--quick", "--output", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    (text,) = (path.read_text() for path in tmp_path.glob("gpu_*.md"))
+    (result,) = (json.loads(path.read_text()) for path in tmp_path.glob("gpu_*.json"))
+    for part in gpu.PARTS:
+        rows = [row for row in result["rows"] if row["part"] == part]
+        assert f"## {part}" in text
+        assert sum("failed" not in row for row in rows) >= 4, rows
+        assert printed.count(f"\n{part} | ") == len(rows)
+    impossible = {row["way"].split(",")[0] for row in result["rows"] if "failed" in row}
+    assert impossible <= {"CUDA graph", "Triton"}
+
+
+def test_it_stops_when_its_minutes_are_over(capsys: pytest.CaptureFixture) -> None:
+    gpu.main(["--device", "cpu", "--quick", "--minutes", "0"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len({line.split(" | ")[1] for line in lines[1:-1]}) == 1, "one group"
+    assert "minutes are over" in lines[-1]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
+def test_without_a_card_one_line_says_what_to_do(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        gpu.main([])
+    assert "--device cpu --quick" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("way", [name for name in depthwise.WAYS if name != "Triton"])
+@pytest.mark.parametrize("shape", [(2, 16, 9, 13), (1, 12, 3, 2)])
+def test_every_way_is_the_same_convolution(way: str, shape: tuple[int, ...]) -> None:
+    x, weight = torch.randn(shape), torch.randn(shape[1], 1, 11, 11)
+    expected = torch.nn.functional.conv2d(x.double(), weight.double(), padding=5, groups=shape[1])
+    assert float((depthwise.WAYS[way](weight)(x) - expected).abs().max()) < 1e-4
+
+
+def test_the_largest_batch_follows_from_a_straight_line() -> None:
+    rows = [{"group": "net", "way": f"batch {n}", "peak MiB": 1024 + 512 * n} for n in (4, 8, 16)]
+    rows += [{"group": "net", "way": "batch 32", "failed": "out of memory"}]
+    rows += [{"group": "huge", "way": f"batch {n}", "peak MiB": 10 * 1024 * n} for n in (1, 2)]
+    assert gpu_report.fitting(rows) == [["net", "12", "20", "28", "44"], ["huge", "-", "1", "1", "2"]]
+
+
+def test_what_is_not_possible_is_said_and_the_rest_goes_on(capsys: pytest.CaptureFixture) -> None:
+    kit = gpu_kit.Kit("cpu", gpu_kit.QUICK, 1.0)
+
+    def impossible() -> gpu_kit.Step:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore")
+
+    times = kit.compare("part", "group", {"no": impossible, "yes": lambda: lambda: None})
+    assert times is not None
+    assert list(times.times) == ["yes"]
+    assert "part | group | no | failed CUDA out of memory. Tried to allocate\n" in capsys.readouterr().out
