@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any, Dict
 
 import aether_arch
 import pytest
 import torch
 from aether_arch import AetherNet, CollapsedTail, FusedAetherBlock, FusedAetherNet
-from conftest import randomize, small_net
+from conftest import ROOT, randomize, small_net
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import reference
@@ -32,8 +35,22 @@ def difference(net: nn.Module, other: nn.Module, height: int, width: int, chans:
     [
         {"use_channel_attn": True, "use_spatial_attn": True},
         {"use_channel_attn": False, "use_spatial_attn": False},
-        {"use_channel_attn": True, "use_spatial_attn": False, "mlp_ratio": 1.3, "lk_kernel": 7, "sk_kernel": 7, "img_range": 255.0},
-        {"use_channel_attn": False, "use_spatial_attn": True, "in_chans": 1, "lk_kernel": 13, "sk_kernel": 5, "depths": (1, 1, 2)},
+        {
+            "use_channel_attn": True,
+            "use_spatial_attn": False,
+            "mlp_ratio": 1.3,
+            "lk_kernel": 7,
+            "sk_kernel": 7,
+            "img_range": 255.0,
+        },
+        {
+            "use_channel_attn": False,
+            "use_spatial_attn": True,
+            "in_chans": 1,
+            "lk_kernel": 13,
+            "sk_kernel": 5,
+            "depths": (1, 1, 2),
+        },
     ],
     ids=["attention", "plain", "channel", "spatial"],
 )
@@ -54,7 +71,9 @@ def test_rows_at_a_time_are_the_same_function_and_a_gradient_sees_all_of_them(
     heights = []
     for block in fused.modules():
         if isinstance(block, FusedAetherBlock):
-            block.gate_conv.register_forward_hook(lambda module, inputs, output: heights.append(output.shape[2]))
+            block.gate_conv.register_forward_hook(
+                lambda module, inputs, output: heights.append(output.shape[2])
+            )
     monkeypatch.setattr(FusedAetherBlock, "STRIP", 32)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     assert difference(net, fused, height, width) <= 1e-8
@@ -78,10 +97,23 @@ def test_rows_at_a_time_are_the_same_function_and_a_gradient_sees_all_of_them(
     seed=st.integers(0, 2**16),
 )
 def test_any_network_fuses_and_is_rebuilt_from_either_state_dict(
-    scale: int, stages: list, width: int, mlp_ratio: float, kernels: tuple, attention: tuple, size: tuple, seed: int
+    scale: int,
+    stages: list,
+    width: int,
+    mlp_ratio: float,
+    kernels: tuple,
+    attention: tuple,
+    size: tuple,
+    seed: int,
 ) -> None:
     large, small = max(kernels) * 2 + 1, min(kernels) * 2 + 1
-    options: Dict[str, Any] = {"embed_dim": 8 * width * len(stages), "depths": stages, "mlp_ratio": mlp_ratio, "lk_kernel": large, "sk_kernel": small}
+    options: Dict[str, Any] = {
+        "embed_dim": 8 * width * len(stages),
+        "depths": stages,
+        "mlp_ratio": mlp_ratio,
+        "lk_kernel": large,
+        "sk_kernel": small,
+    }
     options.update(use_channel_attn=attention[0], use_spatial_attn=attention[1])
     net = randomize(AetherNet(scale=scale, **options), seed).double().eval()
     fused = net.fused()
@@ -158,17 +190,39 @@ def test_a_last_norm_with_a_vanishing_weight_stays_as_a_depthwise_convolution(we
     assert difference(net, net.fused(), 7, 9) <= 1e-8
 
 
+@pytest.mark.parametrize("recorded", [False, True], ids=["slices", "masks"])
 @pytest.mark.parametrize("scale", aether_arch.SCALES)
-def test_the_collapsed_tail_is_exact_at_every_pixel_of_a_larger_image(scale: int) -> None:
+def test_the_collapsed_tail_is_exact_at_every_pixel(
+    scale: int, recorded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
+    monkeypatch.setattr(aether_arch, "_recorded", lambda: recorded)
     upsample = aether_arch.AdaptiveUpsample(10, scale)
     tail = nn.Sequential(upsample, nn.Conv2d(upsample.out_channels, 3, 3, padding=1)).double()
     collapsed = CollapsedTail(10, 3, scale).double()
     with torch.no_grad():
         collapsed.load_state_dict(CollapsedTail.collapse(tail, scale))
         for height, width in (*SIZES, (23, 31)):
-            x = torch.randn(1, 10, height, width, dtype=torch.float64)
-            assert float((collapsed(x) - tail(x)).abs().max()) <= 1e-13
+            x = torch.randn(2, 10, height, width, dtype=torch.float64)
+            image = torch.rand(2, 3, height, width, dtype=torch.float64)
+            assert float((collapsed(x, image) - tail(x)).abs().max()) <= 1e-13
+
+
+def test_masks_hold_in_half_precision_on_a_long_picture_with_features_near_its_limit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tail = CollapsedTail(4, 3, 4)
+    with torch.no_grad():
+        for value in tail.parameters():
+            value.copy_(torch.randn(value.shape) * 1e-4)
+    tail, image = tail.half(), torch.rand(1, 3, 2, 3000).half()
+    x = (torch.rand(1, 4, 2, 3000) * 1000 + 59000).half()
+    outputs = []
+    for recorded in (False, True):
+        monkeypatch.setattr(aether_arch, "_recorded", lambda recorded=recorded: recorded)
+        outputs.append(tail(x, image).float())
+    assert bool(outputs[0].isfinite().all())
+    assert float((outputs[0] - outputs[1]).abs().max()) <= 2e-3 * float(outputs[0].abs().max())
 
 
 def test_the_merged_kernels_are_part_of_the_fused_ones() -> None:
@@ -189,3 +243,49 @@ def test_the_full_size_variants_fuse_exactly() -> None:
         with torch.no_grad():
             expected, output = reference(net.state_dict(), x)[0], net.fused()(x)
         assert float((output - expected).abs().max()) <= 1e-8 * STEP * max(1.0, float(expected.abs().max()))
+
+
+def test_fusing_draws_no_random_number_and_keeps_what_is_frozen_frozen() -> None:
+    net = small_net(2).requires_grad_(False)
+    state = torch.random.get_rng_state()
+    fused = net.fused()
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert not any(value.requires_grad for value in fused.parameters())
+    assert all(value.requires_grad for value in small_net(2).fused().parameters())
+
+
+def test_fusing_under_inference_mode_gives_a_network_that_can_be_trained_and_saved(tmp_path: Path) -> None:
+    with torch.inference_mode():
+        copies = [small_net(2).fused(), small_net(2).fuse_model()]
+        loaded = AetherNet(**copies[0].options)
+        loaded.load_state_dict(copies[0].state_dict())
+    x = torch.rand(1, 3, 5, 6, dtype=torch.float64)
+    for net in (*copies, loaded.double()):
+        assert not any(value.is_inference() for value in net.parameters())
+        net(x).sum().backward()
+        torch.save(net.state_dict(), tmp_path / "net.pth")
+
+
+@pytest.mark.skipif(not hasattr(torch, "export"), reason="this PyTorch has no torch.export")
+def test_the_fused_form_exports_with_a_dynamic_batch_and_size() -> None:
+    fused = small_net(2).float().fused()
+    dims = {0: torch.export.Dim("batch"), 2: torch.export.Dim("height"), 3: torch.export.Dim("width")}
+    program = torch.export.export(fused, (torch.rand(3, 3, 8, 9),), dynamic_shapes=({**dims},))
+    for batch, height, width in ((1, 5, 7), (2, 8, 9), (4, 12, 3)):
+        x = torch.rand(batch, 3, height, width)
+        assert float((program.module()(x) - fused(x)).detach().abs().max()) <= 1e-4
+
+
+@pytest.mark.slow
+def test_the_largest_network_fuses_at_x8_in_seconds_and_two_gigabytes() -> None:
+    code = (
+        "import resource, time, aether_arch; net = aether_arch.aether_large(scale=8)\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; begin = time.time(); net.fuse_model()\n"
+        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20, time.time() - begin)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT / "archs", capture_output=True, text=True, check=True
+    )
+    gigabytes, seconds = map(float, run.stdout.split())
+    assert gigabytes < 2
+    assert seconds < 30

@@ -11,8 +11,8 @@ from typing import Any, Dict
 import aether_arch
 import pytest
 import torch
-from aether_arch import AetherNet
-from conftest import small_net
+from aether_arch import AetherNet, DeploymentNorm
+from conftest import randomize, small_net
 from reference import reference
 from safetensors import safe_open
 from torch import Tensor
@@ -20,6 +20,20 @@ from torch import Tensor
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("*.safetensors"))
 BOTH = {"use_channel_attn": True, "use_spatial_attn": True}
 NEITHER = {"use_channel_attn": False, "use_spatial_attn": False}
+
+
+BOUND = 0.75  # small enough that random networks reach it
+
+
+@torch.no_grad()
+def runaway(**options: Any) -> AetherNet:
+    """A network whose products square what they are given, block by block."""
+    net = AetherNet(scale=2, embed_dim=16, depths=(4, 4), **NEITHER, **options)
+    randomize(net)
+    for name, value in net.named_parameters():
+        if "ffn.conv_out.weight" in name:
+            value.mul_(6)
+    return net.eval()
 
 
 def relative(value: Tensor, expected: Tensor) -> float:
@@ -32,7 +46,9 @@ def test_the_golden_vectors_are_met_in_eval_fused_and_train(path: Path) -> None:
         config = json.loads(file.metadata()["config"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     net = AetherNet(**config, drop_path_rate=0.0).eval()
-    net.load_state_dict({name[3:]: value for name, value in tensors.items() if name.startswith("sd/")}, strict=True)
+    net.load_state_dict(
+        {name[3:]: value for name, value in tensors.items() if name.startswith("sd/")}, strict=True
+    )
     with torch.no_grad():
         assert relative(net(tensors["input"]), tensors["output"]) <= 1e-5
         assert relative(net.fused()(tensors["input"]), tensors["output"]) <= 1e-5
@@ -58,9 +74,14 @@ def test_evaluation_equals_the_written_out_network(scale: int, attention: Dict[s
 
 
 @pytest.mark.parametrize("attention", [BOTH, NEITHER], ids=["attention", "plain"])
-def test_training_output_statistics_and_gradients_equal_the_two_branch_form(attention: Dict[str, bool]) -> None:
-    net = small_net(2, drop_path_rate=0.0, **attention).train()
-    state = {name: value.clone().requires_grad_(value.is_floating_point()) for name, value in net.state_dict().items()}
+def test_training_output_statistics_and_gradients_equal_the_two_branch_form(
+    attention: Dict[str, bool],
+) -> None:
+    net = small_net(2, drop_path_rate=0.0, norm="batch", **attention).train()
+    state = {
+        name: value.clone().requires_grad_(value.is_floating_point())
+        for name, value in net.state_dict().items()
+    }
     x = torch.rand(3, 3, 9, 11, dtype=torch.float64)
     expected, after = reference(state, x, training=True)
     output = net(x)
@@ -86,7 +107,10 @@ def test_training_output_statistics_and_gradients_equal_the_two_branch_form(atte
 )
 def test_the_variants_have_the_published_numbers_of_parameters(variant: str, counts: Dict[int, int]) -> None:
     for scale, expected in counts.items():
-        assert sum(value.numel() for value in getattr(aether_arch, variant)(scale=scale).parameters()) == expected
+        assert (
+            sum(value.numel() for value in getattr(aether_arch, variant)(scale=scale).parameters())
+            == expected
+        )
 
 
 @pytest.mark.parametrize(
@@ -124,16 +148,20 @@ def test_a_new_network_is_an_interpolation(scale: int) -> None:
     net = aether_arch.aether_small(scale=scale).eval()
     with torch.no_grad():
         output = net(image)
-    expected = torch.nn.functional.interpolate(image, scale_factor=scale, mode="bilinear", align_corners=False)
+    expected = torch.nn.functional.interpolate(
+        image, scale_factor=scale, mode="bilinear", align_corners=False
+    )
     inside = (..., slice(2 * scale, -2 * scale), slice(2 * scale, -2 * scale))
     assert float((output - expected)[inside].abs().max()) <= 1e-5
 
 
-@pytest.mark.parametrize("renorm", [False, True], ids=["batch statistics", "batch_renorm"])
+@pytest.mark.parametrize("norm", ["batch", "frozen"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_a_training_step_under_autocast_keeps_its_statistics_in_float32(dtype: torch.dtype, renorm: bool) -> None:
+def test_a_training_step_under_autocast_keeps_its_statistics_in_float32(
+    dtype: torch.dtype, norm: str
+) -> None:
     x = torch.rand(4, 3, 16, 16)
-    nets = [small_net(2, drop_path_rate=0.0, batch_renorm=renorm).float().train() for _ in range(2)]
+    nets = [small_net(2, drop_path_rate=0.0, norm=norm).float().train() for _ in range(2)]
     expected = nets[0](x)
     with torch.autocast("cpu", dtype):
         output = nets[1](x)
@@ -146,15 +174,93 @@ def test_a_training_step_under_autocast_keeps_its_statistics_in_float32(dtype: t
             assert relative(value, nets[0].state_dict()[name]) <= 0.02, name
 
 
-def test_batch_renorm_trains_on_what_evaluation_computes() -> None:
+def test_statistics_stand_still_by_default_so_training_computes_what_evaluation_does() -> None:
     x = torch.rand(2, 3, 12, 12, dtype=torch.float64)
     gap = {}
-    for renorm in (False, True):
-        net = small_net(2, drop_path_rate=0.0, batch_renorm=renorm).train()
+    for norm in (None, "frozen", "batch"):
+        net = small_net(2, drop_path_rate=0.0, norm=norm).train()
+        before = {name: value.clone() for name, value in net.named_buffers()}
         output = net(x)
-        gap[renorm] = relative(net.eval()(x), output)
-    assert gap[True] <= 1e-12
-    assert gap[False] > 1e-3
+        moved = any(not torch.equal(value, before[name]) for name, value in net.named_buffers())
+        assert moved == (norm == "batch")
+        gap[norm] = relative(net.eval()(x), output)
+    assert gap[None] == gap["frozen"] <= 1e-12
+    assert gap["batch"] > 1e-3
+
+
+def test_batch_renorm_of_older_options_means_frozen_and_says_so() -> None:
+    with pytest.warns(UserWarning, match="batch_renorm"):
+        net = AetherNet(embed_dim=16, depths=(1,), batch_renorm=True)
+    assert net.options["norm"] == "frozen"
+
+
+@pytest.mark.parametrize("norm", ["batch", "frozen"])
+@pytest.mark.parametrize("where", ["input", "target"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_batch_with_a_broken_pixel_ruins_neither_weights_nor_statistics(
+    norm: str, where: str, value: float
+) -> None:
+    net = AetherNet(scale=2, embed_dim=16, depths=(1, 1), norm=norm).train()
+    optimizer = torch.optim.AdamW(net.parameters(), 1e-3)
+    x, target = torch.rand(2, 3, 8, 8), torch.rand(2, 3, 16, 16)
+    (x if where == "input" else target)[0, 0, 2, 3] = value
+    (net(x) - target).square().add(1e-6).sqrt().mean().backward()
+    optimizer.step()
+    assert all(bool(tensor.isfinite().all()) for tensor in net.state_dict().values())
+    if where == "input":
+        with pytest.warns(UserWarning, match="1 batches held NaN or infinite pixels"):
+            net.eval()
+        assert int(net.non_finite) == 0
+
+
+def test_statistics_skip_a_batch_whose_features_overflow() -> None:
+    norm = DeploymentNorm(4, batch=True).train()
+    norm(torch.full((1, 4, 2, 2), float("inf")))
+    assert torch.equal(norm.running_mean, torch.zeros(1, 4, 1, 1))
+    assert torch.equal(norm.running_var, torch.ones(1, 4, 1, 1))
+
+
+def test_an_empty_batch_gives_an_empty_picture() -> None:
+    net = small_net(2).float()
+    for form in (net, net.fused()):
+        assert form(torch.rand(0, 3, 5, 7)).shape == (0, 3, 10, 14)
+        with torch.no_grad():
+            assert form(torch.rand(0, 3, 5, 7)).shape == (0, 3, 10, 14)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf"), True, "4"])
+def test_an_impossible_bound_is_refused_and_the_old_one_stays(value: Any) -> None:
+    net = small_net(2, bound=BOUND)
+    with pytest.raises(ValueError, match="bound=.*0.001 to|bound=.*1e-3 to"):
+        net.set_bound(value)
+    assert (net.options["bound"], net.stages[0][0].bound, float(net.bound)) == (BOUND, BOUND, BOUND)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
+def test_a_bounded_network_is_the_written_out_one(training: bool) -> None:
+    net = small_net(2, bound=BOUND, drop_path_rate=0.0, norm="batch").train(training)
+    state = {name: value.clone() for name, value in net.state_dict().items()}
+    x = torch.rand(2, 3, 9, 14, dtype=torch.float64)
+    expected = reference(state, x, training=training)[0]
+    assert relative(net(x), expected) <= 1e-12
+    unbounded = {name: value for name, value in state.items() if name != "bound"}
+    assert relative(expected, reference(unbounded, x, training=training)[0]) > 1e-3, (
+        "the bound is never reached"
+    )
+    net.set_bound(None)
+    assert "bound" not in net.state_dict()
+    assert relative(net.eval()(x), reference(net.state_dict(), x)[0]) <= 1e-12
+
+
+@torch.no_grad()
+def test_a_bound_keeps_every_form_of_a_runaway_network_finite(tmp_path: Path) -> None:
+    image = torch.rand(1, 3, 24, 24).round()
+    assert not bool(runaway()(image).isfinite().all())
+    net = runaway(bound=1.0)
+    forms = {"training": net, "fused": net.fused(), "quantised": net.fused().prepare_qat("full", [image])}
+    forms["int8"] = forms["quantised"].eval().convert_to_quantized()
+    for name, form in forms.items():
+        assert float(form.eval()(image).abs().max()) < 100, name
 
 
 def test_layout_copy_and_pickle_change_nothing() -> None:
@@ -162,7 +268,15 @@ def test_layout_copy_and_pickle_change_nothing() -> None:
     x = torch.rand(1, 3, 9, 14, dtype=torch.float64)
     for form in (net, net.fused()):
         expected = form(x)
-        assert relative(copy.deepcopy(form).to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last)), expected) <= 1e-12
+        assert (
+            relative(
+                copy.deepcopy(form).to(memory_format=torch.channels_last)(
+                    x.to(memory_format=torch.channels_last)
+                ),
+                expected,
+            )
+            <= 1e-12
+        )
         assert torch.equal(pickle.loads(pickle.dumps(form))(x), expected)
 
 
@@ -176,25 +290,15 @@ def test_torch_compile_sees_one_graph_in_every_form() -> None:
 
 
 def test_drop_path_drops_whole_samples_in_training_only() -> None:
-    drop = aether_arch.DropPath(0.5)
-    x = torch.ones(64, 2, 3, 3)
-    assert torch.equal(drop.eval()(x), x)
-    kept = drop.train()(x)
-    assert set(kept.unique().tolist()) == {0.0, 2.0}
-    assert all(len(sample.unique()) == 1 for sample in kept)
-
-
-@pytest.mark.parametrize(("kernel", "height", "width"), [(11, 12, 9), (5, 3, 2), (7, 1, 1)])
-def test_the_depthwise_weight_gradient_on_cpu_passes_gradcheck(kernel: int, height: int, width: int) -> None:
-    x, weight, bias = (
-        torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 3, height, width), (3, 1, kernel, kernel), (3,))
-    )
-    assert torch.autograd.gradcheck(aether_arch._DepthwiseConv.apply, (x, weight, bias))
-    expected = torch.nn.functional.conv2d(x, weight, bias, padding=kernel // 2, groups=3)
-    assert torch.equal(aether_arch._DepthwiseConv.apply(x, weight, bias), expected)
-    direction = torch.randn_like(expected)
-    pairs = zip(*(torch.autograd.grad(out, (x, weight, bias), direction) for out in (aether_arch._DepthwiseConv.apply(x, weight, bias), expected)))
-    assert all(float((ours - theirs).abs().max()) <= 1e-12 for ours, theirs in pairs)
+    torch.manual_seed(0)
+    block = small_net(2, drop_path_rate=0.5).stages[1][1]
+    assert block.drop_path == 0.5, "the last block's"
+    x = torch.rand(64, 24, 3, 3, dtype=torch.float64)
+    branch = block.eval()(x) - x
+    dropped = block.train()(x) - x
+    kept = dropped.abs().amax((1, 2, 3)) > 0
+    assert 16 < int(kept.sum()) < 48
+    assert relative(dropped[kept], 2 * branch[kept]) <= 1e-12
 
 
 def test_the_fused_network_can_be_trained_too() -> None:
@@ -207,4 +311,7 @@ def test_the_fused_network_can_be_trained_too() -> None:
         (form(x) * direction).sum().backward()
     block, fused_block = net.stages[0][0], fused.stages[0][0]
     assert relative(fused_block.out_conv.weight.grad, block.ffn.conv_out.weight.grad) <= 1e-9
-    assert relative(fused_block.gate_conv.bias.grad * block.ffn.temperature, block.ffn.conv_gate.bias.grad) <= 1e-9
+    assert (
+        relative(fused_block.gate_conv.bias.grad * block.ffn.temperature, block.ffn.conv_gate.bias.grad)
+        <= 1e-9
+    )
