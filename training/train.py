@@ -146,8 +146,11 @@ def keep(training: Training, target: Path) -> None:
     if newest is None:
         raise UserError(f"{training.folder / 'models'} holds no net_g_ema_*.safetensors; train first.")
     iteration, path = newest
-    start = yaml.safe_load(training.options.read_text(encoding="utf-8"))["path"].get("pretrain_network_g")
-    before = done_before(Path(start)) if start and Path(start).suffix == ".safetensors" else 0
+    began: Dict[str, Any] = {}
+    if training.options.is_file():
+        began = yaml.safe_load(training.options.read_text(encoding="utf-8"))["path"]
+    source = Path(began.get("pretrain_network_g") or "")
+    before = done_before(source) if source.suffix == ".safetensors" and source.is_file() else 0
     state = {name: value.half().contiguous() for name, value in read_checkpoint(path).state.items()}
     broken = [name for name, value in state.items() if not torch.isfinite(value).all()]
     if broken:
