@@ -7,8 +7,8 @@ Usage:
 
 The most important comes first, every line is printed as it is measured, and what was measured is kept when
 you stop it. Candidates of one group take turns and a figure is the median. Networks are fused (except for
-training and memory) and have random weights. Other networks are built by spandrel. ONNX Runtime joins in where
-onnxruntime-gpu is installed, Triton where PyTorch brings it.
+training and memory) and have random weights. Other networks are built by spandrel. ONNX Runtime joins in
+where onnxruntime-gpu is installed, Triton where PyTorch brings it.
 """
 
 from __future__ import annotations

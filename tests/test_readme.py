@@ -1,4 +1,4 @@
-"""The README's code runs as it is written, and its table is the one that the committed command prints."""
+"""What the pages say is so: their Python runs, their links lead somewhere, their scripts are there."""
 
 from __future__ import annotations
 
@@ -11,49 +11,67 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *ROOT.glob("*/README.md")])
+}
+BLOCKS = {name: re.findall(r"```python\n(.*?)```", text, re.DOTALL) for name, text in PAGES.items()}
+LINK = re.compile(r"\]\(([^)\s]+)\)|(?:src|href)=\"([^\"]+)\"")
 
 
 def run(command: list[str], folder: Path) -> str:
-    done = subprocess.run(command, cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT / "archs")}, capture_output=True, text=True)
+    """As from the checkout's root, with archs/ on the path."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "archs")])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
-def test_a_python_block_runs_as_written(block: str, tmp_path: Path) -> None:
-    output = run([sys.executable, "-c", block], tmp_path)
-    for expected in re.findall(r"# Expected output shape: (.*)", block):
+@pytest.mark.parametrize("page", [name for name, blocks in BLOCKS.items() if blocks])
+def test_the_python_of_a_page_runs_from_top_to_bottom(page: str, tmp_path: Path) -> None:
+    code = "\n".join(BLOCKS[page])
+    output = run([sys.executable, "-c", code], tmp_path)
+    for expected in re.findall(r"# Expected output shape: (.*)", code):
         assert expected in output
 
 
-def test_there_are_python_blocks() -> None:
-    assert len(BLOCKS) >= 3
+def test_the_readme_shows_how_to_use_it_in_python() -> None:
+    assert BLOCKS["README.md"]
+
+
+def anchors(text: str) -> set[str]:
+    """What GitHub makes of the headings."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_local_link_leads_to_a_file_and_a_heading(page: str) -> None:
+    for pair in LINK.findall(re.sub(r"```.*?```", "", PAGES[page], flags=re.DOTALL)):
+        link = "".join(pair)
+        if re.match(r"[a-z]+:", link):
+            continue
+        name, _, heading = link.partition("#")
+        target = (ROOT / page).parent / name if name else ROOT / page
+        assert target.exists(), link
+        assert not heading or heading in anchors(target.read_text(encoding="utf-8")), link
 
 
 def test_the_table_of_parameters_is_what_the_command_prints(tmp_path: Path) -> None:
+    rows = [line for text in PAGES.values() for line in text.splitlines()]
     for line in run([sys.executable, str(ROOT / "tests" / "print_parameters.py")], tmp_path).splitlines():
         variant, counts = line.split(": ")
-        (row,) = (row for row in README.splitlines() if row.startswith(f"| `{variant}`"))
-        assert row.endswith(f"{counts} |")
+        found = [row for row in rows if row.startswith(f"| `{variant}`") and row.endswith(f"{counts} |")]
+        assert found, f"no page has {line}"
 
 
-def test_every_local_link_exists() -> None:
-    for link in re.findall(r"\]\(([^)#]+)\)", README):
-        assert link.startswith("http") or (ROOT / link).exists(), link
+OURS = re.compile(
+    r"\b((?:(?:options|training|benchmarks|demo|tests|docs)/\w+|(?<!/)fuse_aether|(?<!/)upscale)\.py)\b"
+)
 
 
-def test_the_table_of_int8_is_what_the_command_printed() -> None:
-    printed = (ROOT / "benchmarks" / "results" / "int8.md").read_text(encoding="utf-8").splitlines()
-    rows = [line for line in README.splitlines() if "ONNX Runtime |" in line or ", OpenVINO f32 |" in line]
-    assert len(rows) == 6
-    assert all(row in printed for row in rows)
-
-
-def test_the_table_of_fusing_is_what_the_command_printed() -> None:
-    results = ROOT / "benchmarks" / "results"
-    printed = [line for name in ("aether_small.md", "aether_medium_large.md") for line in (results / name).read_text(encoding="utf-8").splitlines()]
-    rows = [line for line in README.splitlines() if re.match(r"\| aether_\w+ x4 \|", line)]
-    assert len(rows) == 3
-    assert set(rows) <= set(printed)
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "CHANGELOG.md"])
+def test_every_script_that_a_page_names_is_there(page: str) -> None:
+    for name in set(OURS.findall(PAGES[page])):
+        assert (ROOT / name).is_file(), name
