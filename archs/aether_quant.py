@@ -422,6 +422,8 @@ class QuantAetherNet(arch.FusedAetherNet):
         Raises:
             ValueError: no image, or none on which all values are finite; the ranges stay what they were.
         """
+        if self.stored:
+            raise ValueError("calibrate: this network holds int8 weights already; calibrate the float network.")
         training, quantizers = self.training, list(self.quantizers().values())
         before, largest = (
             [(quantizer.range_sum.clone(), quantizer.watched.clone()) for quantizer in quantizers],
