@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 from pathlib import Path
 from types import TracebackType
 from typing import Dict, Iterable, List, Optional, Type
@@ -47,7 +48,8 @@ class Together:
         """A temporary name beside ``target``, with its ending, to write to."""
         target = Path(target)
         # Short: a longer name than the target's may be longer than the system allows.
-        part = target.with_name(f"{target.stem[:40]}.{os.getpid()}.{len(self._parts)}.part{target.suffix}")
+        unique = f"{os.getpid()}.{threading.get_ident()}.{len(self._parts)}"
+        part = target.with_name(f"{target.stem[:40]}.{unique}.part{target.suffix}")
         self._parts[part] = target
         return part
 

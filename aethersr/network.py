@@ -143,6 +143,5 @@ def load_network(path: Path, device: str, fp16: bool) -> Network:
         raise UserError(
             f"--fp16 can't change {path}, whose int8 weights are rounded in float32; leave --fp16 out."
         )
-    net = net.to(device)
-    torch.nn.Module.to(net, memory_format=torch.channels_last)  # the faster layout
+    net = net.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # the faster layout
     return TorchNetwork(net.half() if fp16 else net)

@@ -1,13 +1,16 @@
 """Whole pictures, and many of them: transparency, textures, too little memory, reading and writing.
 
-While the network computes one picture, the next is read and the last are written.
+While the network computes one picture, others are read and written.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from itertools import islice
 from typing import Any, Callable, Deque, Iterable, Iterator, NamedTuple, Tuple
 
 import numpy as np
@@ -24,8 +27,9 @@ from aethersr.tiling import upscale_tiled
 
 _RADII = (1, 2, 4, 8, 16, 32, 64)
 _VISIBLE = 16 / 255  # colours of a lower alpha are not trusted: few of their bits mean anything
-_IN_WORK = 2**28  # bytes that may wait to be written
 _SMALLEST_TILE = 32
+WORKERS = 4  # pictures at once, of which the network computes one
+_LARGE = 2**24  # values; of larger pictures no more than two are upscaled and written at once
 
 
 def _planes(pixels: np.ndarray) -> Tensor:
@@ -59,6 +63,16 @@ def spread_colours(pixels: np.ndarray, wrap: str = "") -> np.ndarray:
     return upscale_tiled(_spread, _planes(pixels), 1024, sum(_RADII), wrap=wrap)[0].permute(1, 2, 0).numpy()
 
 
+def _calm_edges(out: Tensor, image: Tensor) -> Tensor:
+    """Colours near transparency stay between those that stood there: no ring round what is cut out."""
+    around = image.to(out)
+    highest, lowest = F.max_pool2d(around, 5, 1, 2), -F.max_pool2d(-around, 5, 1, 2)
+    scale = out.shape[-1] // image.shape[-1]
+    highest, lowest = (F.interpolate(bound, scale_factor=float(scale)) for bound in (highest, lowest))
+    calm = torch.minimum(torch.maximum(out, lowest[:, :-1]), highest[:, :-1])
+    return torch.where(lowest[:, -1:] < 1, calm, out)
+
+
 def of_any_channels(
     net: Callable[[Tensor], Tensor], in_chans: int, alpha: bool
 ) -> Callable[[Tensor], Tensor]:
@@ -75,7 +89,9 @@ def of_any_channels(
     def run(x: Tensor) -> Tensor:
         colours = x.shape[1] - alpha
         out = (net if colours == in_chans else alone)(x[:, :colours])
-        return torch.cat([out, alone(x[:, colours:])], 1) if alpha else out
+        if not alpha:
+            return out
+        return torch.cat([_calm_edges(out, x), alone(x[:, colours:]).to(out)], 1)
 
     return run
 
@@ -114,6 +130,21 @@ class Result(NamedTuple):
     problem: str = ""
 
 
+class _InTurn:
+    """A network that computes one batch at a time, whichever thread asks, until it is stopped."""
+
+    def __init__(self, network: Network) -> None:
+        self.network, self.lock, self.stopped = network, threading.Lock(), False
+        self.in_chans, self.scale, self.reach = network.in_chans, network.scale, network.reach
+        self.size = network.size
+
+    def __call__(self, image: Tensor) -> Tensor:
+        with self.lock:
+            if self.stopped:
+                raise InterruptedError
+            return self.network(image)
+
+
 class Upscaler:
     """Upscales files. ``tile`` becomes smaller where memory runs out."""
 
@@ -128,96 +159,82 @@ class Upscaler:
     ) -> None:
         self.network, self.tile, self.overlap, self.wrap = network, tile, overlap, wrap
         self.overwrite, self.say = overwrite, say
+        self._network = _InTurn(network)
+        self._large = threading.Semaphore(2)
 
     def run(self, jobs: Iterable[Job], tick: Callable[[float], None] = lambda part: None) -> Iterator[Result]:
         """The jobs' results in their order.
 
-        ``tick`` is told which part of the picture in work is done. When the caller stops early, what is being
-        written is finished first.
+        ``tick`` is told each part of a picture that is done. When the caller stops early, a tile in work and
+        a file that is being written are finished first.
         """
         waiting = iter(jobs)
-        reading: Deque[Tuple[Job, Future[Picture]]] = deque()
-        writing: Deque[Tuple[Result, Future[None], int]] = deque()
-        with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(2) as writer:
-            while True:
-                while len(reading) < 2:
-                    job = next(waiting, None)
-                    if job is None:
-                        break
-                    reading.append((job, reader.submit(_read, job)))
-                if not reading:
-                    break
-                job, future = reading.popleft()
-                try:
-                    upscaled = self._upscale(future.result(), writing, tick)
-                except Exception as error:
-                    writing.append((Result(job, (0, 0), self._reason(job, error)), _done(), 0))
-                else:
-                    height, width, _ = upscaled.pixels.shape
-                    done = writer.submit(_write, job, upscaled, self.overwrite)
-                    writing.append((Result(job, (width, height)), done, upscaled.pixels.nbytes))
-                while writing and (writing[0][1].done() or _too_much(writing)):
-                    yield self._finished(*writing.popleft())
-            while writing:
-                yield self._finished(*writing.popleft())
+        working: Deque[Tuple[Job, Future[Tuple[int, int]]]] = deque()
+        with ThreadPoolExecutor(WORKERS) as pool:
+            try:
+                while True:
+                    for job in islice(waiting, WORKERS - len(working)):
+                        working.append((job, pool.submit(self._work, job, tick)))
+                    if not working:
+                        return
+                    job, future = working.popleft()
+                    yield self._result(job, future)
+            finally:
+                self._network.stopped = True
 
-    def _upscale(
-        self,
-        picture: Picture,
-        writing: Deque[Tuple[Result, Future[None], int]],
-        tick: Callable[[float], None],
-    ) -> Picture:
+    def _work(self, job: Job, tick: Callable[[float], None]) -> Tuple[int, int]:
+        """Read, upscale and write one picture; its new (width, height)."""
+        picture = Picture.read(job.source)
+        picture.check_fits(job.source, job.target)  # before the network's work
+        with self._large if picture.pixels.size > _LARGE else nullcontext():
+            picture = self._upscale(picture, tick)
+            _write(job, picture, self.overwrite)
+        return picture.pixels.shape[1], picture.pixels.shape[0]
+
+    def _upscale(self, picture: Picture, tick: Callable[[float], None]) -> Picture:
         """Halves the tile and tries again while memory is short and that may help."""
 
+        done = 0.0
+
         def ticking(tiles: Iterator[Any], count: int) -> Iterator[Any]:
-            for number, tile in enumerate(tiles):
-                tick(number / count)
-                yield tile
+            nonlocal done
+            for each in tiles:
+                yield each
+                done += 1 / count
+                tick(1 / count)
 
         while True:
+            tile = self.tile
             try:
-                return upscale_picture(picture, self.network, self.tile, self.overlap, self.wrap, ticking)
+                return upscale_picture(picture, self._network, tile, self.overlap, self.wrap, ticking)
             except Exception as error:
-                smaller = min(self.tile, max(picture.pixels.shape[:2])) // 2
+                smaller = min(tile, max(picture.pixels.shape[:2])) // 2
                 if not is_out_of_memory(error) or self.network.size or smaller < _SMALLEST_TILE:
                     raise
-            for _, future, _ in writing:  # their pictures' memory too
-                future.exception()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            self.say(f"Not enough memory for tiles of {self.tile} pixels; going on with {smaller}.")
-            self.tile = smaller
+            tick(-done)
+            done = 0.0
+            with self._network.lock:
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+                if smaller < self.tile:  # else another thread was here
+                    self.say(f"Not enough memory for tiles of {tile} pixels; going on with {smaller}.")
+                    self.tile = smaller
 
-    def _finished(self, result: Result, future: Future[None], _: int) -> Result:
-        error = future.exception()
-        return result if error is None else result._replace(problem=self._reason(result.job, error))
-
-    def _reason(self, job: Job, error: BaseException) -> str:
-        """What to say of an error that concerns one picture; others are raised."""
-        if is_out_of_memory(error):
-            remedy = f"pass a smaller --tile than {self.tile}, or a smaller picture"
-            return f"{job.source}: there is not enough memory; {remedy}."
-        if isinstance(error, ValueError):
-            return f"{job.source}: {error}"
-        if isinstance(error, UserError):
-            return str(error)
-        raise error
-
-
-def _done() -> Future[None]:
-    future: Future[None] = Future()
-    future.set_result(None)
-    return future
-
-
-def _too_much(writing: Deque[Tuple[Result, Future[None], int]]) -> bool:
-    return len(writing) > 4 or sum(size for _, _, size in writing) > _IN_WORK
-
-
-def _read(job: Job) -> Picture:
-    picture = Picture.read(job.source)
-    picture.check_fits(job.source, job.target)  # before the network's work
-    return picture
+    def _result(self, job: Job, future: Future[Tuple[int, int]]) -> Result:
+        """Errors that concern one picture are told, others raised."""
+        try:
+            return Result(job, future.result())
+        except Exception as error:
+            if is_out_of_memory(error):
+                remedy = f"pass a smaller --tile than {self.tile}, or a smaller picture"
+                problem = f"{job.source}: there is not enough memory; {remedy}."
+            elif isinstance(error, ValueError):
+                problem = f"{job.source}: {error}"
+            elif isinstance(error, UserError):
+                problem = str(error)
+            else:
+                raise
+            return Result(job, (0, 0), problem)
 
 
 def _write(job: Job, picture: Picture, overwrite: bool) -> None:

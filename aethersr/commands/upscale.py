@@ -41,11 +41,11 @@ class Progress:
         self.tick(0)
 
     def tick(self, part: float) -> None:
-        """``part`` of the picture in work is done."""
+        """``part`` of a picture more is done."""
         speed = self.pixels / 1e6 / max(time.monotonic() - self.begin, 1e-3)
         words = f"{self.done} of {self.count} pictures, {speed:.2f} megapixels/s, "
         self.bar.set_description_str(words, refresh=False)
-        self.bar.n = min(self.count, self.done + part)
+        self.bar.n = min(self.count, max(self.done, self.bar.n + part))
         self.bar.update(0)
 
     def finish(self, size: Tuple[int, int]) -> None:
