@@ -44,9 +44,10 @@ class ReparamLargeKernelConv(nn.Module):
 
     def __init__(self, channels: int, lk_kernel: int, sk_kernel: int) -> None:
         super().__init__()
-        same: Dict[str, Any] = {"padding": "same", "groups": channels, "bias": False}
-        self.lk_conv = nn.Conv2d(channels, channels, lk_kernel, **same)
-        self.sk_conv = nn.Conv2d(channels, channels, sk_kernel, **same)
+        self.lk_conv, self.sk_conv = (
+            nn.Conv2d(channels, channels, kernel, padding=kernel // 2, groups=channels, bias=False)
+            for kernel in (lk_kernel, sk_kernel)
+        )
         self.lk_bias = nn.Parameter(torch.zeros(channels))
         self.sk_bias = nn.Parameter(torch.zeros(channels))
 
@@ -208,14 +209,13 @@ class AetherBlock(nn.Module):
         """State dict of the equal FusedAetherBlock: norm and temperature move into the convolutions."""
         weight, bias = self.conv.reparameterize()
         scale, shift = self.norm.scale_and_shift()
-        state = {
-            "reparam_conv.weight": weight * scale.view(-1, 1, 1, 1),
-            "reparam_conv.bias": bias * scale + shift,
-        }
+        weight, bias = weight * scale.view(-1, 1, 1, 1), bias * scale + shift
+        state = {"reparam_conv.weight": weight, "reparam_conv.bias": bias}
         state["gate_conv.weight"], state["gate_conv.bias"] = self.ffn.reparameterize()
-        for name, module in (("main_conv.", self.ffn.conv_main), ("out_conv.", self.ffn.conv_out),
-                             ("channel_attn.", self.channel_attn), ("spatial_attn.", self.spatial_attn)):  # fmt: skip
-            state.update(_state_of(module, name))
+        state.update(self.ffn.conv_main.state_dict(prefix="main_conv."))
+        state.update(self.ffn.conv_out.state_dict(prefix="out_conv."))
+        state.update(self.channel_attn.state_dict(prefix="channel_attn."))
+        state.update(self.spatial_attn.state_dict(prefix="spatial_attn."))
         return state
 
     def forward(self, x: Tensor) -> Tensor:
@@ -233,8 +233,11 @@ class AetherBase(nn.Module):
 
     _strict = True
     mean: Tensor
-    stages: nn.ModuleList
-    fusion_convs: nn.ModuleList
+
+    @classmethod
+    def layout(cls, names: Iterable[str]) -> Dict[str, Any]:
+        """Arguments besides the options, as tensor names tell them."""
+        return {}
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         super().__init__()
@@ -246,6 +249,12 @@ class AetherBase(nn.Module):
             self.options["norm"] = self.options["norm"] or "frozen"
         self.scale: int = self.options["scale"]
         self.register_buffer("mean", torch.full((1, self.options["in_chans"], 1, 1), 0.5))
+
+    def add_stages(self, block: Callable[[], nn.Module]) -> None:
+        """Build the stages and the 1x1 convolutions after them."""
+        channels, depths = self.options["embed_dim"], self.options["depths"]
+        self.stages = nn.ModuleList(nn.Sequential(*(block() for _ in range(depth))) for depth in depths)
+        self.fusion_convs = nn.ModuleList(nn.Conv2d(channels, channels // len(depths), 1) for _ in depths)
 
     def all_stages(self, out: Tensor) -> Tensor:
         """What each stage leaves, (N, C, H, W), put through its 1x1 convolution and side by side again."""
@@ -317,7 +326,7 @@ class AetherBase(nn.Module):
     @torch.inference_mode(False)
     @torch.random.fork_rng(devices=[])
     def _take_form_of(self, state_dict: Dict[str, Tensor], prefix: str, strict: bool) -> None:
-        """Take a state dict's form, bound and kind of norm. RuntimeError, and no change, where it does not fit."""
+        """Take a state dict's form, bound and norms. RuntimeError, and no change, where it does not fit."""
         # Without strict, BasicSR and traiNNer-redux add ".ignore" to the names of tensors of another shape.
         named = ((name[len(prefix) :], state_dict[name]) for name in state_dict if name.startswith(prefix))
         own = {name.split(".ignore")[0]: value for name, value in named}
@@ -331,7 +340,7 @@ class AetherBase(nn.Module):
                     del own[name]
                     state_dict.pop(prefix + name, None)
         elif form:
-            extra = {} if form is AetherNet else form.layout(own)
+            extra = form.layout(own)
             if type(self) is not form or not extra.items() <= self.__dict__.items():
                 other = form(**{**self.options, "bound": bound}, **extra)
         wrong = differences(other, own, strict)
@@ -385,13 +394,8 @@ class AetherNet(AetherBase):
         self.img_range = float(img_range)
         self.non_finite: Any = 0  # training batches with a pixel that is not finite
         rates = iter([drop_path_rate * k / max(1, sum(depths) - 1) for k in range(sum(depths))])
-
-        def stage(depth: int) -> nn.Sequential:
-            return nn.Sequential(*(AetherBlock(self.options, next(rates)) for _ in range(depth)))
-
         self.conv_first = nn.Conv2d(in_chans, embed_dim, 3, padding=1)
-        self.stages = nn.ModuleList(stage(depth) for depth in depths)
-        self.fusion_convs = nn.ModuleList(nn.Conv2d(embed_dim, embed_dim // len(depths), 1) for _ in depths)
+        self.add_stages(lambda: AetherBlock(self.options, next(rates)))
         self.quant_fusion_layer = QuantFusion(embed_dim)
         self.norm = DeploymentNorm(embed_dim, self.options["norm"] == "batch")
         self.conv_after_body = nn.Conv2d(embed_dim, embed_dim, 3, padding=1)
@@ -436,14 +440,14 @@ class AetherNet(AetherBase):
     def reparameterize(self) -> Dict[str, Tensor]:
         """State dict of the FusedAetherNet that computes the same, in this network's precision."""
         state = dict(self.named_buffers(recurse=False))
-        state.update(_state_of(self.conv_first, "head."))
+        state.update(self.conv_first.state_dict(prefix="head."))
         state["head.weight"] = self.conv_first.weight * self.img_range
         for name, block in self.stages.named_modules():
             if isinstance(block, AetherBlock):
                 state.update({f"stages.{name}.{key}": value for key, value in block.reparameterize().items()})
-        state.update(_state_of(self.fusion_convs, "fusion_convs."))
+        state.update(self.fusion_convs.state_dict(prefix="fusion_convs."))
         state["fusion.weight"], state["fusion.bias"] = self.quant_fusion_layer.reparameterize()
-        state.update(_state_of(self.conv_after_body, "body_conv."))
+        state.update(self.conv_after_body.state_dict(prefix="body_conv."))
         scale, shift = self.norm.scale_and_shift()
         # conv(s * b + t) + b = conv'(b') + b' - t/s with b' = b + t/s. Where s is small beside t, that would
         # drown b in rounding: then the norm stays, as a depthwise 1x1 convolution.
@@ -454,7 +458,7 @@ class AetherNet(AetherBase):
             state["body_conv.bias"] = state["body_conv.bias"] - offset
         else:
             state["body_norm.weight"], state["body_norm.bias"] = scale.view(-1, 1, 1, 1), shift
-        state.update(_state_of(self.conv_before_upsample, "conv_before_upsample."))
+        state.update(self.conv_before_upsample.state_dict(prefix="conv_before_upsample."))
         tail = CollapsedTail.collapse(nn.Sequential(self.upsample, self.conv_last), self.scale)
         state.update({f"tail.{name}": value / self.img_range for name, value in tail.items()})
         state["tail.bias"] = state["tail.bias"] + self.mean.flatten().repeat_interleave(self.scale**2)
@@ -510,10 +514,13 @@ BORDERS = {
     "top": (-1, 0), "bottom": (1, 0), "left": (0, -1), "right": (0, 1),
     "top_left": (-1, -1), "top_right": (-1, 1), "bottom_left": (1, -1), "bottom_right": (1, 1),
 }  # fmt: skip
+EDGES = {"top": (2, -1), "bottom": (2, 1), "left": (3, -1), "right": (3, 1)}  # as (dimension, side)
+Masks = Dict[Tuple[int, int], List[Tensor]]  # of each edge
 
 
-# Masks of an edge, by (dimension, side): (2, -1) top, (2, 1) bottom, (3, -1) left, (3, 1) right
-Masks = Dict[Tuple[int, int], List[Tensor]]
+def outermost(x: Tensor, edge: Tuple[int, int], k: int = 0) -> Tensor:
+    """View of the row or column of ``x`` that is the k-th from an edge."""
+    return x.narrow(edge[0], k if edge[1] < 0 else x.shape[edge[0]] - 1 - k, 1)
 
 
 class CollapsedTail(nn.Module):
@@ -590,15 +597,13 @@ class CollapsedTail(nn.Module):
         return getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias")
 
     def forward(self, x: Tensor, image: Tensor) -> Tensor:
-        out, masks = self.convolve(x), {}
-        edges = {"top": (2, -1), "bottom": (2, 1), "left": (3, -1), "right": (3, 1)}
-        if _recorded():
-            masks = {edge: self.masks(image, *edge) for edge in edges.values()}
-        for name, edge in edges.items():
+        out = self.convolve(x)
+        masks = {edge: self.masks(image, *edge) for edge in EDGES.values()} if _recorded() else {}
+        for name, edge in EDGES.items():
             line = self.line(x, edge, masks)
             delta = self.correction(line, name)
-            for corner in ("left", "right") if edge[0] == 2 else ():
-                delta = self.added(delta, self.correction(line, f"{name}_{corner}"), edges[corner], masks)
+            for side in ("left", "right") if edge[0] == 2 else ():  # the corners
+                delta = self.added(delta, self.correction(line, f"{name}_{side}"), EDGES[side], masks)
             out = self.added(out, delta, edge, masks)
         return F.pixel_shuffle(out, self.scale)
 
@@ -607,24 +612,20 @@ class CollapsedTail(nn.Module):
 
         They are made from the image, whose values are small: 0 times an infinite mean would be NaN.
         """
-        shift = self._shift if side < 0 else self._shift.flip(0)
-        shift = shift.view((1, 1, 3, 1) if dim == 2 else (1, 1, 1, 3))
-        inside = F.conv2d(image.mean(5 - dim, keepdim=True), self._zero, self._one)  # ones
-        found = []
-        for _ in range(self.depth):
-            further = F.conv2d(inside, shift, padding=(1, 0) if dim == 2 else (0, 1))
-            found.append(inside - further)
-            inside = further
-        return found
+        shape, padding = ((1, 1, 3, 1), (1, 0)) if dim == 2 else ((1, 1, 1, 3), (0, 1))
+        shift = (self._shift if side < 0 else self._shift.flip(0)).view(shape)
+        ones = [F.conv2d(image.mean(5 - dim, keepdim=True), self._zero, self._one)]
+        for _ in range(self.depth):  # a zero comes in from outside
+            ones.append(F.conv2d(ones[-1], shift, padding=padding))
+        return [before - after for before, after in zip(ones, ones[1:])]
 
     def line(self, x: Tensor, edge: Tuple[int, int], masks: Masks) -> Tensor:
         """The outermost rows (N, depth * C, 1, W) or columns (N, depth * C, H, 1), side by side as channels."""
-        (dim, side), size = edge, x.shape[edge[0]]
         if masks:
-            return torch.cat([(x * mask).sum(dim, keepdim=True) for mask in masks[edge]], 1)
-        places = [place if side < 0 else size - 1 - place for place in range(self.depth)]
-        parts = [x.narrow(dim, min(max(place, 0), size - 1), 1) * (0 <= place < size) for place in places]
-        return torch.cat(parts, 1)
+            return torch.cat([(x * mask).sum(edge[0], keepdim=True) for mask in masks[edge]], 1)
+        lines = [outermost(x, edge, k) for k in range(min(self.depth, x.shape[edge[0]]))]
+        missing = [torch.zeros_like(lines[0])] * (self.depth - len(lines))  # beyond the other edge
+        return torch.cat(lines + missing, 1)
 
     def correction(self, line: Tensor, name: str) -> Tensor:
         """What an edge, or one of its corners, adds to the one convolution: a convolution along the line."""
@@ -641,8 +642,7 @@ class CollapsedTail(nn.Module):
         """``x`` with ``delta`` added to its outermost row or column."""
         if masks:
             return x + delta * masks[edge][0]
-        place = (slice(None),) * edge[0] + (slice(None, 1) if edge[1] < 0 else slice(-1, None),)
-        x[place] += delta[place]
+        outermost(x, edge).add_(outermost(delta, edge))
         return x
 
 
@@ -659,14 +659,9 @@ class FusedAetherNet(AetherBase):
     def __init__(self, keep_norm: bool = False, **options: Any) -> None:
         super().__init__(options)
         self.keep_norm = keep_norm
-        in_chans, channels, depths = (self.options[name] for name in ("in_chans", "embed_dim", "depths"))
-
-        def stage(depth: int) -> nn.Sequential:
-            return nn.Sequential(*(self.block(self.options) for _ in range(depth)))
-
+        in_chans, channels = self.options["in_chans"], self.options["embed_dim"]
         self.head = nn.Conv2d(in_chans, channels, 3, padding=1)
-        self.stages = nn.ModuleList(stage(depth) for depth in depths)
-        self.fusion_convs = nn.ModuleList(nn.Conv2d(channels, channels // len(depths), 1) for _ in depths)
+        self.add_stages(lambda: self.block(self.options))
         self.fusion = nn.Conv2d(channels, channels, 1)
         self.body_norm = nn.Conv2d(channels, channels, 1, groups=channels) if keep_norm else nn.Identity()
         self.body_conv = nn.Conv2d(channels, channels, 3, padding=1)
@@ -677,7 +672,6 @@ class FusedAetherNet(AetherBase):
 
     @classmethod
     def layout(cls, names: Iterable[str]) -> Dict[str, Any]:
-        """Arguments besides the options, as tensor names tell them."""
         return {"keep_norm": "body_norm.weight" in names}
 
     def forward(self, x: Tensor) -> Tensor:
@@ -711,28 +705,26 @@ def scale_of(state: Mapping[str, Tensor]) -> Optional[int]:
     """The scale that a state dict's tensors upsample to; None where that is none of SCALES."""
     convs = [name for name in state if name.startswith("upsample.blocks.") and name.endswith(".weight")]
     tail = [name for name in ("tail.weight", "tail.conv.weight") if name in state]
-    if not tail and not convs:
-        return None
-    scale, few = 2 ** len(convs), state.get("head.weight" if tail else "conv_last.weight")
-    if len(convs) < 2 and (tail or convs) and few is not None and few.dim() == 4:  # one pixel shuffle
-        scale = math.isqrt(state[(tail or convs)[0]].shape[0] // max(1, few.shape[1]))
-    return scale if scale in SCALES else None
+    scale, shuffled = 2 ** len(convs), state.get("head.weight" if tail else "conv_last.weight")
+    if len(tail or convs) == 1 and shuffled is not None and shuffled.dim() == 4:  # one pixel shuffle
+        scale = math.isqrt(state[(tail or convs)[0]].shape[0] // max(1, shuffled.shape[1]))
+    return scale if scale in SCALES and (tail or convs) else None
 
 
 def differences(net: nn.Module, state: Mapping[str, Tensor], strict: bool = True) -> str:
-    """What keeps ``net`` from loading ``state``: tensors of other shapes; if strict, missing and unexpected ones."""
+    """What keeps ``net`` from loading ``state``: other shapes and, if strict, missing and unexpected names."""
     expected = {name: value.shape for name, value in net.state_dict().items() if name != "bound"}
     found = {name: value.shape for name, value in state.items() if name != "bound"}
-    lists = {"of another shape": [name for name in found if expected.get(name, found[name]) != found[name]]}
-    if strict:
-        lists.update(missing=sorted({*expected} - {*found}), unexpected=sorted({*found} - {*expected}))
-    texts = {
-        kind: ", ".join(name[:80] for name in names[:3]) for kind, names in sorted(lists.items()) if names
+    kinds = {
+        "missing": sorted({*expected} - {*found}) if strict else [],
+        "of another shape": [name for name in found if expected.get(name, found[name]) != found[name]],
+        "unexpected": sorted({*found} - {*expected}) if strict else [],
     }
-    return "; ".join(
-        f"{kind}: {len(lists[kind])} ({text}{', ...' * (len(lists[kind]) > 3)})"
-        for kind, text in texts.items()
-    )
+
+    def some(names: List[str]) -> str:
+        return ", ".join(name[:80] for name in names[:3]) + (", ..." if len(names) > 3 else "")
+
+    return "; ".join(f"{kind}: {len(names)} ({some(names)})" for kind, names in kinds.items() if names)
 
 
 def _other(module: str) -> Any:
@@ -756,10 +748,6 @@ def __getattr__(name: str) -> Any:
     return getattr(_other(rooms[name]), name)
 
 
-def _state_of(module: nn.Module, prefix: str) -> Dict[str, Tensor]:
-    return {prefix + name: value for name, value in module.state_dict().items()}
-
-
 def _recorded() -> bool:
     """Whether an exporter or a compiler records the operations, instead of running them one by one."""
     compiling = getattr(getattr(torch, "compiler", None), "is_compiling", None)
@@ -769,38 +757,34 @@ def _recorded() -> bool:
 def _check_options(options: Mapping[str, Any]) -> None:
     """Raises ValueError for the first option that is impossible: its name, its value and what is allowed."""
 
-    def whole(value: Any) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-    def within(name: str, low: float, high: float) -> bool:
-        value = options[name]
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value < high
+    def number(value: Any, low: float, high: float = math.inf, kind: Any = (int, float)) -> bool:
+        return isinstance(value, kind) and not isinstance(value, bool) and low <= value < high
 
     def check(name: str, ok: Any, allowed: str) -> None:
         if not ok:
             raise ValueError(f"AetherNet: {name}={options[name]!r} is not possible; allowed: {allowed}.")
 
-    scale, depths, width = options["scale"], options["depths"], options["embed_dim"]
-    large, small, ratio = options["lk_kernel"], options["sk_kernel"], options["mlp_ratio"]
+    whole = functools.partial(number, low=1, kind=int)
+    scale, depths, width, large = (options[name] for name in ("scale", "depths", "embed_dim", "lk_kernel"))
     check("scale", whole(scale) and scale in SCALES, "1, 2, 3, 4, 8")
     check("in_chans", whole(options["in_chans"]), "a whole number from 1")
     several = isinstance(depths, (list, tuple)) and len(depths) > 0
     check("depths", several and all(map(whole, depths)), "a list of whole numbers from 1")
-    multiple = f"a multiple of {len(depths)}, the number of stages in depths"
-    check("embed_dim", whole(width) and width % len(depths) == 0, multiple)
+    divisible = whole(width) and width % len(depths) == 0
+    check("embed_dim", divisible, f"a multiple of {len(depths)}, the number of stages in depths")
     least = max(scale // 2, 8 * (options["use_channel_attn"] is True))
     check("embed_dim", width >= least, f"{least} or more, for this scale and attention")
-    enough = within("mlp_ratio", 1 / width, 1e6) and int(width * ratio) >= 1
-    check("mlp_ratio", enough, f"{1 / width:.3g} (one hidden channel) or more")
+    hidden = number(options["mlp_ratio"], 0, 1e6) and int(width * options["mlp_ratio"]) >= 1
+    check("mlp_ratio", hidden, f"{1 / width:.3g} (one hidden channel) or more")
     check("lk_kernel", whole(large) and large % 2 == 1, "an odd number from 1")
-    inside = whole(small) and small in range(1, large + 1, 2)
+    inside = whole(options["sk_kernel"]) and options["sk_kernel"] in range(1, large + 1, 2)
     check("sk_kernel", inside, f"an odd number from 1 to lk_kernel={large}")
     for name in ("drop", "drop_path_rate"):
-        check(name, within(name, 0, 1), f"0 <= {name} < 1")
-    check("img_range", within("img_range", 1e-6, 1e6), "a number above 0 (1e-6 to 1e6)")
+        check(name, number(options[name], 0, 1), f"0 <= {name} < 1")
+    check("img_range", number(options["img_range"], 1e-6, 1e6), "a number above 0 (1e-6 to 1e6)")
     for name in ("use_channel_attn", "use_spatial_attn", "batch_renorm"):
         check(name, isinstance(options.get(name, False), bool), "true or false")
-    limit = options["bound"] is None or within("bound", 1e-3, 1e6)
+    limit = options["bound"] is None or number(options["bound"], 1e-3, 1e6)
     check("bound", limit, "a number above 0 (1e-3 to 1e6), or nothing")
     check("norm", options["norm"] in (None, "frozen", "batch"), "frozen, batch, or nothing")
 
@@ -810,45 +794,42 @@ def _initialize(net: AetherNet) -> None:
     """Start as an interpolation: blocks as identities, and the image in the first channels.
 
     A gated product squares what its norm gives it, block after block, so norms start at 0.25 and not at 1. All
-    other weights start at random, and training may change these too. LeakyReLU passes a value and its negative as
-    a pair: lrelu(v) - lrelu(-v) = 1.01 v. Networks too narrow for that start at random alone.
+    other weights start at random, and training may change these too. LeakyReLU passes a value and its negative
+    as a pair: lrelu(v) - lrelu(-v) = 1.01 v. Networks too narrow for that start at random alone.
     """
-    for module in net.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.trunc_normal_(module.weight, std=0.02)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-    for module in net.modules():
-        if isinstance(module, AetherBlock):
-            nn.init.zeros_(module.ffn.conv_out.weight)
-            nn.init.constant_(module.norm.weight, 0.25)
-    image = net.conv_first.in_channels
+    for conv in net.modules():
+        if isinstance(conv, nn.Conv2d):
+            nn.init.trunc_normal_(conv.weight, std=0.02)
+            if conv.bias is not None:
+                conv.bias.zero_()
+    for block in net.stages.modules():
+        if isinstance(block, AetherBlock):
+            block.ffn.conv_out.weight.zero_()
+            block.norm.weight.fill_(0.25)
+    image, width = net.conv_first.in_channels, net.conv_first.out_channels
     upsamplers = [conv for conv in net.upsample.blocks if isinstance(conv, nn.Conv2d)]
     step = net.scale if net.scale in (1, 3) else 2  # of each pixel shuffle
-    if net.conv_first.out_channels < 2 * image or any(c.out_channels < step**2 * image for c in upsamplers):
+    if width < 2 * image or any(conv.out_channels < step**2 * image for conv in upsamplers):
         return
 
-    def carry(conv: Any, matrix: Tensor) -> None:
-        """The first channels of ``conv`` become ``matrix`` times the first channels before it."""
-        middle = conv.kernel_size[0] // 2
-        conv.weight[: len(matrix)] = 0
-        conv.weight[: len(matrix), : matrix.shape[1], middle, middle] = matrix
+    def carry(conv: Any, kernels: Tensor) -> None:
+        """The first channels of ``conv`` become ``kernels`` (out, in, K, K) over the first channels before."""
+        kernels = F.pad(kernels, [(conv.kernel_size[0] - kernels.shape[-1]) // 2] * 4)
+        conv.weight[: len(kernels)] = 0
+        conv.weight[: len(kernels), : kernels.shape[1]] = kernels
 
-    eye, (before, activation) = torch.eye(image), net.conv_before_upsample
+    eye, (before, activation) = torch.eye(image).view(image, image, 1, 1), net.conv_before_upsample
     carry(net.conv_first, eye)
-    carry(net.quant_fusion_layer.fusion_conv, torch.zeros(image, 1))
-    carry(net.conv_after_body, torch.zeros(image, 1))
+    carry(net.quant_fusion_layer.fusion_conv, torch.zeros_like(eye))
+    carry(net.conv_after_body, torch.zeros_like(eye))
     carry(before, torch.cat([eye, -eye]))
-    matrix = torch.cat([eye, -eye], 1) / (1 + float(activation.negative_slope))  # type: ignore[arg-type]
+    source = torch.cat([eye, -eye], 1) / (1 + float(activation.negative_slope))  # type: ignore[arg-type]
+    # Lagrange's quadratic interpolation at t, from pixels at -1, 0 and 1.
     offsets = [(k + 0.5) / step - 0.5 for k in range(step)]
-    # Lagrange's quadratic interpolation, for pixels -1, 0 and 1
     taps = torch.tensor([[t * (t - 1) / 2, 1 - t * t, t * (t + 1) / 2] for t in offsets])
     for conv in upsamplers:
-        kernels = torch.einsum("oc,iy,jx->oijcyx", matrix, taps, taps).flatten(0, 2)
-        conv.weight[: len(kernels)] = 0
-        conv.weight[: len(kernels), : matrix.shape[1]] = kernels
-        matrix = eye
-    net.conv_last.weight[:] = 0
+        carry(conv, torch.einsum("oc,iy,jx->oijcyx", source.flatten(1), taps, taps).flatten(0, 2))
+        source = eye
     carry(net.conv_last, eye)
 
 
@@ -860,11 +841,8 @@ def _variant(name: str, doc: str, width: int, depths: Tuple[int, ...], attention
     qat = inspect.Parameter("qat", inspect.Parameter.KEYWORD_ONLY, default=False, annotation="bool | str")
     signature = inspect.Signature([*options, qat], return_annotation="AetherBase")
 
-    def build(*args: Any, **given: Any) -> AetherBase:
-        call = signature.bind(*args, **given)
-        call.apply_defaults()
-        qat = call.arguments.pop("qat")
-        net = AetherNet(**call.arguments)
+    def build(*args: Any, qat: Any = False, **given: Any) -> AetherBase:
+        net = AetherNet(**{**own, **signature.bind(*args, **given).arguments})
         return net if qat is False else _other("aether_quant").insert_quantizers(net, qat)
 
     build.__name__, build.__qualname__, build.__doc__ = name, name, doc
