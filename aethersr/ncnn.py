@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Optional, Tuple
 import torch
 from torch import Tensor
 
-from aethersr.errors import UserError, missing_package
+from aethersr.errors import UserError
 from aethersr.exported import for_export
 from aethersr.files import Together
 from aethersr.onnx import picture
@@ -28,8 +28,8 @@ def export_ncnn(model: AetherBase, scale: int, output_path: Optional[str] = None
     """Write the fused network as NCNN's two files and return their paths. The model stays as it was.
 
     Blob ``data`` (in_chans, H, W) in [0, 1] goes in, ``output`` (in_chans, scale * H, scale * W) comes out:
-    the names that Upscayl and others look for. Any size, weights in half precision. ncnn runs the files on three
-    odd sizes before they are kept. Needs the packages ncnn and pnnx.
+    the names that Upscayl and others look for. Any size, weights in half precision. ncnn runs the files on
+    three odd sizes before they are kept. Needs the packages ncnn and pnnx.
 
     Args:
         scale: the model's scale, named again so that a mistaken export can't pass.
@@ -45,8 +45,8 @@ def export_ncnn(model: AetherBase, scale: int, output_path: Optional[str] = None
     try:
         import ncnn
         import pnnx
-    except ImportError as error:
-        raise missing_package(error, "an NCNN file", "ncnn") from None
+    except ImportError:
+        raise UserError(f"an NCNN file needs the packages ncnn and pnnx: {WAY_OUT}") from None
     param = Path(output_path or f"{scale}x_aether.param")
     with torch.inference_mode(False), torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         reference = model.fused().cpu().float()

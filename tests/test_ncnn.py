@@ -1,0 +1,140 @@
+"""NCNN files: right in the real ncnn at any size, named as their readers expect, and never half written."""
+
+from __future__ import annotations
+
+import builtins
+import os
+import sys
+from pathlib import Path
+from typing import Any, Dict
+
+import aether_arch
+import pytest
+import torch
+from aether_arch import AetherNet
+from conftest import randomize
+
+from aethersr.errors import UserError
+from aethersr.ncnn import export_ncnn, named_for_upscayl, run
+
+TINY: Dict[str, Any] = {"embed_dim": 8, "depths": (1, 1), "lk_kernel": 5}
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def network(scale: int = 2, **options: Any) -> AetherNet:
+    return randomize(AetherNet(scale=scale, **{**TINY, **options})).eval()  # type: ignore[return-value]
+
+
+def opened(param: str) -> Any:
+    import ncnn
+
+    net = ncnn.Net()
+    assert net.load_param(param) == 0
+    assert net.load_model(str(Path(param).with_suffix(".bin"))) == 0
+    return net
+
+
+@torch.no_grad()
+def differs_by(net: Any, param: str, *sizes: Any) -> float:
+    """The largest difference from the network, in steps of 1/255 of its largest output, or of 1 if less."""
+    opened_net, largest = opened(param), 0.0
+    for height, width in sizes:
+        image = torch.rand(1, net.options["in_chans"], height, width)
+        expected, output = net(image), run(opened_net, image)
+        assert output.shape == expected.shape
+        largest = max(
+            largest, float((output - expected).abs().max() / expected.abs().max().clamp_min(1)) * 255
+        )
+    return largest
+
+
+class TestWithTheConverter:
+    @pytest.fixture(autouse=True)
+    def _converter(self) -> None:
+        for name in ("ncnn", "pnnx"):
+            pytest.importorskip(name, reason=f"needs the package {name}: pip install ncnn pnnx")
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"scale": 1},
+            {"scale": 2, "bound": 1.0},
+            {"scale": 3, "in_chans": 1, "use_channel_attn": False},
+            {"scale": 4, "use_spatial_attn": False},
+            pytest.param({"scale": 8, "use_spatial_attn": False}, marks=pytest.mark.slow),
+        ],
+        ids=lambda options: f"x{options['scale']}",
+    )
+    def test_every_scale_is_right_at_sizes_of_its_own(self, options: Dict[str, Any], tmp_path: Path) -> None:
+        net = network(**options)
+        param, weights = export_ncnn(net, net.scale, str(tmp_path / "net.param"))
+        assert sorted(os.listdir(tmp_path)) == ["net.bin", "net.param"]
+        assert differs_by(net, param, (1, 1), (1, 9), (8, 3), (40, 31)) <= 1
+        numbers = sum(value.numel() for value in net.fused().parameters())
+        assert Path(weights).stat().st_size < 2.6 * numbers, "two bytes a weight, four a bias"
+        # chaiNNer's reader takes no bare constants, and none of ncnn's own layers has them here.
+        layers = [line.split() for line in Path(param).read_text().splitlines()[2:]]
+        assert "MemoryData" not in {layer[0] for layer in layers}
+        assert (layers[0][4], layers[-1][5]) == ("data", "output")
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("scale", [2, 3, 4])
+    @pytest.mark.parametrize("variant", aether_arch.VARIANTS, ids=lambda variant: variant.__name__)
+    def test_every_variant_is_right(self, variant: Any, scale: int, tmp_path: Path) -> None:
+        net = randomize(variant(scale=scale)).eval()
+        param, _ = export_ncnn(net, scale, str(tmp_path / "net.param"))
+        assert differs_by(net, param, (17, 23), (1, 9), (40, 31)) <= 1
+
+    def test_files_that_differ_are_not_kept(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        for ending in ("param", "bin"):
+            (tmp_path / f"net.{ending}").write_text("of an earlier run")
+        monkeypatch.setattr("aethersr.ncnn.run", lambda net, image: torch.zeros(1, 3, 34, 62))
+        with pytest.raises(UserError, match=r"ncnn differs .* expected at most .* leave --ncnn out"):
+            export_ncnn(network(), 2, str(tmp_path / "net.param"))
+        monkeypatch.setattr("aethersr.ncnn.run", lambda net, image: torch.zeros(1, 3, 8, 8))
+        with pytest.raises(UserError, match="ncnn gives a picture of"):
+            export_ncnn(network(), 2, str(tmp_path / "net.param"))
+        assert {path.read_text() for path in tmp_path.iterdir()} == {"of an earlier run"}
+
+    def test_a_converter_that_stops_is_said(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        import pnnx
+
+        monkeypatch.setattr(pnnx, "EXEC_PATH", sys.executable)
+        with pytest.raises(UserError, match="pnnx stopped with code"):
+            export_ncnn(network(), 2, str(tmp_path / "net.param"))
+        assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_converter_is_one_line_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def without(name: str, *arguments: Any, **options: Any) -> Any:
+        if name == "ncnn":
+            raise ModuleNotFoundError("No module named 'ncnn'", name="ncnn")
+        return real(name, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(
+        UserError, match="needs the packages ncnn and pnnx: pip install -U ncnn pnnx, or leave --ncnn out"
+    ):
+        export_ncnn(network(), 2)
+
+
+def test_another_scale_than_the_networks_is_refused() -> None:
+    with pytest.raises(ValueError, match="scale=4 was asked for, the model has scale=2"):
+        export_ncnn(network(), 4)
+
+
+@pytest.mark.parametrize(
+    ("stem", "scale", "named"),
+    [
+        ("2x_mine", 2, "2x_mine"),
+        ("mine-x4", 4, "mine-x4"),
+        ("mine", 2, "2x_mine"),
+        ("mine", 4, "4x_mine"),  # Upscayl's program takes 4 for granted, on Linux it looks for it
+        ("MINE_X3", 3, "MINE_X3"),
+        ("x4_mine", 2, "2x_x4_mine"),
+    ],
+)
+def test_upscayl_finds_the_scale_in_the_name(stem: str, scale: int, named: str) -> None:
+    assert named_for_upscayl(stem, scale) == named
