@@ -14,8 +14,11 @@ import ast
 import contextlib
 import copy
 import difflib
+import importlib
+import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -24,6 +27,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = {  # of modules whose tests are not tests/test_<module>.py
@@ -48,6 +53,7 @@ SWAPPED: Dict[type, type] = {
 class Mutant(NamedTuple):
     """The source with ``new`` in place of the bytes from ``start`` to ``end``."""
 
+    statement: int  # the line where the statement begins that holds the change
     line: int
     start: int
     end: int
@@ -113,8 +119,11 @@ def removable(node: ast.AST) -> bool:
     )
 
 
-def visited(tree: ast.AST) -> Iterator[Tuple[ast.AST, ast.AST]]:
-    """Nodes that run, each with its parent: no annotations, docstrings, imports and words for people."""
+def visited(tree: ast.AST, statement: int = 1) -> Iterator[Tuple[ast.AST, ast.AST, int]]:
+    """Nodes that run, each with its parent and the line of its statement.
+
+    Without annotations, docstrings, imports and words for people.
+    """
     for name, value in ast.iter_fields(tree):
         if name in ("annotation", "returns", "decorator_list", "type_comment"):
             continue
@@ -125,9 +134,10 @@ def visited(tree: ast.AST) -> Iterator[Tuple[ast.AST, ast.AST]]:
                 continue
             if isinstance(child, ast.If) and "__name__" in ast.unparse(child.test):
                 continue
-            yield child, tree
+            line = child.lineno if isinstance(child, ast.stmt) else statement
+            yield child, tree, line
             if not isinstance(child, ast.JoinedStr):
-                yield from visited(child)
+                yield from visited(child, line)
 
 
 def message(node: ast.AST) -> bool:
@@ -142,7 +152,7 @@ def mutants(source: str) -> List[Mutant]:
     for line in lines:
         starts.append(starts[-1] + len(line))
     found = []
-    for node, parent in visited(ast.parse(source)):
+    for node, parent, statement in visited(ast.parse(source)):
         for new in changed(node, parent):
             old: Any = node.test if isinstance(node, (ast.If, ast.While)) else node
             start = starts[old.lineno - 1] + old.col_offset
@@ -150,7 +160,7 @@ def mutants(source: str) -> List[Mutant]:
             text = ast.unparse(new)
             if isinstance(new, (ast.BinOp, ast.BoolOp, ast.Compare, ast.IfExp, ast.UnaryOp)):
                 text = f"({text})"
-            found.append(Mutant(old.lineno, start, end, text))
+            found.append(Mutant(statement, old.lineno, start, end, text))
     return sorted(set(found))
 
 
@@ -181,21 +191,54 @@ def checkout(folder: Path) -> Path:
     return folder
 
 
-def start(folder: Path, tests: List[str], limit: int) -> int:
+class Watch:
+    """A plugin of pytest that notes, for each test, how long it takes and which lines of a file it runs."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = str(file)
+        self.tests: Dict[str, Tuple[float, List[int]]] = {}
+
+    @pytest.hookimpl(hookwrapper=True)
+    def pytest_runtest_protocol(self, item: Any) -> Iterator[None]:
+        lines = set()
+
+        def inside(frame: Any, event: str, _: Any) -> Any:
+            lines.add(frame.f_lineno)
+            return inside
+
+        begin = time.monotonic()
+        sys.settrace(lambda frame, *_: inside if frame.f_code.co_filename == self.file else None)
+        yield
+        sys.settrace(None)
+        self.tests[item.nodeid] = time.monotonic() - begin, sorted(lines)
+
+    def save(self, path: Path) -> None:
+        modules = {name.partition(".")[0] for name, module in sys.modules.items() if installed(module)}
+        path.write_text(json.dumps({"tests": self.tests, "modules": sorted(modules)}))
+
+
+def installed(module: Any) -> bool:
+    return "site-packages" in (getattr(module, "__file__", None) or "")
+
+
+def start(folder: Path, tests: List[str], limit: int, watch: Optional[Watch] = None) -> int:
     """Run the tests in a fork, in ``folder``, and return its process id; a signal ends it at the limit."""
     process = os.fork()
     if process:
         return process
     os.setsid()
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.alarm(limit)
+    signal.alarm(10 * limit)  # a busy machine is no reason to end it, waiting for ever is
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
     os.chdir(folder)
     sink = os.open("mutate.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(sink, 1)
     os.dup2(sink, 2)
-    import pytest
-
-    os._exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests])))
+    options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    code = pytest.main([*options, *tests], plugins=[watch] if watch else [])
+    if watch:
+        watch.save(folder / "watch.json")
+    os._exit(int(code))
 
 
 def finished() -> Tuple[int, int]:
@@ -206,30 +249,52 @@ def finished() -> Tuple[int, int]:
     return process, status
 
 
+def covering(mutant: Mutant, watched: Dict[str, Any]) -> List[str]:
+    """The tests that run the mutant's statement, quick ones first."""
+    lines = range(mutant.statement, mutant.line + 1)
+    found = [(seconds, name) for name, (seconds, seen) in watched.items() if not {*lines}.isdisjoint(seen)]
+    return [name for _, name in sorted(found)]
+
+
 def outcomes(
     module: str, source: str, chosen: List[Mutant], tests: List[str], limit: int, jobs: int
 ) -> Iterator[Tuple[Mutant, str]]:
-    """Each mutant with "survives", "fails" or "too slow"."""
+    """Each mutant with "survives", "fails" or "too slow".
+
+    It runs the tests of its own line first, then all of them: other lines can run in a fixture or a process.
+    """
     with tempfile.TemporaryDirectory() as name:
-        free = [checkout(Path(name, str(k))) for k in range(jobs)]
-        begin = time.monotonic()
-        start(free[0], tests, limit)
+        free = [checkout(Path(name, str(k)).resolve()) for k in range(jobs)]
+        start(free[0], tests, 10 * limit, Watch(free[0] / module))
         if finished()[1] != 0:
             print((free[0] / "mutate.log").read_text(), file=sys.stderr)
-            sys.exit(f"{module}: the tests fail, or take over {limit} s, without a change")
-        print(f"{module}: the tests take {time.monotonic() - begin:.0f} s; {len(chosen)} mutants", flush=True)
-        running: Dict[int, Tuple[Mutant, Path]] = {}
-        waiting = list(chosen)
+            sys.exit(f"{module}: the tests fail, or take over {10 * limit} s, without a change")
+        known = json.loads((free[0] / "watch.json").read_text())
+        for package in known["modules"]:  # so that the forks need not
+            with contextlib.suppress(Exception):
+                importlib.import_module(package)
+        seconds = sum(took for took, _ in known["tests"].values())
+        print(f"{module}: {len(known['tests'])} tests in {seconds:.0f} s; {len(chosen)} mutants", flush=True)
+        running: Dict[int, Tuple[Mutant, Path, bool]] = {}
+        waiting = [(mutant, False) for mutant in reversed(chosen)]
         while waiting or running:
             if waiting and free:
-                mutant, folder = waiting.pop(0), free.pop()
+                (mutant, again), folder = waiting.pop(), free.pop()
                 (folder / module).write_text(apply(source, mutant), encoding="utf-8")
-                running[start(folder, tests, limit)] = mutant, folder
+                mine = [] if again else covering(mutant, known["tests"])
+                running[start(folder, mine or tests, limit)] = mutant, folder, bool(mine)
                 continue
             process, status = finished()
-            mutant, folder = running.pop(process)
+            mutant, folder, partly = running.pop(process)
             free.append(folder)
-            slow = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM
+            if status == 0 and partly:
+                waiting.append((mutant, True))
+                continue
+            slow = os.WIFSIGNALED(status) and os.WTERMSIG(status) in (
+                signal.SIGALRM,
+                signal.SIGXCPU,
+                signal.SIGKILL,
+            )
             yield mutant, "survives" if status == 0 else "too slow" if slow else "fails"
 
 
@@ -242,7 +307,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     parser.add_argument("--lines", help="only those on lines FIRST-LAST")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument(
-        "--limit", type=int, default=20, help="seconds for the tests; longer counts as noticed (default: 20)"
+        "--limit", type=int, default=20, help="seconds of processor time; longer counts as noticed"
     )
     parser.add_argument("--jobs", type=int, default=1)
     args = parser.parse_args(argv)
@@ -256,9 +321,6 @@ def main(argv: Optional[List[str]] = None) -> int:
     chosen = found if args.all else random.Random(args.seed).sample(found, min(args.count, len(found)))
     os.environ.update(OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1")
     sys.dont_write_bytecode = True
-    import torch  # so that the forks need not
-
-    torch.set_num_threads(1)
     counted = {"survives": 0, "fails": 0, "too slow": 0}
     for mutant, outcome in outcomes(args.module, source, chosen, tests, args.limit, args.jobs):
         counted[outcome] += 1
