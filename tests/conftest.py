@@ -1,4 +1,4 @@
-"""Shared fixtures: the drop-in file imported as a user imports it, and networks with random statistics (default ones hide errors)."""
+"""Shared by all tests: where the code is, and networks with random statistics (a new network's hide errors)."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ sys.path[:0] = [str(ROOT / "archs"), str(ROOT)]
 
 import aether_arch  # noqa: E402
 
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's background job: what the tests interrupt would inherit it
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # A shell's background job ignores it, and so would every command that the tests interrupt.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def randomize(net: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Give every tensor of a training-form network values that a trained one could have, the norms' statistics included."""
+    """Give every tensor of a training-form network values that a trained one could have, statistics too."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(like: torch.Tensor, std: float) -> torch.Tensor:
