@@ -1,4 +1,4 @@
-"""Shared by all tests: where the code is, and networks with random statistics (a new network's hide errors)."""
+"""Shared by all tests: where the code is, and networks with random statistics (a new one hides errors)."""
 
 from __future__ import annotations
 
