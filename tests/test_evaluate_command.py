@@ -107,6 +107,21 @@ def test_every_form_and_file_of_one_network_is_measured(folder: Path, tmp_path: 
     assert decibels[4:] == pytest.approx([decibels[0]] * 2, abs=1)
 
 
+def test_ncnn_files_are_measured(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    pytest.importorskip("ncnn")
+    pytest.importorskip("pnnx")
+    from aethersr.ncnn import export_ncnn
+
+    net = network()
+    torch.save(net.state_dict(), tmp_path / "net.pth")
+    param, weights = export_ncnn(net, 2, str(tmp_path / "net.param"))
+    rows = table(capsys, tmp_path / "net.pth", param, "--hr", folder / "hr")
+    decibels = [float(row[1].split(" / ")[0]) for row in rows[2:]]
+    assert decibels[1] == pytest.approx(decibels[0], abs=0.05)
+    Path(weights).unlink()
+    assert "net.bin are not the two files" in refused(capsys, param, "--hr", folder / "hr")
+
+
 def test_pairs_of_ones_own_are_taken_as_they_are(folder: Path, tmp_path: Path, capsys: Any) -> None:
     lows = []
     for name, truth in zip(("a", "bx2"), truths(folder)):

@@ -4,9 +4,10 @@
     aether-evaluate 2x_net.pth --hr pictures/hr --lr pictures/lr --each
     aether-evaluate --scale 2 --hr Set5                       # bicubic alone
 
-Every form and file works: training and fused weights, half precision, int8, ONNX. With ``--hr`` alone the
-low-resolution pictures are made as papers make them (MATLAB's bicubic reduction); with ``--lr`` they are
-yours, of the same names. PSNR and SSIM are those of the luma, without a border of ``scale`` pixels.
+Every form and file works: training and fused weights, half precision, int8, ONNX, NCNN (.param). With
+``--hr`` alone the low-resolution pictures are made as papers make them (MATLAB's bicubic reduction); with
+``--lr`` they are yours, of the same names. PSNR and SSIM are those of the luma, without a border of ``scale``
+pixels.
 """
 
 from __future__ import annotations
@@ -79,24 +80,48 @@ def open_network(path: Path, device: str) -> Tuple[Upscaler, int]:
     from aethersr.network import load_network
     from aethersr.tiling import upscale_tiled
 
+    if path.suffix.lower() == ".param":
+        run = ncnn_network(path)
+        return of_pictures(run, 3), run(torch.zeros(1, 3, 8, 8)).shape[-1] // 8
     try:
         net = load_network(path, device, fp16=False)
     except UserError as error:
         raise UserError(str(error).replace("--model", "FILE")) from None
-    channels = net.in_chans
-    if channels not in (1, 3):
-        raise UserError(f"{path} takes {channels} channels; pass a network for 1 or 3 (FILE).")
-
+    if net.in_chans not in (1, 3):
+        raise UserError(f"{path} takes {net.in_chans} channels; pass a network for 1 or 3 (FILE).")
     overlap = net.reach if net.size is None else min(net.reach, min(net.size) // 4)  # as aether-upscale
+    return of_pictures(lambda x: upscale_tiled(net, x, TILE, overlap, size=net.size), net.in_chans), net.scale
 
+
+def ncnn_network(path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
+    from aethersr.ncnn import run
+
+    try:
+        import ncnn
+    except ImportError:
+        raise UserError(f"{path} needs the package ncnn: pip install ncnn, or leave it out (FILE).") from None
+    net = ncnn.Net()
+    weights = path.with_suffix(".bin")
+    if (
+        not (path.is_file() and weights.is_file())
+        or net.load_param(str(path))
+        or net.load_model(str(weights))
+    ):
+        raise UserError(
+            f"{path} and {weights.name} are not the two files of a network in NCNN's format (FILE)."
+        )
+    return lambda x: run(net, x)
+
+
+def of_pictures(net: Callable[[torch.Tensor], torch.Tensor], channels: int) -> Upscaler:
     def upscale(picture: Any) -> Any:
         x = torch.from_numpy(picture.copy()).permute(2, 0, 1)[None].float() / 255
         x = x.reshape(-1, channels, *x.shape[2:])  # a grey network sees each colour alone
-        out = upscale_tiled(net, x, TILE, overlap, size=net.size)
+        out = net(x)
         out = out.reshape(3, *out.shape[2:]).permute(1, 2, 0)
         return (out.clamp(0, 1) * 255).round().to(torch.uint8).numpy()
 
-    return upscale, net.scale
+    return upscale
 
 
 def measure(
@@ -188,7 +213,9 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="aether-evaluate", description=(__doc__ or "").split("\n", 1)[0], allow_abbrev=False
     )
-    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help=".safetensors, .pth or .onnx")
+    parser.add_argument(
+        "files", nargs="*", type=Path, metavar="FILE", help=".safetensors, .pth, .onnx or .param"
+    )
     parser.add_argument(
         "--hr", nargs="+", type=Path, required=True, metavar="FOLDER", help="the true pictures"
     )
