@@ -43,6 +43,7 @@ class Together:
 
     def __init__(self) -> None:
         self._parts: Dict[Path, Path] = {}
+        self._kept: Dict[Path, Path] = {}  # by part: the old file, for the case that a later move fails
 
     def part(self, target: Path) -> Path:
         """A temporary name beside ``target``, with its ending, to write to."""
@@ -58,27 +59,23 @@ class Together:
         for part in self._parts:
             with part.open("rb+") as file:
                 os.fsync(file.fileno())
-        kept: Dict[Path, Path] = {}  # by part: the old file, for the case that a later move fails
         moved: List[Path] = []
         try:
             for part, target in self._parts.items():
-                if len(self._parts) > 1 and os.path.lexists(target):
-                    kept[part] = part.with_name(f"{part.name}.old")
-                    _keep(target, kept[part])
+                if os.path.lexists(target):
+                    self._kept[part] = part.with_name(f"{part.name}.old")
+                    _keep(target, self._kept[part])
                 moved.append(part)
                 os.replace(part, target)
         except BaseException:
             for part in reversed(moved):
                 if os.path.lexists(part):  # this is the move that failed
                     continue
-                if part in kept:
-                    os.replace(kept[part], self._parts[part])
+                if part in self._kept:
+                    os.replace(self._kept[part], self._parts[part])
                 else:
                     self._parts[part].unlink()
             raise
-        finally:
-            for old in kept.values():
-                _remove(old)
 
     def __enter__(self) -> Together:
         return self
@@ -89,8 +86,15 @@ class Together:
         error: Optional[BaseException],
         traceback: Optional[TracebackType],
     ) -> None:
-        for part in self._parts:
-            _remove(part)
+        try:
+            self._tidy()
+        except KeyboardInterrupt:  # once more: a user who presses twice wants no rest either
+            self._tidy()
+            raise
+
+    def _tidy(self) -> None:
+        for path in (*self._parts, *self._kept.values()):
+            _remove(path)
 
 
 def _keep(path: Path, other: Path) -> None:

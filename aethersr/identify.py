@@ -39,7 +39,7 @@ def form_name(state: Mapping[str, Any]) -> str:
     form = form_of(state)
     if form is None or form in (AetherNet, FusedAetherNet):
         return {None: "", AetherNet: "training", FusedAetherNet: "fused"}[form]
-    return "int8" if form.layout(state)["stored"] else "quantised"
+    return "int8" if any(name.endswith(".reparam_conv.weight_scale") for name in state) else "quantised"
 
 
 def aether_from_state_dict(state_dict: Mapping[str, Any], img_range: float = 1.0) -> AetherBase:
@@ -57,11 +57,12 @@ def aether_from_state_dict(state_dict: Mapping[str, Any], img_range: float = 1.0
     options = read_options(state)
     if form_name(state) == "older fused":
         state = older_fused_to_training(state, options["sk_kernel"])
-    form = form_of(state)
-    assert form is not None  # read_options knows it
+    form: Any = form_of(state)
+    if form is not AetherNet:
+        options.update(form.layout(state))
 
     def checked() -> AetherBase:
-        net: AetherBase = form(**{**options, "img_range": img_range, **form.layout(state)})
+        net: AetherBase = form(**options, img_range=img_range)
         wrong = differences(net, state)
         if wrong:
             raise ValueError(f"not a whole AetherNet; tensors {wrong}.")

@@ -1,4 +1,5 @@
-"""Reading checkpoints: whatever wrapped the weights is found, whatever is not one is refused, and nothing in a file runs."""
+"""Reading checkpoints: whatever wrapped the weights is found, whatever is not one is refused, and nothing in
+a file runs."""
 
 from __future__ import annotations
 
@@ -61,7 +62,7 @@ LOSS = {"vgg.features.0.weight": torch.zeros(4, 3, 3, 3)}
 COUNT = torch.tensor(3)
 
 
-# ------------------------------------------------------------------------------------------------- finding the weights
+# ---------------------------------------------------------------------------------------- finding the weights
 
 
 ONLINE: Dict[str, Any] = {
@@ -76,11 +77,22 @@ ONLINE: Dict[str, Any] = {
     "both": under("module._orig_mod.", STATE),
     "both, the other way round": under("_orig_mod.module.", STATE),
     "three of them": under("module.module._orig_mod.", STATE),
-    "a compiled stage": {name.replace("stages.0.", "stages.0._orig_mod."): value for name, value in STATE.items()},
+    "a compiled stage": {
+        name.replace("stages.0.", "stages.0._orig_mod."): value for name, value in STATE.items()
+    },
     "FSDP": under("_fsdp_wrapped_module.", STATE),
-    "Lightning": {"state_dict": under("model.", STATE), "epoch": 3, "loops": {}, "optimizer_states": [{"state": {}}]},
-    "Lightning, GAN": {"state_dict": {**under("net_d.", DISCRIMINATOR), **under("net_g.", STATE), **under("loss.", LOSS)}},
-    "Lightning, the network itself among losses": {"state_dict": {**under("model.net_g.", STATE), **under("model.loss.", LOSS)}},
+    "Lightning": {
+        "state_dict": under("model.", STATE),
+        "epoch": 3,
+        "loops": {},
+        "optimizer_states": [{"state": {}}],
+    },
+    "Lightning, GAN": {
+        "state_dict": {**under("net_d.", DISCRIMINATOR), **under("net_g.", STATE), **under("loss.", LOSS)}
+    },
+    "Lightning, the network itself among losses": {
+        "state_dict": {**under("model.net_g.", STATE), **under("model.loss.", LOSS)}
+    },
     "an unknown prefix": under("sr_network.", STATE),
     "an unknown prefix of two words": under("trainer.sr.", STATE),
     "counters": {**STATE, "step": COUNT, "initted": torch.tensor(True)},
@@ -126,7 +138,8 @@ def test_the_network_is_found_in_every_wrapper(wrapper: str, form: str) -> None:
 
 
 def replaced(content: Any, old: Any, new: Mapping[str, Tensor]) -> Any:
-    """The same wrapper round another form: every mapping that holds all tensors of STATE gets ``new`` in their place."""
+    """The same wrapper round another form: every mapping that holds all tensors of STATE gets ``new`` in
+    their place."""
     if not isinstance(content, Mapping):
         return content
     rest = {key: replaced(value, old, new) for key, value in content.items() if id(value) not in old}
@@ -135,7 +148,10 @@ def replaced(content: Any, old: Any, new: Mapping[str, Tensor]) -> Any:
     anchor = next(name for name, value in content.items() if value is STATE["conv_first.weight"])
     stage = next(name for name, value in content.items() if value is STATE["stages.0.0.norm.bias"])
     prefix, inner = anchor[: -len("conv_first.weight")], stage[: -len("0.norm.bias")]
-    names = {name: prefix + name if not name.startswith("stages.0.") else inner + name[len("stages.0.") :] for name in new}
+    names = {
+        name: prefix + name if not name.startswith("stages.0.") else inner + name[len("stages.0.") :]
+        for name in new
+    }
     return {**rest, **{names[name]: value for name, value in new.items()}}
 
 
@@ -166,13 +182,24 @@ def test_of_several_networks_the_better_known_name_is_taken() -> None:
 
 def test_averaged_weights_whose_statistics_never_moved_take_the_online_ones() -> None:
     statistics = [name for name in STATE if name.endswith(("running_mean", "running_var"))]
-    never = {**EMA, **{name: torch.full_like(STATE[name], float(name.endswith("var"))) for name in statistics}}
+    never = {
+        **EMA,
+        **{name: torch.full_like(STATE[name], float(name.endswith("var"))) for name in statistics},
+    }
     expected = {**EMA, **{name: STATE[name] for name in statistics}}
-    for content in ({"params": STATE, "params_ema": never}, {**under("online_model.", STATE), **under("ema_model.", never)}):
+    for content in (
+        {"params": STATE, "params_ema": never},
+        {**under("online_model.", STATE), **under("ema_model.", never)},
+    ):
         found = unwrap(content)
         assert_state(found.state, expected)
         assert "never updated" in found.chosen
-    assert_state(unwrap({"params": {**STATE, **{name: never[name] for name in statistics}}, "params_ema": never}).state, never)
+    assert_state(
+        unwrap(
+            {"params": {**STATE, **{name: never[name] for name in statistics}}, "params_ema": never}
+        ).state,
+        never,
+    )
     assert_state(unwrap({"params_ema": never}).state, never)
 
 
@@ -194,7 +221,7 @@ def test_what_is_not_read_is_named_by_its_top_keys_beside_the_wrappers_that_are_
         unwrap({"params": {"layers.0.blocks.0.conv.lk_conv.bias": torch.zeros(3)}})
 
 
-# ------------------------------------------------------------------------------------- files as the libraries write them
+# -------------------------------------------------------------------------- files as the libraries write them
 
 
 def test_files_of_pytorch_itself(tmp_path: Path) -> None:
@@ -218,7 +245,11 @@ def test_files_of_pytorch_itself(tmp_path: Path) -> None:
         "dtype": torch.bfloat16,
         "device": torch.device("cpu"),
     }
-    contents: List[Any] = [averaged.state_dict(), nn.DataParallel(net).state_dict(), {"ema": averaged.state_dict(), "model": net}]
+    contents: List[Any] = [
+        averaged.state_dict(),
+        nn.DataParallel(net).state_dict(),
+        {"ema": averaged.state_dict(), "model": net},
+    ]
     contents[2]["model"] = net.state_dict()
     for content in contents:
         torch.save({"state": content, **beside}, tmp_path / "a.pth")
@@ -305,7 +336,7 @@ def test_every_ending_is_read_in_any_letters(tmp_path: Path, ending: str) -> Non
         assert_state(read_checkpoint(tmp_path / name).state, STATE)
 
 
-# --------------------------------------------------------------------------------------------------- what is refused
+# -------------------------------------------------------------------------------------------- what is refused
 
 
 class Reader:
@@ -371,16 +402,24 @@ def test_other_content_is_refused_with_what_it_is(reader: Reader) -> None:
     reader.refuses("a.safetensors", b"hello there, friend", "is not a whole .safetensors file")
     reader.refuses("a.pth", saved(torch.zeros(3)), "holds a Tensor, expected a state dict")
     reader.refuses("a.pth", saved([1, 2]), "holds a list, expected a state dict")
-    reader.refuses("a.pth", saved(nn.Conv2d(3, 3, 3).state_dict()), "Keys at the top: 'weight', 'bias'; known wrappers")
-    reader.refuses("a.pth", saved({**STATE, "mean": torch.zeros(1, 3, 1, 1, dtype=torch.int32)}), "'mean' is torch.int32")
-    reader.refuses("a.pth", saved({**STATE, "mean": torch.zeros(1).expand(2**40)}), "claim more than the file holds")
+    reader.refuses(
+        "a.pth", saved(nn.Conv2d(3, 3, 3).state_dict()), "Keys at the top: 'weight', 'bias'; known wrappers"
+    )
+    reader.refuses(
+        "a.pth", saved({**STATE, "mean": torch.zeros(1, 3, 1, 1, dtype=torch.int32)}), "'mean' is torch.int32"
+    )
+    reader.refuses(
+        "a.pth", saved({**STATE, "mean": torch.zeros(1).expand(2**40)}), "claim more than the file holds"
+    )
     assert "missing: 1 (mean)" in reader.read("a.pth", saved({**STATE, "mean": 3}))
 
 
 def test_every_number_type_but_plain_floats_is_refused_by_name(reader: Reader) -> None:
     fit = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     tried = 0
-    for dtype in sorted({value for value in vars(torch).values() if isinstance(value, torch.dtype)} - set(fit), key=str):
+    for dtype in sorted(
+        {value for value in vars(torch).values() if isinstance(value, torch.dtype)} - set(fit), key=str
+    ):
         try:
             content = saved({**STATE, "mean": torch.zeros(12, dtype=torch.uint8).view(dtype)})
         except Exception:  # quantised types and those of less than a byte cannot be made or saved
@@ -418,10 +457,15 @@ def test_one_value_that_is_not_finite_is_found_in_any_tensor(reader: Reader, bad
 
 def test_values_that_are_not_finite_beside_the_chosen_weights_do_not_matter(reader: Reader) -> None:
     broken = {name: value * float("nan") for name, value in STATE.items()}
-    assert reader.read("a.pth", saved({"params": broken, "params_ema": EMA, "optimizer": {"state": {0: broken}}})) == ""
+    assert (
+        reader.read(
+            "a.pth", saved({"params": broken, "params_ema": EMA, "optimizer": {"state": {0: broken}}})
+        )
+        == ""
+    )
 
 
-# ----------------------------------------------------------------------------------------------------------- damaged
+# ---------------------------------------------------------------------------------------------------- damaged
 
 
 FILES = {
@@ -435,7 +479,9 @@ FILES = {
 def test_a_file_cut_at_any_of_200_places_is_refused(reader: Reader, name: str) -> None:
     whole = FILES[name]
     assert reader.read(name, whole) == ""
-    places = {len(whole) * k // 150 for k in range(150)} | set(range(25)) | {len(whole) - k for k in range(1, 26)}
+    places = (
+        {len(whole) * k // 150 for k in range(150)} | set(range(25)) | {len(whole) - k for k in range(1, 26)}
+    )
     assert len(places) >= 199
     for place in sorted(places):
         reader.refuses(name, whole[:place])
@@ -465,7 +511,9 @@ def flipped(content: bytes, flips: List[Tuple[float, int]]) -> bytes:
 @pytest.mark.parametrize("name", FILES)
 @settings(FUZZ, max_examples=80)
 @given(flips=FLIPS)
-def test_flipped_bits_end_in_an_error_or_in_a_whole_network(reader: Reader, name: str, flips: List[Tuple[float, int]]) -> None:
+def test_flipped_bits_end_in_an_error_or_in_a_whole_network(
+    reader: Reader, name: str, flips: List[Tuple[float, int]]
+) -> None:
     reader.read(name, flipped(FILES[name], flips))
 
 
@@ -481,7 +529,7 @@ def test_thousands_of_damaged_files_end_in_an_error_or_in_a_whole_network(
     reader.read(name, content * 2 if twice else content)
 
 
-# ----------------------------------------------------------------------------------------------------------- hostile
+# ---------------------------------------------------------------------------------------------------- hostile
 
 
 class Calls:
@@ -504,11 +552,15 @@ def _watch(event: str, arguments: Tuple[Any, ...]) -> None:
     if not watching:
         return
     writing = event == "open" and set("wax") & set(str(arguments[1]))
-    if event.startswith(WATCHED) or (writing and not os.path.isdir(arguments[0])):  # a folder: pytest's nameless files
+    if event.startswith(WATCHED) or (
+        writing and not os.path.isdir(arguments[0])
+    ):  # a folder: pytest's nameless files
         events.append(f"{event} {arguments}")
 
 
-sys.addaudithook(_watch)  # the interpreter calls it at every such action, in C code too; nobody can remove it again
+sys.addaudithook(
+    _watch
+)  # the interpreter calls it at every such action, in C code too; nobody can remove it again
 
 
 @pytest.fixture
@@ -569,7 +621,9 @@ def payloads(marker: Path) -> Dict[str, Any]:
 LAYOUTS: Dict[str, Callable[[Any], bytes]] = {
     "net.pth": lambda payload: saved({"params": STATE, "more": payload}),
     "net_.pth": lambda payload: saved({"params": {**STATE, "mean": payload}}),
-    "old.pth": lambda payload: saved({"params": STATE, "more": payload}, _use_new_zipfile_serialization=False),
+    "old.pth": lambda payload: saved(
+        {"params": STATE, "more": payload}, _use_new_zipfile_serialization=False
+    ),
     "old_.pth": lambda payload: pickle.dumps(payload, 2),
     "old__.pth": lambda payload: pickle.dumps(payload, 4),
     "net.safetensors": lambda payload: saved(payload),
@@ -583,7 +637,11 @@ def test_no_payload_runs(reader: Reader, marker: Path, layout: str) -> None:
         watching = False  # pickling may look up what it names
         content = LAYOUTS[layout](payload)
         watching = True
-        reader.refuses(layout.replace("_", ""), content, "" if layout.endswith("tensors") else "asks to run code on loading")
+        reader.refuses(
+            layout.replace("_", ""),
+            content,
+            "" if layout.endswith("tensors") else "asks to run code on loading",
+        )
         nothing_ran(marker)
 
 
@@ -594,7 +652,9 @@ def test_a_class_that_is_refused_is_named_with_the_way_to_save_the_weights_alone
     for content, name in ((argparse.Namespace(rate=1), "argparse.Namespace"), (decimal.Decimal(1), "decimal.Decimal"),
                           (NET, "aether_arch.AetherNet")):  # fmt: skip
         for protocol in (2, 4):
-            line = reader.refuses("a.pth", saved({"state_dict": STATE, "hyper_parameters": content}, pickle_protocol=protocol))
+            line = reader.refuses(
+                "a.pth", saved({"state_dict": STATE, "hyper_parameters": content}, pickle_protocol=protocol)
+            )
             assert repr(name) in line
             assert "save the weights alone, torch.save(model.state_dict(), 'weights.pth')" in line
 
@@ -616,7 +676,11 @@ def test_archives_of_code_are_not_opened(reader: Reader, marker: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a\nb", "\x1b[31mred", "a" * 100_000, "\u202egnp.exe", "", "\0"])
 def test_names_of_tensors_make_no_long_lines(tmp_path: Path, name: str) -> None:
-    for content in ({**STATE, name: torch.full((1,), float("nan"))}, {name: torch.zeros(1)}, {name: {name: 1}}):
+    for content in (
+        {**STATE, name: torch.full((1,), float("nan"))},
+        {name: torch.zeros(1)},
+        {name: {name: 1}},
+    ):
         (tmp_path / "a.pth").write_bytes(saved(content))
         with pytest.raises(UserError) as error:
             read_checkpoint(tmp_path / "a.pth")
@@ -624,13 +688,15 @@ def test_names_of_tensors_make_no_long_lines(tmp_path: Path, name: str) -> None:
         assert str(error.value).isprintable()
 
 
-# ------------------------------------------------------------------------------------------------ larger than it looks
+# --------------------------------------------------------------------------------------- larger than it looks
 
 
 def repacked(pickled: bytes, compression: int = zipfile.ZIP_STORED, padding: int = 0) -> bytes:
     """The good checkpoint with another pickle."""
     buffer = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(FILES["net.pth"])) as good, zipfile.ZipFile(buffer, "w", compression) as bad:
+    with zipfile.ZipFile(io.BytesIO(FILES["net.pth"])) as good, zipfile.ZipFile(
+        buffer, "w", compression
+    ) as bad:
         for name in good.namelist():
             bad.writestr(name, pickled if name.endswith("data.pkl") else good.read(name))
         if padding:
@@ -656,7 +722,12 @@ def value(shape: Any, *offsets: int) -> Dict[str, Any]:
 
 def archive_of_entries(count: int) -> bytes:
     entries = b"PK\x01\x02".ljust(46, b"\0") * count
-    return b"PK\x03\x04" + entries + b"PK\x05\x06" + struct.pack("<HHHHIIH", 0, 0, count, count, len(entries), 4, 0)
+    return (
+        b"PK\x03\x04"
+        + entries
+        + b"PK\x05\x06"
+        + struct.pack("<HHHHIIH", 0, 0, count, count, len(entries), 4, 0)
+    )
 
 
 def long1(number: int) -> bytes:
@@ -724,7 +795,9 @@ def test_a_file_that_claims_more_than_it_holds_is_refused_in_little_memory(reade
     before = memory("VmRSS")
     reader.refuses(name, content)
     taken = memory("VmHWM") - before
-    assert taken <= 48 * MIB + 8 * len(content), f"{taken / MIB:.0f} MiB for a file of {len(content) / MIB:.2f} MiB"
+    assert taken <= 48 * MIB + 8 * len(content), (
+        f"{taken / MIB:.0f} MiB for a file of {len(content) / MIB:.2f} MiB"
+    )
 
 
 def test_the_largest_network_with_everything_a_trainer_keeps_is_not_too_large_to_read() -> None:
@@ -734,13 +807,16 @@ def test_the_largest_network_with_everything_a_trainer_keeps_is_not_too_large_to
     with torch.device("meta") if hasattr(torch.device, "__enter__") else torch.no_grad():
         names = list(aether_arch.aether_large(scale=8).state_dict())
     one = torch.zeros(1)
-    content = {part: {name: one.clone() for name in names} for part in ("params", "params_ema", "exp_avg", "exp_avg_sq", "more")}
+    content = {
+        part: {name: one.clone() for name in names}
+        for part in ("params", "params_ema", "exp_avg", "exp_avg_sq", "more")
+    }
     with zipfile.ZipFile(io.BytesIO(saved(content))) as archive:
         size = next(entry.file_size for entry in archive.infolist() if entry.filename.endswith("data.pkl"))
     assert size < 0.8 * _LARGEST_PICKLE, size
 
 
-# ----------------------------------------------------------------------------------------------------------- writing
+# ---------------------------------------------------------------------------------------------------- writing
 
 
 @pytest.mark.parametrize("ending", [".pth", ".safetensors"])

@@ -13,8 +13,12 @@ from aethersr.errors import UserError, is_out_of_memory, missing_package
 ALLOCATORS = [
     MemoryError(),
     torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
-    RuntimeError("[enforce fail at alloc_cpu.cpp:114] data. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
-    RuntimeError("[enforce fail] data. DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."),
+    RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:114] data. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
+    ),
+    RuntimeError(
+        "[enforce fail] data. DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."
+    ),
     RuntimeError("CUDA error: out of memory"),
 ]
 OTHERS = [
@@ -36,7 +40,10 @@ def raising(error: BaseException) -> Any:
 def test_an_allocator_that_gets_nothing_is_one_line_with_a_remedy(error: BaseException, capsys: Any) -> None:
     assert is_out_of_memory(error)
     assert exit_code("x.py", raising(error), "") == 2
-    assert capsys.readouterr().err == "x.py: error: there is not enough memory; close other programs, or pass --device cpu.\n"
+    assert (
+        capsys.readouterr().err
+        == "x.py: error: there is not enough memory; close other programs, or pass --device cpu.\n"
+    )
 
 
 def test_a_real_allocation_that_fails_is_out_of_memory() -> None:

@@ -1,4 +1,5 @@
-"""Outputs appear together or not at all, and a path that can't be written is refused before anything is computed."""
+"""Outputs appear together or not at all, and a path that can't be written is refused before anything is
+computed."""
 
 from __future__ import annotations
 
@@ -13,7 +14,9 @@ from aethersr.files import Together, check_output
 
 
 def contents(folder: Path) -> Dict[str, str]:
-    return {path.name: os.readlink(path) if path.is_symlink() else path.read_text() for path in folder.iterdir()}
+    return {
+        path.name: os.readlink(path) if path.is_symlink() else path.read_text() for path in folder.iterdir()
+    }
 
 
 def write(folder: Path, *names: str) -> None:
@@ -36,10 +39,17 @@ def test_files_appear_when_they_are_committed_and_leave_nothing_else(tmp_path: P
 
 @pytest.mark.parametrize("links", [True, False], ids=["links", "a disk without links"])
 @pytest.mark.parametrize("failing", [0, 1, 2])
-@pytest.mark.parametrize("error", [OSError(28, "No space left"), KeyboardInterrupt()], ids=["full", "stopped"])
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left"), KeyboardInterrupt()], ids=["full", "stopped"]
+)
 @pytest.mark.parametrize("before", [True, False], ids=["before it moved", "after it moved"])
 def test_a_move_that_fails_takes_the_earlier_ones_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int, error: BaseException, links: bool, before: bool
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    failing: int,
+    error: BaseException,
+    links: bool,
+    before: bool,
 ) -> None:
     (tmp_path / "a").write_text("old a")
     (tmp_path / "c").symlink_to("elsewhere")
@@ -55,7 +65,9 @@ def test_a_move_that_fails_takes_the_earlier_ones_back(
 
     monkeypatch.setattr(os, "replace", replace)
     if not links:
-        monkeypatch.setattr(os, "link", lambda *arguments, **options: (_ for _ in ()).throw(NotImplementedError()))
+        monkeypatch.setattr(
+            os, "link", lambda *arguments, **options: (_ for _ in ()).throw(NotImplementedError())
+        )
     with pytest.raises(type(error)):
         write(tmp_path, "a", "b", "c")
     assert contents(tmp_path) == old
@@ -69,8 +81,15 @@ def test_an_error_before_the_commit_leaves_everything_as_it_was(tmp_path: Path) 
     assert contents(tmp_path) == {"a": "old"}
 
 
-def test_a_part_lies_beside_its_target_has_its_ending_and_a_name_no_longer_than_the_system_takes(tmp_path: Path) -> None:
-    names: List[str] = ["a" * 240 + ".safetensors", "é" * 100 + "_fp32.onnx", "é" * 100 + "_fp16.onnx", "写" * 80 + ".pth"]
+def test_a_part_lies_beside_its_target_has_its_ending_and_a_name_no_longer_than_the_system_takes(
+    tmp_path: Path,
+) -> None:
+    names: List[str] = [
+        "a" * 240 + ".safetensors",
+        "é" * 100 + "_fp32.onnx",
+        "é" * 100 + "_fp16.onnx",
+        "写" * 80 + ".pth",
+    ]
     with Together() as files:
         parts = [files.part(tmp_path / name) for name in names]
         for part, name in zip(parts, names):

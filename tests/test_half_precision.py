@@ -1,4 +1,5 @@
-"""Half precision holds every layer: what would overflow is rescaled inside, exactly; what needs nothing is untouched."""
+"""Half precision holds every layer: what would overflow is rescaled inside, exactly; what needs nothing is
+untouched."""
 
 from __future__ import annotations
 
@@ -54,7 +55,9 @@ def everything_too_large() -> Dict[str, float]:
 
 
 def pictures_of(net: aether_arch.AetherBase) -> Dict[str, torch.Tensor]:
-    return {name: picture.to(net.mean.dtype) for name, picture in hard_pictures(net.options["in_chans"]).items()}
+    return {
+        name: picture.to(net.mean.dtype) for name, picture in hard_pictures(net.options["in_chans"]).items()
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -82,21 +85,35 @@ def test_every_value_of_a_group_shrinks_by_its_power_of_two_and_no_other(name: s
         assert after[key] == before[key] * 2.0 ** powers.get(expected.get(key, ""), 0), (module, part)
     fixed = {"gate", "output"} if name != "bounded" else {"gate", "output", "depthwise"}
     assert {part for _, part, key in layers(net) if key not in expected} == fixed
-    assert [module for module, part, key in layers(net) if key not in expected and part == "output"] == ["tail"]
+    assert [module for module, part, key in layers(net) if key not in expected and part == "output"] == [
+        "tail"
+    ]
 
 
 @torch.no_grad()
 def scale_stream(net: AetherNet, by: float) -> None:
     """The same function (but for eps) with a stream of thousands."""
-    for tensor in (*net.conv_first.parameters(), net.norm.weight, net.norm.bias, net.norm.running_mean, net.conv_after_body.bias):
+    for tensor in (
+        *net.conv_first.parameters(),
+        net.norm.weight,
+        net.norm.bias,
+        net.norm.running_mean,
+        net.conv_after_body.bias,
+    ):
         tensor.mul_(by)
-    for tensor in (net.quant_fusion_layer.error_comp, net.quant_fusion_layer.fusion_conv.bias, *(conv.bias for conv in net.fusion_convs)):
+    for tensor in (
+        net.quant_fusion_layer.error_comp,
+        net.quant_fusion_layer.fusion_conv.bias,
+        *(conv.bias for conv in net.fusion_convs),
+    ):
         tensor.mul_(by)
     net.norm.running_var.mul_(by**2)
     net.conv_before_upsample[0].weight.div_(by)
     for stage in net.stages:
         for block in stage:
-            block.norm.running_mean.mul_(by).sub_((by - 1) * (block.conv.lk_bias + block.conv.sk_bias).view(1, -1, 1, 1))
+            block.norm.running_mean.mul_(by).sub_(
+                (by - 1) * (block.conv.lk_bias + block.conv.sk_bias).view(1, -1, 1, 1)
+            )
             block.norm.running_var.mul_(by**2)
             block.ffn.conv_out.weight.mul_(by)
             block.ffn.conv_out.bias.mul_(by)
@@ -140,7 +157,9 @@ def scale_tail(net: AetherNet, by: float) -> None:
     net.upsample.blocks[0].weight.div_(by)
 
 
-ADVERSARIES = [(action, BIG) for action in (scale_stream, scale_last_block, scale_products, scale_norms, scale_tail)]
+ADVERSARIES = [
+    (action, BIG) for action in (scale_stream, scale_last_block, scale_products, scale_norms, scale_tail)
+]
 ADVERSARIES += [(action, SMALL) for action in (scale_products, scale_norms, scale_tail)]
 
 
@@ -151,7 +170,9 @@ def adversary(action: Callable[[AetherNet, float], None], by: float = BIG) -> Ae
 
 
 @pytest.mark.parametrize(("action", "by"), ADVERSARIES)
-def test_weights_that_half_precision_does_not_hold_are_fine_once_rescaled(action: Callable[[AetherNet, float], None], by: float) -> None:
+def test_weights_that_half_precision_does_not_hold_are_fine_once_rescaled(
+    action: Callable[[AetherNet, float], None], by: float
+) -> None:
     net, rescaled = (adversary(action, by).fused().float() for _ in range(2))
     pictures = list(pictures_of(net).values())
     plain = agreement(net, net, torch.float16, pictures)
@@ -163,7 +184,10 @@ def test_weights_that_half_precision_does_not_hold_are_fine_once_rescaled(action
             expected = net(picture)
             assert torch.equal(rescaled(picture), expected)
             for low, bound in ((half, 4e-3), (brain, 3e-2)):
-                error = float((low(picture.to(low.mean.dtype)).float() - expected).abs().max() / expected.abs().max().clamp(min=1))
+                error = float(
+                    (low(picture.to(low.mean.dtype)).float() - expected).abs().max()
+                    / expected.abs().max().clamp(min=1)
+                )
                 assert error <= bound, (low.mean.dtype, error)
 
 
@@ -186,21 +210,31 @@ def test_the_released_files_hold_the_rescaled_network(tmp_path: Path, capsys: An
         expected = adversary(scale_stream).fused().float()(picture)
         half = aether_arch.aether_from_state_dict(load_file(str(target))).half()
         outputs = [half(picture.half()).float()]
-    session = onnxruntime.InferenceSession(str(tmp_path / "2x_a_fp16.onnx"), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        str(tmp_path / "2x_a_fp16.onnx"), providers=["CPUExecutionProvider"]
+    )
     outputs.append(torch.from_numpy(session.run(["output"], {"input": picture.half().numpy()})[0]).float())
     for output in outputs:
         assert float((output - expected).abs().max()) <= 4e-3 * float(expected.abs().max().clamp(min=1))
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_a_network_with_headroom_is_written_byte_for_byte_as_it_is(name: str, tmp_path: Path, capsys: Any) -> None:
+def test_a_network_with_headroom_is_written_byte_for_byte_as_it_is(
+    name: str, tmp_path: Path, capsys: Any
+) -> None:
     options = NETWORKS[name]
     source = saved(small_net(**options), tmp_path / "a.pth")
     arguments = ["--img_range", options["img_range"]] if "img_range" in options else []
     assert run("--model_path", source, "--output_path", tmp_path / "b.pth", *arguments) == 0
     assert "Rescaled" not in capsys.readouterr().out
     state = torch.load(source, weights_only=True)["params"]
-    expected = aether_arch.aether_from_state_dict(state, options.get("img_range", 1.0)).double().fused().float().state_dict()
+    expected = (
+        aether_arch.aether_from_state_dict(state, options.get("img_range", 1.0))
+        .double()
+        .fused()
+        .float()
+        .state_dict()
+    )
     written = torch.load(tmp_path / "b.pth", weights_only=True)
     assert {key for key in expected if not torch.equal(expected[key], written[key])} == set()
 
@@ -213,14 +247,20 @@ def test_the_weights_of_this_repository_need_no_rescaling(capsys: Any) -> None:
     assert "fp16, as it is" in report
 
 
-def test_check_fp16_prints_every_layer_and_the_agreement_and_writes_nothing(tmp_path: Path, capsys: Any) -> None:
+def test_check_fp16_prints_every_layer_and_the_agreement_and_writes_nothing(
+    tmp_path: Path, capsys: Any
+) -> None:
     source = saved(adversary(scale_products), tmp_path / "a.pth")
     assert run("--model_path", source, "--check-fp16") == 0
     assert [path.name for path in tmp_path.iterdir()] == ["a.pth"]
     report = capsys.readouterr().out
     before, after = report.split("fp16, before rescaling")[1].split("fp16, rescaled")
     for table, fits in ((before, False), (after, True)):
-        headrooms = {line.split()[0]: float(line.split()[2]) for line in table.splitlines()[1:] if line and " against " not in line}
+        headrooms = {
+            line.split()[0]: float(line.split()[2])
+            for line in table.splitlines()[1:]
+            if line and " against " not in line
+        }
         assert list(headrooms) == ["head", "stages.0.0", "stages.1.0", "stages.1.1", "fusion_convs.0", "fusion_convs.1", "fusion", "body_conv",
                                    "conv_before_upsample", "tail"]  # fmt: skip
         assert (min(headrooms.values()) >= SPARE_BITS) == fits
@@ -240,7 +280,9 @@ def open_gate_too_far(net: AetherNet, by: float) -> None:
     net.stages[0][0].ffn.conv_out.weight.div_(10 * by)
 
 
-def test_what_no_rescaling_helps_is_an_error_where_half_precision_is_asked_for_and_else_a_note(tmp_path: Path, capsys: Any) -> None:
+def test_what_no_rescaling_helps_is_an_error_where_half_precision_is_asked_for_and_else_a_note(
+    tmp_path: Path, capsys: Any
+) -> None:
     source, target = saved(adversary(open_gate_too_far, 1e6), tmp_path / "a.pth"), tmp_path / "b.pth"
     assert run("--model_path", source, "--output_path", target) == 0
     assert "Note: half precision holds 65504 at most, stages.0.0 gate reaches 1" in capsys.readouterr().out
@@ -257,15 +299,24 @@ def test_a_picture_on_which_the_network_itself_runs_away_is_named_and_does_not_c
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     pictures = hard_pictures(3)
-    monkeypatch.setattr(half_precision, "hard_pictures", lambda channels: {**pictures, "glare": torch.full((1, channels, 9, 9), 1e4)})
+    monkeypatch.setattr(
+        half_precision,
+        "hard_pictures",
+        lambda channels: {**pictures, "glare": torch.full((1, channels, 9, 9), 1e4)},
+    )
     assert run("--model_path", saved(small_net(2), tmp_path / "a.pth"), "--check-fp16") == 0
     report = capsys.readouterr().out
-    assert f"Note: on 1 of {len(pictures) + 1} hard pictures the network runs away, in float32 too: glare; --bound 1 prevents it\n" in report
+    assert (
+        f"Note: on 1 of {len(pictures) + 1} hard pictures the network runs away, in float32 too: glare; --bound 1 prevents it\n"
+        in report
+    )
     assert "Rescaled" not in report
     assert f" dB over {len(pictures)} hard pictures" in report
 
 
-def test_a_network_that_runs_away_on_every_picture_is_an_error_where_half_precision_is_asked_for(tmp_path: Path, capsys: Any) -> None:
+def test_a_network_that_runs_away_on_every_picture_is_an_error_where_half_precision_is_asked_for(
+    tmp_path: Path, capsys: Any
+) -> None:
     net = small_net(2)
     with torch.no_grad():
         net.conv_last.weight.mul_(1e7)
@@ -284,7 +335,10 @@ def test_an_attention_that_float32_itself_saturates_is_a_note(tmp_path: Path, ca
         excite.weight.fill_(1.0)
         net.stages[0][0].ffn.conv_out.bias.fill_(9.0)
     assert run("--model_path", saved(net, tmp_path / "a.pth"), "--output_path", tmp_path / "b.pth") == 0
-    assert "stages.0.0 attention reaches inf, and no rescaling helps; use these weights in float32" in capsys.readouterr().out
+    assert (
+        "stages.0.0 attention reaches inf, and no rescaling helps; use these weights in float32"
+        in capsys.readouterr().out
+    )
 
 
 def test_without_an_output_only_the_check_runs(tmp_path: Path, capsys: Any) -> None:
@@ -296,12 +350,14 @@ def test_without_an_output_only_the_check_runs(tmp_path: Path, capsys: Any) -> N
         assert "--output_path" in capsys.readouterr().err
 
 
-def test_an_older_pytorch_that_lacks_half_precision_on_a_cpu_is_said(monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path) -> None:
+def test_an_older_pytorch_that_lacks_half_precision_on_a_cpu_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path
+) -> None:
     convolve = torch.nn.functional.conv2d
 
     def old(x: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
         if x.dtype == torch.float16:
-            raise RuntimeError('"slow_conv2d_cpu" not implemented for \'Half\'')
+            raise RuntimeError("\"slow_conv2d_cpu\" not implemented for 'Half'")
         return convolve(x, *arguments, **options)
 
     monkeypatch.setattr(torch.nn.functional, "conv2d", old)

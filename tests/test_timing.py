@@ -28,7 +28,9 @@ class Clock:
 
 
 def measured(clock: Clock, candidates: Dict[str, Any], **options: Any) -> Comparison:
-    return interleaved({name: clock.takes(name, *times) for name, times in candidates.items()}, clock=clock, **options)
+    return interleaved(
+        {name: clock.takes(name, *times) for name, times in candidates.items()}, clock=clock, **options
+    )
 
 
 def test_candidates_take_turns_in_an_order_that_changes() -> None:
@@ -62,7 +64,8 @@ def test_it_stops_when_the_time_is_up_but_not_before_three_rounds() -> None:
 
 
 def test_a_drift_of_the_machine_cancels_in_the_ratio() -> None:
-    """Each round twice as slow as the one before: the medians say nothing, the ratio inside a round everything."""
+    """Each round twice as slow as the one before: the medians say nothing, the ratio inside a round
+    everything."""
     slow, fast = [2.0**k for k in range(9)], [2.0**k / 1.5 for k in range(9)]
     ratio = Comparison({"slow": slow, "fast": fast}).ratio("slow", "fast")
     assert ratio.value == pytest.approx(1.5)
@@ -89,7 +92,9 @@ def test_medians_and_spread_are_the_middle_of_what_was_measured() -> None:
         ([1.5], True),
     ],
 )
-def test_an_effect_is_claimed_only_where_it_is_larger_than_the_spread(ratios: List[float], measurable: bool) -> None:
+def test_an_effect_is_claimed_only_where_it_is_larger_than_the_spread(
+    ratios: List[float], measurable: bool
+) -> None:
     found = Comparison({"a": ratios, "b": [1.0] * len(ratios)})
     assert found.ratio("a", "b").measurable == measurable
     assert found.ratio("b", "a").measurable == measurable

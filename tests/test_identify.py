@@ -1,0 +1,249 @@
+"""Which network a state dict belongs to is read from names and shapes; older, other and broken layouts are
+named."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from typing import Any, Dict, List
+
+import aether_arch
+import pytest
+import torch
+from aether_arch import AetherNet
+from conftest import small_net
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from aethersr.identify import aether_from_state_dict, form_name, read_options, variant_name
+
+X = torch.rand(1, 3, 9, 13, generator=torch.Generator().manual_seed(1))
+TINY: Dict[str, Any] = {"embed_dim": 8, "depths": (1,), "lk_kernel": 3}
+FUZZ = settings(
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    phases=[Phase.explicit, Phase.generate],
+)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def older_fused(net: AetherNet, stale_statistics: bool = True) -> Dict[str, Tensor]:
+    """What the published tools wrote: kernels merged, norms turned into scale and shift, stale statistics
+    beside them."""
+    state = {name: value.clone() for name, value in net.state_dict().items()}
+    for name, module in net.named_modules():
+        if isinstance(module, aether_arch.ReparamLargeKernelConv):
+            weight, bias = module.reparameterize()
+            for part in ("lk_conv.weight", "sk_conv.weight", "lk_bias", "sk_bias"):
+                del state[f"{name}.{part}"]
+            state[f"{name}.fused_conv.weight"], state[f"{name}.fused_conv.bias"] = (
+                weight.detach(),
+                bias.detach(),
+            )
+        if isinstance(module, aether_arch.DeploymentNorm):
+            scale, shift = (value.detach().view(1, -1, 1, 1) for value in module.scale_and_shift())
+            state[f"{name}.weight"], state[f"{name}.bias"] = scale, shift
+            if not stale_statistics:
+                del state[f"{name}.running_mean"], state[f"{name}.running_var"]
+    return state
+
+
+FORMS: Dict[str, Any] = {
+    "training": lambda net: net,
+    "fused": lambda net: net.fused(),
+    "quantised": lambda net: net.fused().prepare_qat().eval(),
+    "quantised full": lambda net: net.fused().prepare_qat("full").eval(),
+    "int8": lambda net: net.fused().prepare_qat().convert_to_quantized(),
+    "int8 full": lambda net: net.fused().prepare_qat("full").convert_to_quantized(),
+}
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["", "norm kept"])
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_is_built_again_from_its_tensors_alone(form: str, kept: bool) -> None:
+    net = small_net(3, use_spatial_attn=False, bound=2.0).float()
+    if kept:
+        net.norm.weight.data[0, 3] = 0.0
+    made = FORMS[form](net)
+    state = made.state_dict()
+    assert form_name(state) == form.split()[0]
+    rebuilt = aether_from_state_dict(state)
+    assert type(rebuilt) is type(made)
+    assert not rebuilt.training
+    assert torch.equal(rebuilt(X), made(X))
+    assert rebuilt.options["bound"] == 2.0
+    for name in ("scale", "in_chans", "embed_dim", "lk_kernel", "use_channel_attn", "use_spatial_attn"):
+        assert rebuilt.options[name] == made.options[name], name
+    assert variant_name(rebuilt.options).startswith(
+        "a network of its own (embed_dim=24, depths=[1, 2], lk_kernel=11"
+    )
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda state: {"params_ema": state}, lambda state: {f"a.{n}": v for n, v in state.items()}]
+)
+def test_what_wraps_a_state_dict_is_taken_off_as_for_a_file(wrap: Any) -> None:
+    net = small_net(2).float()
+    assert torch.equal(aether_from_state_dict(wrap(net.state_dict()))(X), net(X))
+
+
+@pytest.mark.parametrize("stale_statistics", [True, False])
+@pytest.mark.parametrize("wrapper", ["", "module."])
+def test_an_older_fused_file_is_not_normalised_twice(stale_statistics: bool, wrapper: str) -> None:
+    net = small_net(2)
+    state = {wrapper + name: value for name, value in older_fused(net, stale_statistics).items()}
+    assert form_name(state) == "older fused"
+    built = aether_from_state_dict(state)
+    with torch.no_grad():
+        expected = net(X.double())
+        for other in (built.double(), built.double().fused()):
+            assert float((other(X.double()) - expected).abs().max()) <= 2e-6 * float(expected.abs().max())
+
+
+def test_an_older_fused_file_without_a_bias_is_named() -> None:
+    state = older_fused(small_net(2))
+    for missing in ("stages.0.0.conv.fused_conv.bias", "norm.bias"):
+        with pytest.raises(ValueError, match=f"older fused form, but '{missing}' is missing"):
+            aether_from_state_dict({name: value for name, value in state.items() if name != missing})
+
+
+@pytest.mark.parametrize("scale", aether_arch.SCALES)
+@pytest.mark.parametrize("variant", aether_arch.VARIANTS, ids=lambda variant: variant.__name__)
+def test_variant_and_scale_are_read_from_the_weights(variant: type, scale: int) -> None:
+    state = variant(scale=scale).state_dict()
+    options = read_options(state)
+    assert (variant_name(options), options["scale"]) == (variant.__name__, scale)
+
+
+def test_every_option_that_changes_the_function_is_read_back() -> None:
+    options = {
+        "scale": 3,
+        "in_chans": 1,
+        "embed_dim": 40,
+        "depths": [2, 1],
+        "mlp_ratio": 1.7,
+        "lk_kernel": 9,
+        "sk_kernel": 5,
+    }
+    options.update(use_channel_attn=True, use_spatial_attn=False)
+    net = AetherNet(**options)
+    rebuilt = aether_from_state_dict(net.state_dict())
+    assert {name: rebuilt.options[name] for name in options if name != "mlp_ratio"} == {
+        n: v for n, v in options.items() if n != "mlp_ratio"
+    }
+    assert int(40 * rebuilt.options["mlp_ratio"]) == int(40 * 1.7)
+
+
+def test_img_range_is_assumed_for_a_training_form_and_lies_in_the_weights_of_a_fused_one() -> None:
+    net = small_net(2, img_range=255.0).float()
+    training, fused = net.state_dict(), net.fused().state_dict()
+    assert torch.equal(aether_from_state_dict(training, img_range=255.0)(X), net(X))
+    assert torch.equal(aether_from_state_dict(fused)(X), net.fused()(X))
+
+
+def test_a_foreign_or_broken_state_dict_is_refused_with_what_is_wrong() -> None:
+    state = small_net(2).float().state_dict()
+
+    def refused(words: str, **changes: Tensor) -> None:
+        with pytest.raises(ValueError) as error:
+            aether_from_state_dict({**state, **changes})
+        assert words in str(error.value), error.value
+
+    with pytest.raises(ValueError, match="not an AetherNet"):
+        aether_from_state_dict(nn.Conv2d(3, 3, 3).state_dict())
+    with pytest.raises(ValueError, match="not an AetherNet"):
+        aether_from_state_dict({})
+    with pytest.raises(ValueError, match=r"first layout \(v1"):
+        aether_from_state_dict({"layers.0.blocks.0.conv.lk_conv.bias": torch.zeros(3)})
+    for missing in (
+        "conv_first.weight",
+        "conv_last.weight",
+        "norm.running_var",
+        "stages.1.0.ffn.conv_out.bias",
+        "mean",
+    ):
+        with pytest.raises(ValueError, match=missing):
+            aether_from_state_dict({name: value for name, value in state.items() if name != missing})
+    refused("unexpected: 1 (surplus)", surplus=torch.zeros(1))
+    refused(
+        "of another shape: 1 (conv_after_body.weight)",
+        **{"conv_after_body.weight": torch.zeros(24, 24, 1, 1)},
+    )
+    refused("has 1 dimensions, expected 4", **{"conv_first.weight": torch.zeros(24)})
+    refused("v3 or v4", **{"norm.num_batches_tracked": torch.zeros(1)})
+    refused("3.x", scale_tensor=torch.zeros(1))
+    refused("gaps", **{"stages.7.0.norm.weight": torch.zeros(1, 24, 1, 1)})
+    refused("none of the scales", **{"upsample.blocks.0.weight": torch.zeros(25 * 32, 24, 3, 3)})
+
+
+def test_a_claim_of_terabytes_takes_no_memory() -> None:
+    state = dict(small_net(2).float().state_dict())
+    state["conv_first.weight"] = torch.zeros(1).expand(2**22, 3, 3, 3)
+    with pytest.raises(ValueError, match="of another shape"):
+        aether_from_state_dict(state)
+
+
+STATE = small_net(2, **TINY).float().state_dict()
+FUSED = small_net(2, **TINY).fused().float()
+DAMAGED = {
+    "training": STATE,
+    "fused": FUSED.state_dict(),
+    "older fused": older_fused(small_net(2, **TINY).float()),
+    "quantised": FUSED.prepare_qat("full").state_dict(),
+}
+NAMES = st.sampled_from(list(STATE))
+CHANGES = st.lists(
+    st.one_of(
+        st.tuples(st.just("remove"), NAMES, st.none()),
+        st.tuples(
+            st.just("rename"),
+            NAMES,
+            st.sampled_from(["0", "1", "7", "9999", "10000", "-1", "9" * 30, "a\nb", "\x1b[31m"]),
+        ),
+        st.tuples(
+            st.just("reshape"),
+            NAMES,
+            st.lists(st.sampled_from([0, 1, 2, 3, 5, 8, 9, 16, 32, 64]), max_size=5),
+        ),
+        st.tuples(
+            st.just("claim"),
+            NAMES,
+            st.lists(st.sampled_from([0, 1, 3, 2**20, 2**33, 2**40]), min_size=1, max_size=4),
+        ),
+    ),
+    min_size=1,
+    max_size=3,
+)
+
+
+@pytest.mark.parametrize("form", DAMAGED)
+@settings(FUZZ, max_examples=40)
+@given(changes=CHANGES)
+def test_a_state_dict_with_missing_surplus_or_misshapen_tensors_raises_a_value_error_at_most(
+    form: str, changes: List[Any]
+) -> None:
+    state = dict(DAMAGED[form])
+    for change, name, detail in changes:
+        if name not in state:
+            continue
+        if change == "remove":
+            del state[name]
+        elif change == "rename":
+            state[re.sub(r"\d+", detail, name, count=1)] = state.pop(name)
+        elif change == "reshape":
+            state[name] = torch.zeros(detail)
+        else:  # terabytes that take no memory, as a file can name them
+            tensor = torch.zeros(0 if 0 in detail else 1)
+            try:
+                state[name] = tensor.new_empty([0, *detail]) if 0 in detail else tensor.expand(detail)
+            except RuntimeError:  # more than 2**63 elements: not even PyTorch can name that
+                continue
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            aether_from_state_dict(state)
+    except ValueError as error:
+        assert len(str(error)) < 700  # noqa: PT017 - what it says is looked at, whether it comes is not
