@@ -276,7 +276,7 @@ def test_two_processes_end_with_the_same_weights(
     options = framework.options(f"two_{kind}", images, text, batch=IMAGES // 2, **extra)
     framework.run(options, "--launcher", "pytorch", "--dump", str(tmp_path), processes=2)
     first, second = (torch.load(tmp_path / f"rank{rank}.pth", weights_only=True) for rank in range(2))
-    # Not bit by bit: to save, neosr's optimizer on rank 0 takes its averaged weights and goes back, which rounds.
+    # Not bit by bit: to save, rank 0 of neosr swaps to averaged weights and back, which rounds.
     far = [name for name in first if not torch.allclose(first[name], second[name], rtol=0, atol=1e-6)]
     assert not far, f"{len(far)} of {len(first)} tensors differ between the ranks: {far[:4]}"
 
