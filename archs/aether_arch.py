@@ -116,7 +116,8 @@ class GatedConvFFN(nn.Module):
 
     def reparameterize(self) -> Tuple[Tensor, Tensor]:
         """Weight and bias of the gate with the temperature in them: cheaper than a pass over pixels."""
-        return self.conv_gate.weight * self.temperature, self.conv_gate.bias * self.temperature
+        weight, bias = self.conv_gate.weight, self.conv_gate.bias
+        return weight * self.temperature, bias * self.temperature  # type: ignore[operator]
 
     def forward(self, x: Tensor) -> Tensor:
         gate = F.conv2d(x, *self.reparameterize())
@@ -163,8 +164,8 @@ class QuantFusion(nn.Module):
 
     def reparameterize(self) -> Tuple[Tensor, Tensor]:
         """Weight and bias of the one 1x1 convolution that equals this layer."""
-        weight = self.fusion_conv.weight
-        return weight, self.fusion_conv.bias + weight.flatten(1) @ self.error_comp.flatten()
+        weight, bias = self.fusion_conv.weight, self.fusion_conv.bias
+        return weight, bias + weight.flatten(1) @ self.error_comp.flatten()  # type: ignore[operator]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fusion_conv(x + self.error_comp)
@@ -176,13 +177,13 @@ class AdaptiveUpsample(nn.Module):
     def __init__(self, channels: int, scale: int) -> None:
         super().__init__()
         self.out_channels = max(32, channels // max(1, scale // 2))
-        steps = [scale] if scale in (1, 3) else [2] * int(math.log2(scale))
+        self.step, count = (scale, 1) if scale in (1, 3) else (2, int(math.log2(scale)))
         blocks: List[nn.Module] = []
-        for k, step in enumerate(steps, 1):
-            width = self.out_channels if k == len(steps) else channels // 2
-            blocks.append(nn.Conv2d(channels, step**2 * width, 3, padding=1))
-            if step > 1:
-                blocks.append(nn.PixelShuffle(step))
+        for k in range(count):
+            width = channels // 2 if k < count - 1 else self.out_channels
+            blocks.append(nn.Conv2d(channels, self.step**2 * width, 3, padding=1))
+            if scale > 1:
+                blocks.append(nn.PixelShuffle(self.step))
             channels = width
         self.blocks = nn.Sequential(*blocks)
 
@@ -302,19 +303,18 @@ class AetherBase(nn.Module):
         self.__class__ = type(other)  # as torch.nn.utils.parametrize does: forward belongs to the class
         for name in ("keep_norm", "placement", "stored"):  # what a form knows besides the options
             self.__dict__.pop(name, None)
-        taken = {name: value for name, value in other.__dict__.items() if "_hooks" not in name}
-        self.__dict__.update(taken)
+        self.__dict__.update({name: value for name, value in vars(other).items() if "_hooks" not in name})
 
     def map_state_dict(self, state_dict: Dict[str, Tensor]) -> Dict[str, Tensor]:
         """Take the form of ``state_dict``. traiNNer-redux calls this before it compares names."""
         self._take_form_of(state_dict, "", strict=False)
         return state_dict
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, **options: Any) -> Any:
-        """As torch's, but the network takes the form of the file, or stays as it was where it does not fit."""
+    def load_state_dict(self, state_dict: Any, strict: bool = True, *args: Any, **options: Any) -> Any:
+        """As torch's, but the network takes the form of the file, or stays as it was where it can't."""
         self._strict = strict  # torch gives _load_from_state_dict True, whatever was asked for
         try:
-            return super().load_state_dict(state_dict, strict, **options)
+            return super().load_state_dict(state_dict, strict, *args, **options)
         finally:
             self._strict = True
 
@@ -332,17 +332,14 @@ class AetherBase(nn.Module):
         own = {name.split(".ignore")[0]: value for name, value in named}
         form, scale, other = form_of(own), scale_of(own), self
         bound = float(own["bound"]) if "bound" in own else None
-        if form is AetherNet and isinstance(self, AetherNet):
-            if scale not in (None, self.scale) and not strict:
-                text = f"AetherNet x{self.scale} takes the body of x{scale} weights; its tail starts anew."
-                warnings.warn(text, stacklevel=4)
-                for name in [name for name in own if name.startswith(("upsample.", "conv_last."))]:
-                    del own[name]
-                    state_dict.pop(prefix + name, None)
-        elif form:
-            extra = form.layout(own)
-            if type(self) is not form or not extra.items() <= self.__dict__.items():
-                other = form(**{**self.options, "bound": bound}, **extra)
+        if form and not (isinstance(self, form) and form.layout(own).items() <= vars(self).items()):
+            other = form(**{**self.options, "bound": bound}, **form.layout(own))
+        elif form is AetherNet and scale not in (None, self.scale) and not strict:
+            text = f"AetherNet x{self.scale} takes the body of x{scale} weights; its tail starts anew."
+            warnings.warn(text, stacklevel=4)
+            for name in [name for name in own if name.startswith(("upsample.", "conv_last."))]:
+                del own[name]
+                state_dict.pop(prefix + name, None)
         wrong = differences(other, own, strict)
         if wrong:
             found = f"{form.__name__ if form else 'unknown weights'} x{scale} does not fit; tensors {wrong}."
@@ -439,8 +436,7 @@ class AetherNet(AetherBase):
 
     def reparameterize(self) -> Dict[str, Tensor]:
         """State dict of the FusedAetherNet that computes the same, in this network's precision."""
-        state = dict(self.named_buffers(recurse=False))
-        state.update(self.conv_first.state_dict(prefix="head."))
+        state = {**dict(self.named_buffers(recurse=False)), **self.conv_first.state_dict(prefix="head.")}
         state["head.weight"] = self.conv_first.weight * self.img_range
         for name, block in self.stages.named_modules():
             if isinstance(block, AetherBlock):
@@ -495,9 +491,9 @@ class FusedAetherBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.reparam_conv(x)
-        eager = x.device.type == "cpu" and not torch.is_grad_enabled() and not _recorded()
         rows = x.shape[2]
-        if eager:  # the hidden tensor is the widest: a strip of it at a time stays in each core's cache
+        if x.device.type == "cpu" and not torch.is_grad_enabled() and not _recorded():
+            # The hidden tensor is the widest: a strip of it at a time stays in each core's cache.
             rows = self.STRIP * torch.get_num_threads() // max(1, x.shape[0] * x.shape[3])
         if rows < x.shape[2]:
             for strip in out.split(max(1, rows), 2):
@@ -515,6 +511,7 @@ BORDERS = {
     "top_left": (-1, -1), "top_right": (-1, 1), "bottom_left": (1, -1), "bottom_right": (1, 1),
 }  # fmt: skip
 EDGES = {"top": (2, -1), "bottom": (2, 1), "left": (3, -1), "right": (3, 1)}  # as (dimension, side)
+DEPTHS = {1: 1, 2: 1, 3: 1, 4: 2, 8: 2}  # lines of pixels that a correction sees, for each scale
 Masks = Dict[Tuple[int, int], List[Tensor]]  # of each edge
 
 
@@ -527,16 +524,16 @@ class CollapsedTail(nn.Module):
     """Every layer after the LeakyReLU as one 5x5 convolution and one pixel shuffle.
 
     Features (N, C, H, W) and the network's input (N, c, H, W) -> (N, c, scale * H, scale * W). Upsampling
-    convolutions, shuffles and conv_last are linear, so inside the image they are one convolution. At the border
-    they pad with zeros at a higher resolution, where the one convolution still sees something. What that
-    changes is linear too and touches the outermost pixels only: the outermost line of features, convolved with
-    the difference of both kernels, is added there. Several runtimes can't slice where the size is not fixed, so
-    an exported graph takes and adds that line under a mask.
+    convolutions, shuffles and conv_last are linear: inside the image they are one convolution. At the border
+    they pad with zeros at a higher resolution, where the one convolution still sees something. That is linear
+    too and changes the outermost pixels only: the outermost line of features, convolved with the difference of
+    both kernels, is added there. Several runtimes can't slice where the size is not fixed: an exported graph
+    takes and adds that line under a mask.
     """
 
     def __init__(self, channels: int, out_channels: int, scale: int) -> None:
         super().__init__()
-        self.scale, self.depth = scale, self.depth_at(scale)
+        self.scale, self.depth = scale, DEPTHS[scale]
         outputs = out_channels * scale**2
         self.weight = nn.Parameter(torch.zeros(outputs, channels, 5, 5))
         self.bias = nn.Parameter(torch.zeros(outputs))
@@ -544,49 +541,43 @@ class CollapsedTail(nn.Module):
             kernel = [self.depth if side else 5 for side in sides]
             setattr(self, f"{name}_weight", nn.Parameter(torch.zeros(outputs, channels, *kernel)))
             setattr(self, f"{name}_bias", nn.Parameter(torch.zeros(outputs)))
-        # Constants of the masks, as buffers because those follow the network's device and precision.
-        self.register_buffer("_zero", torch.zeros(1, out_channels, 1, 1), persistent=False)
-        self.register_buffer("_one", torch.ones(1), persistent=False)
-        self.register_buffer("_shift", torch.tensor([1.0, 0.0, 0.0]), persistent=False)
 
     @staticmethod
-    def depth_at(scale: int) -> int:
-        """Lines of pixels that a correction sees: one more where zeros are padded at two resolutions."""
-        return 1 if scale <= 3 else 2
-
-    @classmethod
-    def collapse(cls, tail: nn.Module, scale: int) -> Dict[str, Tensor]:
+    def collapse(tail: nn.Module, scale: int) -> Dict[str, Tensor]:
         """State dict of the CollapsedTail that equals ``tail``.
 
-        Kernels are gradients of outputs by a 5x5 image: its middle pixel sees no border, a pixel in the middle
-        of an edge sees that edge, and a corner its two edges.
+        Kernels are gradients of outputs by a 5x5 image: its middle pixel sees no border, one in the middle of
+        an edge sees that edge, and a corner its two edges.
         """
-        like = next(tail.parameters())
-        zero = F.pixel_unshuffle(tail(like.new_zeros(1, like.shape[1], 5, 5)), scale)[0]
-        kernels = []  # for each output (9 places, channels, 5, 5)
-        for output in range(len(zero)):
-            with torch.enable_grad():
-                images = like.new_zeros(9, like.shape[1], 5, 5).requires_grad_()
-                places = F.pixel_unshuffle(tail(images), scale)[:, output, ::2, ::2].reshape(9, 9)
-                kernels.append(torch.autograd.grad(places.diagonal().sum(), images)[0])
+        weight = next(tail.parameters())
+        images = weight.new_zeros(9, weight.shape[1], 5, 5)
+
+        def outputs(images: Tensor) -> Tensor:
+            return F.pixel_unshuffle(tail(images), scale)[:, :, ::2, ::2]  # (N, outputs, 3, 3): the 9 places
+
+        def own_places(images: Tensor) -> Tensor:
+            return outputs(images).flatten(2).diagonal(dim1=0, dim2=2).sum(1)  # an image for each place
+
         # (output, its row, its column, channel, row, column)
-        padded = F.pad(torch.stack(kernels).unflatten(1, (3, 3)), (2, 2, 2, 2))
+        kernels = torch.autograd.functional.jacobian(own_places, images).unflatten(1, (3, 3))
+        kernels, biases = F.pad(kernels, (2, 2, 2, 2)), outputs(images)[0]
 
         def seen_from(row: int, column: int) -> Tuple[Tensor, Tensor]:
             """Kernel over offsets -2..2 and bias of an output in the first (-1), middle or last (1) line."""
-            y, x = 2 * (row + 1), 2 * (column + 1)
-            return padded[:, row + 1, column + 1, :, y : y + 5, x : x + 5], zero[:, y, x]
+            y, x = row + 1, column + 1
+            return kernels[:, y, x, :, 2 * y : 2 * y + 5, 2 * x : 2 * x + 5], biases[:, y, x]
 
-        depth = cls.depth_at(scale)
-        # Offsets 0..depth-1, all, and 1-depth..0
-        window = {-1: slice(2, 2 + depth), 0: slice(0, 5), 1: slice(3 - depth, 3)}
+        first, last = slice(2, 2 + DEPTHS[scale]), slice(3 - DEPTHS[scale], 3)
+        window = {-1: first, 0: slice(0, 5), 1: last}  # the offsets that stay inside a correction's lines
         state = dict(zip(("weight", "bias"), seen_from(0, 0)))
         for name, (row, column) in BORDERS.items():
             terms = [(1, row, column), (-1, 0, 0)]
             if row and column:  # both edges act on a corner already
                 terms = [(1, row, column), (-1, row, 0), (-1, 0, column), (1, 0, 0)]
-            weight, bias = (sum(k * seen_from(y, x)[part] for k, y, x in terms) for part in (0, 1))
-            state[f"{name}_weight"], state[f"{name}_bias"] = weight[:, :, window[row], window[column]], bias
+            weight, state[f"{name}_bias"] = (
+                torch.stack([k * seen_from(y, x)[part] for k, y, x in terms]).sum(0) for part in (0, 1)
+            )
+            state[f"{name}_weight"] = weight[:, :, window[row], window[column]]
         return state
 
     def convolve(self, x: Tensor) -> Tensor:
@@ -608,19 +599,16 @@ class CollapsedTail(nn.Module):
         return F.pixel_shuffle(out, self.scale)
 
     def masks(self, image: Tensor, dim: int, side: int) -> List[Tensor]:
-        """Masks of the ``depth`` outermost rows (dim 2, (N, 1, H, 1)) or columns (dim 3), outermost first.
-
-        They are made from the image, whose values are small: 0 times an infinite mean would be NaN.
-        """
+        """Masks of the ``depth`` outermost rows (dim 2, (N, 1, H, 1)) or columns (dim 3), outermost first."""
         shape, padding = ((1, 1, 3, 1), (1, 0)) if dim == 2 else ((1, 1, 1, 3), (0, 1))
-        shift = (self._shift if side < 0 else self._shift.flip(0)).view(shape)
-        ones = [F.conv2d(image.mean(5 - dim, keepdim=True), self._zero, self._one)]
+        shift = image.new_tensor([1, 0, 0] if side < 0 else [0, 0, 1]).view(shape)
+        ones = [torch.ones_like(image.mean((1, 5 - dim), keepdim=True))]
         for _ in range(self.depth):  # a zero comes in from outside
             ones.append(F.conv2d(ones[-1], shift, padding=padding))
         return [before - after for before, after in zip(ones, ones[1:])]
 
     def line(self, x: Tensor, edge: Tuple[int, int], masks: Masks) -> Tensor:
-        """The outermost rows (N, depth * C, 1, W) or columns (N, depth * C, H, 1), side by side as channels."""
+        """The outermost rows (N, depth * C, 1, W) or columns (N, depth * C, H, 1), one after the other."""
         if masks:
             return torch.cat([(x * mask).sum(edge[0], keepdim=True) for mask in masks[edge]], 1)
         lines = [outermost(x, edge, k) for k in range(min(self.depth, x.shape[edge[0]]))]
@@ -633,9 +621,8 @@ class CollapsedTail(nn.Module):
         dim, side = (2, row) if row else (3, column)
         lines = weight.unbind(dim)  # in the image's order; the line's parts are the outermost first
         weight = torch.cat(lines if side < 0 else lines[::-1], 1).unsqueeze(dim)
-        if row and column and self.depth > 1:  # a corner's kernel begins or ends there: centre it
-            zeros = weight.new_zeros(*weight.shape[:3], self.depth - 1)
-            weight = torch.cat([zeros, weight] if column < 0 else [weight, zeros], 3)
+        if row and column:  # a corner's kernel begins or ends there: centre it
+            weight = F.pad(weight, (self.depth - 1, 0) if column < 0 else (0, self.depth - 1))
         return F.conv2d(line, weight, bias, padding=[weight.shape[2] // 2, weight.shape[3] // 2])
 
     def added(self, x: Tensor, delta: Tensor, edge: Tuple[int, int], masks: Masks) -> Tensor:
@@ -649,8 +636,8 @@ class CollapsedTail(nn.Module):
 class FusedAetherNet(AetherBase):
     """AetherNet after fusing, the form to release: AetherNet's function in evaluation mode, in train() too.
 
-    Its tensors have names of their own, so that no value is read as one of another form. ``img_range`` lies in the
-    weights. Args: AetherNet's, and ``keep_norm`` where the last norm could not be merged.
+    Its tensors have names of their own, so that no value is read as one of another form. The weights hold
+    ``img_range``. Args: AetherNet's, and ``keep_norm`` where the last norm could not be merged.
     """
 
     block: Type[FusedAetherBlock] = FusedAetherBlock
@@ -712,7 +699,7 @@ def scale_of(state: Mapping[str, Tensor]) -> Optional[int]:
 
 
 def differences(net: nn.Module, state: Mapping[str, Tensor], strict: bool = True) -> str:
-    """What keeps ``net`` from loading ``state``: other shapes and, if strict, missing and unexpected names."""
+    """What keeps ``net`` from loading ``state``: other shapes; if strict, missing and unexpected names."""
     expected = {name: value.shape for name, value in net.state_dict().items() if name != "bound"}
     found = {name: value.shape for name, value in state.items() if name != "bound"}
     kinds = {
@@ -793,9 +780,9 @@ def _check_options(options: Mapping[str, Any]) -> None:
 def _initialize(net: AetherNet) -> None:
     """Start as an interpolation: blocks as identities, and the image in the first channels.
 
-    A gated product squares what its norm gives it, block after block, so norms start at 0.25 and not at 1. All
-    other weights start at random, and training may change these too. LeakyReLU passes a value and its negative
-    as a pair: lrelu(v) - lrelu(-v) = 1.01 v. Networks too narrow for that start at random alone.
+    A gated product squares what its norm gives it, block after block: norms start at 0.25, not at 1. All other
+    weights start at random, and training may change these too. LeakyReLU passes a value and its negative as a
+    pair: lrelu(v) - lrelu(-v) = 1.01 v. Networks too narrow for that start at random alone.
     """
     for conv in net.modules():
         if isinstance(conv, nn.Conv2d):
@@ -807,13 +794,12 @@ def _initialize(net: AetherNet) -> None:
             block.ffn.conv_out.weight.zero_()
             block.norm.weight.fill_(0.25)
     image, width = net.conv_first.in_channels, net.conv_first.out_channels
-    upsamplers = [conv for conv in net.upsample.blocks if isinstance(conv, nn.Conv2d)]
-    step = net.scale if net.scale in (1, 3) else 2  # of each pixel shuffle
+    step, upsamplers = net.upsample.step, [c for c in net.upsample.blocks if isinstance(c, nn.Conv2d)]
     if width < 2 * image or any(conv.out_channels < step**2 * image for conv in upsamplers):
         return
 
     def carry(conv: Any, kernels: Tensor) -> None:
-        """The first channels of ``conv`` become ``kernels`` (out, in, K, K) over the first channels before."""
+        """The first channels of ``conv`` become ``kernels`` (out, in, K, K), over the first ones before."""
         kernels = F.pad(kernels, [(conv.kernel_size[0] - kernels.shape[-1]) // 2] * 4)
         conv.weight[: len(kernels)] = 0
         conv.weight[: len(kernels), : kernels.shape[1]] = kernels
@@ -834,10 +820,10 @@ def _initialize(net: AetherNet) -> None:
 
 
 def _variant(name: str, doc: str, width: int, depths: Tuple[int, ...], attention: bool) -> Any:
-    """A function that builds this AetherNet. Its options are AetherNet's and ``qat``: true, or a placement."""
+    """A function that builds this AetherNet. Options: AetherNet's, and ``qat`` (true, or a placement)."""
     own = {"embed_dim": width, "depths": depths, "use_channel_attn": attention, "use_spatial_attn": attention}
-    options = inspect.signature(AetherNet).parameters.values()
-    options = [option.replace(default=own.get(option.name, option.default)) for option in options]
+    parameters = inspect.signature(AetherNet).parameters.values()
+    options = [option.replace(default=own.get(option.name, option.default)) for option in parameters]
     qat = inspect.Parameter("qat", inspect.Parameter.KEYWORD_ONLY, default=False, annotation="bool | str")
     signature = inspect.Signature([*options, qat], return_annotation="AetherBase")
 
@@ -845,8 +831,9 @@ def _variant(name: str, doc: str, width: int, depths: Tuple[int, ...], attention
         net = AetherNet(**{**own, **signature.bind(*args, **given).arguments})
         return net if qat is False else _other("aether_quant").insert_quantizers(net, qat)
 
+    # The signature is for the frameworks' documentation tools.
+    vars(build).update(__signature__=signature)
     build.__name__, build.__qualname__, build.__doc__ = name, name, doc
-    build.__signature__ = signature  # type: ignore[attr-defined]  the frameworks' documentation tools read it
     return build
 
 
@@ -871,7 +858,7 @@ def _register(framework: str) -> None:
             if framework == "basicsr":  # its EMA copies no buffers: norm statistics would stay at their start
                 for norm in [module for module in net.modules() if isinstance(module, DeploymentNorm)]:
                     for name in ("running_mean", "running_var"):
-                        value = norm._buffers.pop(name)
+                        value: Any = norm._buffers.pop(name)
                         norm.register_parameter(name, nn.Parameter(value, requires_grad=False))
             return net
 

@@ -245,9 +245,9 @@ class StorableTail(arch.CollapsedTail):
     """CollapsedTail whose border corrections can be held as int8: exact enough for a line of pixels."""
 
     def border(self, name: str) -> Tuple[Tensor, Tensor]:
-        weight, bias = (value.to(self._one.dtype) for value in super().border(name))
-        scale = getattr(self, f"{name}_weight_scale", None)
-        return weight if scale is None else weight * scale, bias
+        weight, bias = super().border(name)
+        scale: Optional[Tensor] = getattr(self, f"{name}_weight_scale", None)
+        return (weight, bias) if scale is None else (weight * scale, bias.to(scale.dtype))
 
     def convolve(self, x: Tensor) -> Tensor:
         return F.conv2d(x, self.weight.to(x.dtype), self.bias.to(x.dtype), padding=2)
