@@ -76,6 +76,7 @@ class Together:
                 else:
                     self._parts[part].unlink()
             raise
+        self._tidy()
 
     def __enter__(self) -> Together:
         return self
