@@ -76,6 +76,15 @@ def fused(framework: Framework, trained: str) -> Path:
     return target
 
 
+@pytest.fixture(scope="module")
+def fused_start(framework: Framework, fused: Path) -> Path:
+    """The same as a training can be started with: BasicSR, which averages, looks for "params" then."""
+    if framework.name != "BasicSR":
+        return fused
+    torch.save({"params": load(fused)}, framework.root / "fused_params.pth")
+    return framework.root / "fused_params.pth"
+
+
 def command(script: Path, *arguments: Any, timeout: float = 300) -> None:
     done = subprocess.run(
         [sys.executable, str(script), *map(str, arguments)], capture_output=True, text=True, timeout=timeout
@@ -193,11 +202,9 @@ def test_weights_of_another_scale_start_a_training_with_all_but_their_tail(
 
 
 def test_fused_weights_of_another_scale_are_refused_by_name(
-    framework: Framework, fused: Path, images: Path
+    framework: Framework, fused_start: Path, images: Path
 ) -> None:
-    path = {"pretrain_network_g": str(fused), "strict_load_g": False}
-    if framework.name == "BasicSR":
-        path["param_key_g"] = None
+    path = {"pretrain_network_g": str(fused_start), "strict_load_g": False}
     options = framework.options("from_fused_x2", images / "x4", scale=4, iterations=1, path=path)
     output = framework.run(options, succeeds=False)
     assert not framework.weights("from_fused_x2").exists(), output[-3000:]
@@ -206,14 +213,11 @@ def test_fused_weights_of_another_scale_are_refused_by_name(
 
 
 def test_fused_weights_as_the_start_of_a_float_training_are_named(
-    framework: Framework, fused: Path, images: Path
+    framework: Framework, fused_start: Path, images: Path
 ) -> None:
-    path: Dict[str, Any] = {"pretrain_network_g": str(fused)}
-    if framework.name == "BasicSR":
-        path["param_key_g"] = None
+    path = {"pretrain_network_g": str(fused_start)}
     output = framework.run(framework.options("from_fused", images, iterations=1, path=path))
-    assert "fused form" in output
-    assert "training-form file" in output
+    assert "this trains the fused form" in " ".join(output.split())
 
 
 def test_qat_without_aether_quant_ends_with_one_line_that_names_the_file(
