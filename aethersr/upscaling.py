@@ -26,7 +26,7 @@ from aethersr.picture import FORMATS, Picture
 from aethersr.tiling import upscale_tiled
 
 _RADII = (1, 2, 4, 8, 16, 32, 64)
-_VISIBLE = 16 / 255  # colours of a lower alpha are not trusted: few of their bits mean anything
+_FAINT = 8 / 255  # colours of a lower alpha are not trusted, up to twice as much not wholly
 _SMALLEST_TILE = 32
 WORKERS = 4  # pictures at once, of which the network computes one
 _LARGE = 2**24  # values; of larger pictures no more than two are upscaled and written at once
@@ -43,7 +43,7 @@ def _spread(image: Tensor) -> Tensor:
     same at each pixel, so tiles and wrapped pictures come out alike.
     """
     colours, alpha = image[:, :-1], image[:, -1:]
-    trust = (alpha / _VISIBLE).clamp(max=1)
+    trust = (alpha / _FAINT - 1).clamp(0, 1)
     known, given = trust, trust * colours
     for radius in _RADII:
         side = 2 * radius + 1

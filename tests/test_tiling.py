@@ -1,0 +1,191 @@
+"""Tiles without seams in bounded memory, textures that go on at their other side."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, small_net
+from torch import Tensor
+
+from aethersr.tiling import LEVELS, SHORT_OVERLAP, receptive_field, upscale_tiled
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("form", ["training", "fused"])
+@pytest.mark.parametrize(("scale", "spatial"), [(2, False), (3, True), (4, False)])
+def test_tiles_equal_the_whole_picture_borders_included(scale: int, spatial: bool, form: str) -> None:
+    net: Any = small_net(scale, lk_kernel=5, use_channel_attn=False, use_spatial_attn=spatial)
+    net = net.fuse_model() if form == "fused" else net
+    image = torch.rand(2, 3, 71, 53, dtype=torch.float64)
+    whole = net(image).detach()
+    for tile in (71, 24, 13):
+        difference = float((upscale_tiled(net, image, tile) - whole).abs().max() / whole.abs().max())
+        assert difference < 1e-12, f"tile {tile}: {difference}"
+    tiled = upscale_tiled(net.float(), image.float(), 24)
+    assert float((tiled - whole).abs().max() / whole.abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("spatial", [False, True])
+def test_the_overlap_is_exactly_the_receptive_field(spatial: bool) -> None:
+    """The output changes with an input pixel that far away, and with none farther."""
+    net = small_net(2, lk_kernel=5, use_channel_attn=False, use_spatial_attn=spatial)
+    reach = receptive_field(net)
+    image = torch.rand(1, 3, 1, 2 * reach + 5, dtype=torch.float64, requires_grad=True)
+    net(image)[..., 2 * (reach + 2) : 2 * (reach + 3)].abs().sum().backward()
+    assert image.grad is not None
+    seen = image.grad.abs().sum((0, 1, 2)).nonzero().flatten()
+    assert (int(seen.min()), int(seen.max())) == (2, 2 * reach + 2)
+
+
+def test_channel_attention_differs_by_little_and_less_with_larger_tiles() -> None:
+    net = small_net(2, lk_kernel=5, use_channel_attn=True, use_spatial_attn=False)
+    image = torch.rand(1, 3, 96, 96, dtype=torch.float64)
+    whole = net(image).detach()
+    small, large = (
+        float((upscale_tiled(net, image, tile) - whole).abs().max() / whole.abs().max()) for tile in (24, 48)
+    )
+    assert 0 < large < small < 0.1
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 40), (37, 2), (16, 16), (17, 33)])
+def test_tiles_cover_any_size_once(height: int, width: int) -> None:
+    image = torch.rand(1, 1, height, width)
+
+    def count(crop: Tensor) -> Tensor:
+        assert max(crop.shape[2:]) <= 16 + 2 * 3
+        return crop.repeat_interleave(2, 2).repeat_interleave(2, 3)
+
+    out = torch.full((1, 1, 2 * height, 2 * width), -1.0)
+    assert upscale_tiled(count, image, 16, 3, out) is out
+    assert torch.equal(out[..., ::2, ::2], image)
+    assert torch.equal(out[..., 1::2, 1::2], image)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16])
+def test_whole_numbers_come_back_rounded_and_clamped(dtype: torch.dtype) -> None:
+    levels = LEVELS[dtype]
+    image = torch.tensor([[[[0, 1, levels // 2, levels]]]]).to(dtype)
+    out = upscale_tiled(lambda x: (x - 0.25) * 2, image, 2, 0)
+    assert out.dtype == dtype
+    assert out.flatten().tolist() == [0, 0, round((levels // 2 / levels - 0.25) * 2 * levels), levels]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"tile": 0}, "tile=0"),
+        ({"overlap": -1}, "overlap=-1"),
+        ({"wrap": "yx"}, "wrap='yx'"),
+        ({"image": torch.rand(3, 8, 8)}, "(N, C, H, W)"),
+        ({"net": lambda x: x}, "overlap"),
+        ({"image": torch.ones(1, 3, 8, 8, dtype=torch.int64)}, "int64"),
+        ({"net": lambda x: x / 0, "overlap": 0}, "not finite"),
+    ],
+)
+def test_impossible_arguments_are_named(arguments: Any, said: str) -> None:
+    net: Any = small_net(2, use_channel_attn=False)
+    with pytest.raises(ValueError, match=said.replace("(", r"\(").replace(")", r"\)")):
+        upscale_tiled(**{"net": net, "image": torch.rand(1, 3, 8, 8), **arguments})
+
+
+MEMORY = """
+import resource, sys, tempfile, numpy as np, torch
+sys.path[:0] = [{root!r}, {archs!r}]
+from aethersr.tiling import upscale_tiled
+from conftest import small_net
+torch.set_num_threads(1)
+side = int(sys.argv[1])
+options = dict(embed_dim=8, depths=(1,), lk_kernel=3, use_channel_attn=False, use_spatial_attn=False)
+net = small_net(2, **options).float().fuse_model()
+with tempfile.TemporaryFile() as a, tempfile.TemporaryFile() as b:
+    # pictures in files: their pages are the system's to drop, so what is left is what tiling itself takes
+    image = torch.from_numpy(np.memmap(a, np.uint8, "w+", shape=(1, 3, side, side)))
+    out = torch.from_numpy(np.memmap(b, np.uint8, "w+", shape=(1, 3, 2 * side, 2 * side)))
+    upscale_tiled(net, image[..., :200, :200], 128, out=out[..., :400, :400])
+    lines = lambda: open("/proc/self/status")
+    status = lambda: int([line.split()[1] for line in lines() if line.startswith("RssAnon")][0])
+    peak = 0
+    def watch(tiles, count):
+        global peak
+        for tile in tiles:
+            yield tile
+            peak = max(peak, status())
+    begin = status()
+    upscale_tiled(net, image, 128, out=out, progress=watch)
+    print((peak - begin) / 1024)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads memory from Linux' /proc")
+def test_memory_does_not_grow_with_the_picture(tmp_path: Path) -> None:
+    def mebibytes(side: int) -> float:
+        code = MEMORY.format(root=str(ROOT), archs=str(ROOT / "tests"))
+        return float(
+            subprocess.run(
+                [sys.executable, "-c", code, str(side)],
+                capture_output=True,
+                text=True,
+                check=True,
+                cwd=tmp_path,
+            ).stdout
+        )
+
+    small, large = (
+        mebibytes(400),
+        mebibytes(2000),
+    )  # the larger picture has 12 MB in, 48 MB out: as floats it would be 240 MB
+    assert large < small + 8, f"{small:.1f} MiB for 400x400, {large:.1f} MiB for 2000x2000"
+
+
+@pytest.mark.parametrize("wrap", ["x", "y", "xy"])
+@pytest.mark.parametrize("size", [None, (40, 40)])
+def test_a_wrapped_picture_is_the_middle_of_its_tiling(wrap: str, size: Any) -> None:
+    """Smaller than the overlap too, and through a network of one size."""
+    net = small_net(2, embed_dim=8, depths=(1,), lk_kernel=3, use_channel_attn=False, use_spatial_attn=False)
+    for height, width, count in ((30, 25, 3), (5, 3, 7)):
+        image = torch.rand(1, 3, height, width, dtype=torch.float64)
+        rows, columns = count if "y" in wrap else 1, count if "x" in wrap else 1
+        if size is not None and ("x" not in wrap or "y" not in wrap):
+            continue  # beyond a border, a network of one size is shown a continuation
+        many = net(image.repeat(1, 1, rows, columns)).detach()
+        top, left = 2 * height * (rows // 2), 2 * width * (columns // 2)
+        middle = many[..., top : top + 2 * height, left : left + 2 * width]
+        tiled = upscale_tiled(net, image, 24, size=size, wrap=wrap)
+        difference = float((tiled - middle).abs().max() / middle.abs().max())
+        assert difference < 1e-12, f"{width}x{height}: {difference}"
+
+
+def test_the_short_overlap_costs_a_quarter_at_most() -> None:
+    seen = 0
+
+    def count(crop: Tensor) -> Tensor:
+        nonlocal seen
+        seen += crop.shape[2] * crop.shape[3]
+        return crop
+
+    for height, width in ((513, 1025), (3000, 2000), (512, 512)):
+        seen = 0
+        upscale_tiled(count, torch.zeros(1, 1, height, width), 512, SHORT_OVERLAP)
+        assert seen / (height * width) <= 1.25, (
+            f"{width}x{height}: {seen / (height * width):.3f} times the work"
+        )
+
+
+@pytest.mark.parametrize("form", ["training", "fused", "quantised", "inside another"])
+def test_no_network_in_training_mode_is_run_or_changed(form: str) -> None:
+    net: Any = small_net(2, use_channel_attn=False).float()
+    net = {"fused": lambda: net.fused(), "quantised": lambda: net.prepare_qat()}.get(
+        form, lambda: net
+    )() or net
+    net = torch.nn.Sequential(net) if form == "inside another" else net
+    net.train()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    with pytest.raises(ValueError, match=r"net\.eval\(\)"):
+        upscale_tiled(net, torch.rand(1, 3, 40, 40), 16, 4)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
