@@ -21,9 +21,3 @@ except ModuleNotFoundError as error:
 
 if __name__ == "__main__":
     sys.exit(main())
-
-# Until training/, benchmarks/ and upscale.py take these from their rooms.
-from aethersr.calibration import calibration_pairs  # noqa: E402, F401
-from aethersr.checkpoint import read_checkpoint as read_state  # noqa: E402, F401
-from aethersr.commands import exit_code  # noqa: E402, F401
-from aethersr.errors import UserError, first_line  # noqa: E402, F401
