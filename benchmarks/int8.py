@@ -23,27 +23,25 @@ import onnx
 import onnxruntime
 import torch
 from benchmark import session, timed
-from networks import ROOT
+from networks import ROOT, aether_arch, aether_quant
 from report import processor, table, today, write
 from torch import Tensor
-
-from aether_arch import AetherBase, aether_small  # isort: skip
-from aether_quant import PLACEMENTS  # isort: skip
 
 from aethersr.checkpoint import read_checkpoint
 from aethersr.identify import aether_from_state_dict
 from aethersr.onnx import export_onnx
 from aethersr.timing import Comparison
 
+PLACEMENTS = aether_quant.PLACEMENTS
 WEIGHTS = ROOT / "weights" / "2x_AetherNet_small_wallpapers_fp16.safetensors"
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def float_network(scale: int) -> AetherBase:
+def float_network(scale: int) -> aether_arch.AetherBase:
     if scale == 2:
         return aether_from_state_dict(read_checkpoint(WEIGHTS).state)
     torch.manual_seed(0)
-    net = aether_small(scale=scale).eval()
+    net = aether_arch.aether_small(scale=scale).eval()
     with torch.no_grad():  # a new network's zeros are easy to compress
         for parameter in net.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.005)
@@ -58,7 +56,7 @@ def files(scale: int, folder: Path) -> Dict[str, Path]:
     found = {"fp32": folder / "fp32.onnx"}
     export_onnx(net, scale, "fp32", str(found["fp32"]))
     for placement in PLACEMENTS:
-        quantised = net.fused().prepare_qat(placement)
+        quantised = aether_quant.prepare_qat(net.fused(), placement)
         for target in ("onnxruntime", "openvino"):
             found[f"{placement} {target}"] = folder / f"{placement}_{target}.onnx"
             export_onnx(quantised, scale, "int8", str(found[f"{placement} {target}"]), target)

@@ -20,13 +20,10 @@ from unittest import mock
 import numpy as np
 import torch
 from int8 import PLACEMENTS, RESULTS, ROOT, float_network
+from networks import aether_arch, aether_quant
 from PIL import Image
 from report import table, write
 from skimage import data
-
-import aether_quant  # isort: skip
-from aether_arch import AetherBase  # isort: skip
-from aether_quant import Quantizer, prepare_qat  # isort: skip
 
 from aethersr import quality as measures
 from aethersr.calibration import calibration_pairs
@@ -48,7 +45,7 @@ def pair(name: str, scale: int) -> List[np.ndarray]:
 
 
 @torch.no_grad()
-def upscaled(net: AetherBase, picture: np.ndarray) -> np.ndarray:
+def upscaled(net: aether_arch.AetherBase, picture: np.ndarray) -> np.ndarray:
     """(H, W, 3) uint8 in and out."""
     image = torch.from_numpy(picture.transpose(2, 0, 1)[None].astype(np.float32) / 255)
     return (net.eval()(image)[0].clamp(0, 1) * 255).round().byte().numpy().transpose(1, 2, 0)
@@ -59,13 +56,16 @@ def quality(folder: Path, names: Sequence[str]) -> List[str]:
     names = [*names, *(str(folder / name) for name in SMOOTH if (folder / name).is_file())]
     net = float_network(2)
     images = [low for low, _ in calibration_pairs(folder, net)]
-    nets: Dict[str, Any] = {"fp32": net, "default": prepare_qat(copy.deepcopy(net), "default", images)}
-    full = prepare_qat(copy.deepcopy(net), "full", images)
+    nets: Dict[str, Any] = {
+        "fp32": net,
+        "default": aether_quant.prepare_qat(copy.deepcopy(net), "default", images),
+    }
+    full = aether_quant.prepare_qat(copy.deepcopy(net), "full", images)
     nets["full"] = full
     seen: Dict[str, List[List[float]]] = {name: [] for name in full.quantizers()}
 
     def look(name: str) -> Callable[..., None]:
-        def hook(quantizer: Quantizer, inputs: Any, _: Any) -> None:
+        def hook(quantizer: aether_quant.Quantizer, inputs: Any, _: Any) -> None:
             values = inputs[0].abs() if quantizer.low is None else inputs[0]
             some = values.flatten()[:: max(1, values.numel() // 10**5)]
             quantile = some.kthvalue(max(1, round(some.numel() * 0.9999))).values
@@ -122,7 +122,10 @@ def picture(folder: Path, path: Path, gain: int = 32) -> str:
     images = [low for low, _ in calibration_pairs(folder, net)][::4]
     crop = pair("chelsea", 2)[1][20:130, 40:150]
     rows: List[List[np.ndarray]] = [[], []]
-    for each in (net, *(prepare_qat(net.fused(), placement, images) for placement in PLACEMENTS)):
+    for each in (
+        net,
+        *(aether_quant.prepare_qat(net.fused(), placement, images) for placement in PLACEMENTS),
+    ):
         rows[0].append(upscaled(each, crop).astype(float))
         rows[1].append(128 + gain * (rows[0][-1] - rows[0][0]))
     pixels = np.concatenate([np.concatenate(row, 1) for row in rows]).clip(0, 255).astype(np.uint8)

@@ -11,6 +11,7 @@ from torch import nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "archs"), str(ROOT / "demo")]
 import aether_arch  # noqa: E402
+import aether_quant  # noqa: E402, F401
 from aether_arch import AetherNet  # noqa: E402
 from published import kernels_merged, two_branches  # noqa: E402
 
