@@ -1,10 +1,11 @@
-"""By how much a picture in tiles differs from a whole one where channel attention averages over what the network is shown.
+"""By how much a picture in tiles differs from a whole one, and what the overlap costs.
 
     python benchmarks/tiles.py                     # aether_medium's width and attention, eight blocks
     python benchmarks/tiles.py --embed_dim 180     # aether_large's
     python benchmarks/tiles.py --model FILE        # weights of your own, .pth or .safetensors, x2
 
-Without --model the network is trained for some minutes first, as in small_batch.py, since random weights say nothing. Then it upscales a
+Without --model the network is trained for some minutes first, since random weights say nothing. Then it
+upscales a
 photograph that it was not trained on, whole and in tiles, with the overlap of its receptive field and with
 upscale.py's shorter default. Networks without channel attention differ by nothing with the first.
 """
@@ -21,12 +22,12 @@ from small_batch import SCALE, crops, photographs, psnr
 from torch.nn import functional as F
 
 sys.path[:0] = [str(ROOT), str(ROOT / "archs")]
-from aether_arch import AetherNet
+from aether_arch import AetherNet  # noqa: E402
 
-from aethersr.checkpoint import read_checkpoint
-from aethersr.errors import UserError
-from aethersr.identify import aether_from_state_dict
-from aethersr.tiling import SHORT_OVERLAP, receptive_field, upscale_tiled
+from aethersr.checkpoint import read_checkpoint  # noqa: E402
+from aethersr.errors import UserError  # noqa: E402
+from aethersr.identify import aether_from_state_dict  # noqa: E402
+from aethersr.tiling import SHORT_OVERLAP, receptive_field, upscale_tiled  # noqa: E402
 
 
 def trained(embed_dim: int, depths: list[int], iterations: int) -> AetherNet:
@@ -68,7 +69,7 @@ def main() -> None:
         with torch.enable_grad():
             fused = trained(args.embed_dim, args.depths, args.iterations).fused()
         depths = ", ".join(map(str, args.depths))
-        title = f"x{SCALE}, width {args.embed_dim}, blocks {depths}, channel and spatial attention, {args.iterations} iterations"
+        title = f"x{SCALE}, width {args.embed_dim}, blocks {depths}, with attention, {args.iterations} iterations"
     cells = []
     truth = photographs()[1][0][None]  # coffee, 400x600
     image = F.interpolate(truth, scale_factor=1 / SCALE, mode="bicubic", antialias=True).clamp(0, 1)
