@@ -87,7 +87,8 @@ class Masks(nn.Module):
 
 def outermost(x: Tensor, masks: List[Tensor], dim: int) -> Tensor:
     """The rows (dim 2) or columns (dim 3) under the masks, side by side as channels."""
-    return torch.cat([(x * mask).sum(dim, keepdim=True) for mask in masks], 1)
+    lines = [(x * mask).sum(dim, keepdim=True) for mask in masks]
+    return torch.cat(lines, 1) if len(lines) > 1 else lines[0]
 
 
 def along_line(name: str, weight: Tensor, bias: Tensor) -> nn.Conv2d:
