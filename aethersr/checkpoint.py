@@ -230,8 +230,9 @@ def _read_safetensors(path: Path, flag: str) -> Any:
     try:
         from safetensors.torch import load_file
     except ImportError as error:
-        remedy = f"pip install {error.name}, or pass a .pth file ({flag})"
-        raise UserError(f"{path} needs the package {error.name}: {remedy}.") from None
+        package = (error.name or "safetensors").split(".")[0]
+        remedy = f"pip install {package}, or pass a .pth file ({flag})"
+        raise UserError(f"{path} needs the package {package}: {remedy}.") from None
     try:
         return load_file(str(path))
     except Exception as error:

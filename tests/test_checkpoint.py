@@ -175,9 +175,14 @@ def test_what_was_chosen_is_said() -> None:
 
 
 def test_of_several_networks_the_better_known_name_is_taken() -> None:
-    for better, worse in (("params", "teacher"), ("net_g", "generator"), ("state_dict", "best")):
+    for better, worse in zip(WRAPPERS, [*WRAPPERS[1:], "another"]):
         assert_state(unwrap({worse: EMA, better: STATE}).state, STATE)
     assert_state(unwrap({"state_dict": {**under("a_teacher.", EMA), **under("net_g.", STATE)}}).state, STATE)
+
+
+def test_a_network_whose_kernels_are_missing_is_found_by_its_blocks() -> None:
+    damaged = {name: value for name, value in STATE.items() if "lk_conv" not in name}
+    assert_state(unwrap({"params": under("module.", damaged)}).state, damaged)
 
 
 def test_averaged_weights_whose_statistics_never_moved_take_the_online_ones() -> None:
@@ -773,6 +778,11 @@ BOMBS: Dict[str, Callable[[], Tuple[str, bytes]]] = {
 }  # fmt: skip
 
 
+def test_tensors_that_are_one_in_the_file_count_each(reader: Reader) -> None:
+    shared = torch.zeros(20_000)
+    reader.refuses("net.pth", saved({**STATE, **{f"stages.0.0.x{k}": shared for k in range(8)}}), "more than")
+
+
 def memory(name: str) -> int:
     """VmRSS (now) or VmHWM (its peak) of this process in bytes."""
     return int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text()).group(1)) * 1024  # type: ignore[union-attr]
@@ -817,6 +827,14 @@ def test_the_largest_network_with_everything_a_trainer_keeps_is_not_too_large_to
 
 
 # ---------------------------------------------------------------------------------------------------- writing
+
+
+def test_without_safetensors_its_files_are_named_with_what_to_install(
+    reader: Reader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    monkeypatch.delitem(sys.modules, "safetensors.torch")
+    reader.refuses("net.safetensors", save(STATE), "pip install safetensors, or pass a .pth file")
 
 
 @pytest.mark.parametrize("ending", [".pth", ".safetensors"])

@@ -75,3 +75,7 @@ OURS = re.compile(
 def test_every_script_that_a_page_names_is_there(page: str) -> None:
     for name in set(OURS.findall(PAGES[page])):
         assert (ROOT / name).is_file(), name
+
+
+def test_the_readme_is_read_in_minutes() -> None:
+    assert len(PAGES["README.md"].splitlines()) <= 150
