@@ -1,7 +1,7 @@
 """The training frameworks themselves, unedited, on a CPU: templates train, resume, scale out and fuse.
 
-BasicSR and neosr 0.1.0 come from the package index. traiNNer-redux and newer neosr have no package: they run
-when TRAINNER_REDUX_ROOT or NEOSR_ROOT names a checkout. ..._PYTHON can name the Python that has their needs.
+BasicSR and neosr 0.1.0 come from the package index. traiNNer-redux and neosr 1.0.0 have none: they run when
+TRAINNER_REDUX_ROOT and NEOSR_ROOT name a checkout, with the Python of TRAINNER_REDUX_PYTHON and NEOSR_PYTHON.
 """
 
 from __future__ import annotations
@@ -197,6 +197,7 @@ def test_weights_of_another_scale_start_a_training_with_all_but_their_tail(
     body = [name for name in taken if not name.startswith(("upsample.", "conv_last."))]
     far = [name for name in body if (state[name] - taken[name]).abs().max() > 2e-3]
     assert not far, f"{len(far)} of {len(body)} tensors of the body are not those of {start.name}: {far[:4]}"
+    assert state["upsample.blocks.0.weight"].any()
     assert "x2" in output
     assert "x4" in output
 
