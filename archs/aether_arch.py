@@ -526,9 +526,9 @@ class CollapsedTail(nn.Module):
     Features (N, C, H, W) and the network's input (N, c, H, W) -> (N, c, scale * H, scale * W). Upsampling
     convolutions, shuffles and conv_last are linear: inside the image they are one convolution. At the border
     they pad with zeros at a higher resolution, where the one convolution still sees something. That is linear
-    too and changes the outermost pixels only: the outermost line of features, convolved with the difference of
-    both kernels, is added there. Several runtimes can't slice where the size is not fixed: an exported graph
-    takes and adds that line under a mask.
+    too and changes the outermost pixels only: the outermost line of features, convolved with the difference
+    of both kernels, is added there. Several runtimes can't slice where the size is not fixed, so a graph that
+    is exported takes and adds that line under a mask.
     """
 
     def __init__(self, channels: int, out_channels: int, scale: int) -> None:
@@ -549,8 +549,8 @@ class CollapsedTail(nn.Module):
         Kernels are gradients of outputs by a 5x5 image: its middle pixel sees no border, one in the middle of
         an edge sees that edge, and a corner its two edges.
         """
-        weight = next(tail.parameters())
-        images = weight.new_zeros(9, weight.shape[1], 5, 5)
+        like = next(tail.parameters())
+        images = like.new_zeros(9, like.shape[1], 5, 5)
 
         def outputs(images: Tensor) -> Tensor:
             return F.pixel_unshuffle(tail(images), scale)[:, :, ::2, ::2]  # (N, outputs, 3, 3): the 9 places
@@ -567,16 +567,15 @@ class CollapsedTail(nn.Module):
             y, x = row + 1, column + 1
             return kernels[:, y, x, :, 2 * y : 2 * y + 5, 2 * x : 2 * x + 5], biases[:, y, x]
 
-        first, last = slice(2, 2 + DEPTHS[scale]), slice(3 - DEPTHS[scale], 3)
-        window = {-1: first, 0: slice(0, 5), 1: last}  # the offsets that stay inside a correction's lines
-        state = dict(zip(("weight", "bias"), seen_from(0, 0)))
+        # The offsets that a correction sees: the first lines, all, the last lines.
+        window = {-1: slice(2, 2 + DEPTHS[scale]), 0: slice(0, 5), 1: slice(3 - DEPTHS[scale], 3)}
+        state: Dict[str, Tensor] = dict(zip(("weight", "bias"), seen_from(0, 0)))
         for name, (row, column) in BORDERS.items():
             terms = [(1, row, column), (-1, 0, 0)]
             if row and column:  # both edges act on a corner already
                 terms = [(1, row, column), (-1, row, 0), (-1, 0, column), (1, 0, 0)]
-            weight, state[f"{name}_bias"] = (
-                torch.stack([k * seen_from(y, x)[part] for k, y, x in terms]).sum(0) for part in (0, 1)
-            )
+            signed = [[k * part for part in seen_from(y, x)] for k, y, x in terms]
+            weight, state[f"{name}_bias"] = (torch.stack(parts).sum(0) for parts in zip(*signed))
             state[f"{name}_weight"] = weight[:, :, window[row], window[column]]
         return state
 
@@ -780,9 +779,9 @@ def _check_options(options: Mapping[str, Any]) -> None:
 def _initialize(net: AetherNet) -> None:
     """Start as an interpolation: blocks as identities, and the image in the first channels.
 
-    A gated product squares what its norm gives it, block after block: norms start at 0.25, not at 1. All other
-    weights start at random, and training may change these too. LeakyReLU passes a value and its negative as a
-    pair: lrelu(v) - lrelu(-v) = 1.01 v. Networks too narrow for that start at random alone.
+    A gated product squares what its norm gives it, block after block: norms start at 0.25, not at 1. All
+    other weights start at random, and training may change these too. LeakyReLU passes a value and its
+    negative as a pair: lrelu(v) - lrelu(-v) = 1.01 v. Networks too narrow for that start at random alone.
     """
     for conv in net.modules():
         if isinstance(conv, nn.Conv2d):
@@ -831,8 +830,7 @@ def _variant(name: str, doc: str, width: int, depths: Tuple[int, ...], attention
         net = AetherNet(**{**own, **signature.bind(*args, **given).arguments})
         return net if qat is False else _other("aether_quant").insert_quantizers(net, qat)
 
-    # The signature is for the frameworks' documentation tools.
-    vars(build).update(__signature__=signature)
+    vars(build).update(__signature__=signature)  # for the frameworks' documentation tools
     build.__name__, build.__qualname__, build.__doc__ = name, name, doc
     return build
 

@@ -1,15 +1,14 @@
 """AetherNet's quantised form: fake quantisation for training, calibration, and int8 weights.
 
 Quantisation-aware training (``qat: true``) and int8 files need it beside aether_arch.py. Needs only torch.
-``prepare_qat(net)`` turns any AetherNet into a QuantAetherNet; ``convert_to_quantized()`` of that holds the weights
-as they are shipped.
+``prepare_qat(net)`` turns any AetherNet into a QuantAetherNet; its ``convert_to_quantized()`` gives a network
+with weights as they are shipped.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-import re
 import warnings
 from typing import TYPE_CHECKING, Any, Dict, Iterable, Iterator, List, Mapping, Optional, Tuple, Union
 
@@ -38,7 +37,7 @@ def prepare_qat(
 
     Args:
         placement: "default" or "full", see QuantAetherNet.
-        calibration: pictures for the first ranges, each (N, in_chans, H, W) in [0, 1]. Default: synthetic ones.
+        calibration: pictures for the first ranges, each (N, in_chans, H, W) in [0, 1]. Else synthetic.
             Training sets the ranges anew.
     """
     quantised = insert_quantizers(net, placement)
@@ -77,48 +76,40 @@ def _quantised(fused: arch.FusedAetherNet, placement: str) -> QuantAetherNet:
 
 
 class Quantizer(nn.Module):
-    """Fake quantisation: rounds a tensor, (N, ...), to the 256 values that 8 bits hold, one scale for all of it.
+    """Fake quantisation: rounds a tensor (N, ...) to the 256 values that 8 bits hold, on one scale.
 
-    Reference: https://arxiv.org/abs/1712.05877. The range follows the first ``WATCH`` training batches, then stays; before the first it is
-    unknown and nothing is rounded. It is a moving average of the largest value that the middle image of a batch brings about: where one
-    image in ten drives a layer a hundred times as far as the others do, the batch's largest value leaves no steps for those. Its state is
-    float parameters without gradient, because frameworks average those and not every buffer, and a sum beside its count, because an
-    average of both that starts at zero still has the right quotient.
+    Reference: https://arxiv.org/abs/1712.05877. The range follows the first ``WATCH`` training batches, then
+    stays. Before the first one nothing is rounded. The range is a moving average of the largest value in the
+    middle image of each batch: one image in ten may drive a layer a hundred times as far as the others, and a
+    range for that image leaves no steps for the rest.
+
+    The state is float parameters without gradient: frameworks' EMA copies those, but not every buffer. It is
+    a sum beside its count, because the quotient of both averages is right even where they start at zero.
 
     Args:
-        low: the smallest value, where a function has one (sigmoid, SiLU); None: symmetric about zero, as TensorRT wants it.
+        low: smallest value, where a function has one (sigmoid, SiLU). None: symmetric, as TensorRT wants it.
         low_ratio: in place of ``low``, where it is a fraction of the largest value (LeakyReLU).
-        high: the largest value, where it is known (a picture); else it is watched.
-        spread: how many times as far as the middle image others may go and be held too. Where the picture itself runs through,
-            saturated colours must not be cut; elsewhere finer steps are worth more than what is cut.
+        high: largest value, where it is known (a picture); else it is watched.
+        spread: images up to this many times the middle one are not clipped. More than 1 where the picture
+            itself runs through, and saturated colours count; elsewhere finer steps are worth more.
     """
 
     WATCH = 100
-    limit: Optional[float] = None  # the network's bound; no range goes beyond, so rounding applies it too
-    margin = 1.2  # training's crops show less of what is largest than pictures do; calibrate, which sees pictures, needs none
+    limit: Optional[float] = None  # the network's bound; no range goes beyond it
+    margin = 1.2  # training's crops show less of what is largest than calibrate's pictures do
     enabled = True
-    signed = False  # int8 about zero instead of uint8 about 128: the same values; which one is fast is the runtime's affair
+    signed = False  # int8 about zero instead of uint8 about 128: the same values, faster in some runtimes
 
-    def __init__(
-        self,
-        low: Optional[float] = None,
-        low_ratio: Optional[float] = None,
-        high: Optional[float] = None,
-        spread: float = 1.0,
-    ) -> None:
+    def __init__(self, low: Any = None, low_ratio: Any = None, high: Any = None, spread: float = 1.0) -> None:
         super().__init__()
         self.low, self.low_ratio, self.high, self.spread = low, low_ratio, high, spread
         self.range_sum = nn.Parameter(torch.zeros(1), requires_grad=False)
-        self.watched = nn.Parameter(
-            torch.zeros(1), requires_grad=False
-        )  # training batches so far, up to WATCH
+        self.watched = nn.Parameter(torch.zeros(1), requires_grad=False)  # training batches, up to WATCH
 
     @property
     def largest(self) -> Tensor:
         """The largest value (in a symmetric range: magnitude) that is represented."""
-        return (self.range_sum / self.watched.clamp_min(1e-9)).clamp(
-            max=math.inf if self.limit is None else self.limit
-        )
+        return (self.range_sum / self.watched.clamp_min(1e-9)).clamp(max=self.limit or math.inf)
 
     @torch.no_grad()
     def watch(self, x: Tensor) -> None:
@@ -127,30 +118,24 @@ class Quantizer(nn.Module):
         if self.high is not None:
             seen = torch.full_like(seen, self.high)
         # In a small batch the middle one may be wild too: it counts as twice what is usual.
-        average = torch.where(
-            self.watched > 0, self.largest.lerp(torch.minimum(seen, 2 * self.largest), 0.1), seen
-        )
-        counts = (
-            self.watched < self.WATCH
-        ) & seen.isfinite()  # one batch that ran away would leave no range for good
+        later = self.largest.lerp(torch.minimum(seen, 2 * self.largest), 0.1)
+        average = torch.where(self.watched > 0, later, seen)
+        counts = (self.watched < self.WATCH) & seen.isfinite()  # one infinite batch would spoil the range
         self.range_sum.copy_(torch.where(counts, average * (self.watched + 1), self.range_sum))
         self.watched.add_(counts)
 
     def usual(self, largest: Tensor) -> Tensor:
-        """Of the images' largest values, (N,), that of the middle one, or the last within ``spread`` of it."""
+        """Of the images' largest values (N,) the middle one, or the last within ``spread`` of it."""
         middle = largest.sort().values[len(largest) // 2]
         return torch.where(largest <= middle * self.spread, largest, middle).amax()
 
     def scale_and_zero_point(self) -> Tuple[Tensor, Tensor]:
         if self.signed or (self.low is None and self.low_ratio is None):
-            return self.largest / 127, torch.full_like(
-                self.watched, 0 if self.signed else 128, dtype=torch.int32
-            )
-        low = (
-            self.largest * self.low_ratio
-            if self.low_ratio is not None
-            else torch.full_like(self.watched, self.low or 0.0)
-        )
+            middle = 0 if self.signed else 128
+            return self.largest / 127, torch.full_like(self.watched, middle, dtype=torch.int32)
+        low = torch.full_like(self.watched, self.low or 0.0)
+        if self.low_ratio is not None:
+            low = self.largest * self.low_ratio
         scale = (self.largest - low) / 255
         return scale, (-low / scale).round().to(torch.int32)
 
@@ -162,19 +147,16 @@ class Quantizer(nn.Module):
             return limited
         scale, zero_point = self.scale_and_zero_point()
         low, high = (-128, 127) if self.signed else (0, 255)
-        if (
-            torch.onnx.is_in_onnx_export()
-        ):  # constants there: what a runtime would have to compute it doesn't see as a quantiser
-            return torch.fake_quantize_per_tensor_affine(x, float(scale), int(zero_point), low, high)
+        fake_quantize = torch.fake_quantize_per_tensor_affine
+        if torch.onnx.is_in_onnx_export():  # runtimes take constants for a quantiser, and nothing computed
+            return fake_quantize(x, float(scale), int(zero_point), low, high)
         with torch.autocast(x.device.type, enabled=False):  # rounding to 256 values is exact in float32 only
-            rounded = torch.fake_quantize_per_tensor_affine(
-                x.float(), scale.float().clamp_min(1e-12), zero_point, low, high
-            )
+            rounded = fake_quantize(x.float(), scale.float().clamp_min(1e-12), zero_point, low, high)
         return torch.where(self.watched > 0, rounded.to(x.dtype), limited)
 
 
 class QuantConv2d(nn.Conv2d):
-    """Convolution with an 8-bit weight, one scale an output channel, and optional quantisers of what comes in and goes out."""
+    """Convolution with an 8-bit weight, a scale for each output channel, and quantisers before and after."""
 
     quant_in: nn.Module
     quant_out: nn.Module
@@ -201,10 +183,10 @@ class QuantConv2d(nn.Conv2d):
 
 
 class SplitConv2d(nn.Module):
-    """A 3x3 convolution as the sum of a float 1x1 one with the few large weights in the middle of the kernel, and an 8-bit one with all others.
+    """A 3x3 convolution in two: float 1x1 for the few large weights in its middle, 8-bit for the rest.
 
-    Where an image runs through a network some weights are near one and the rest near 1/50: in one set of 8-bit steps those all but
-    vanish. Splitting large values off is known from https://arxiv.org/abs/2208.07339. Float also spares the image a rounding.
+    Where the image runs through a network some weights are near 1 and the rest near 1/50. One set of 8-bit
+    steps would round those away. See https://arxiv.org/abs/2208.07339. Float also spares the image rounding.
     """
 
     def __init__(self, conv: nn.Conv2d) -> None:
@@ -218,18 +200,10 @@ class SplitConv2d(nn.Module):
         middle = (slice(None), slice(None), slice(1, 2), slice(1, 2))
         usual = (
             weight.abs().flatten(1).float().quantile(0.99, dim=1).view(-1, 1, 1, 1)
-        )  # no quantile in half precision
-        coarse = torch.where(
-            weight[middle].abs() > 4 * usual, weight[middle], torch.zeros_like(weight[middle])
-        )
-        fine = weight.clone()
-        fine[middle] -= coarse
-        return {
-            "fine.weight": fine,
-            "fine.bias": bias,
-            "coarse.weight": coarse,
-            "coarse.bias": torch.zeros_like(bias),
-        }
+        )  # not in half precision
+        coarse = weight[middle] * (weight[middle].abs() > 4 * usual)
+        fine = {"fine.weight": weight - F.pad(coarse, (1, 1, 1, 1)), "fine.bias": bias}
+        return {**fine, "coarse.weight": coarse, "coarse.bias": torch.zeros_like(bias)}
 
     @staticmethod
     def join(parts: Mapping[str, Tensor]) -> Dict[str, Tensor]:
@@ -261,7 +235,7 @@ class StorableTail(arch.CollapsedTail):
 
 
 class QuantTail(StorableTail):
-    """CollapsedTail whose one convolution is 8-bit and writes the picture in steps of 1/255. Borders stay float."""
+    """CollapsedTail with an 8-bit convolution that writes the picture in steps of 1/255. Borders: float."""
 
     def __init__(self, channels: int, out_channels: int, scale: int) -> None:
         super().__init__(channels, out_channels, scale)
@@ -278,7 +252,7 @@ class QuantTail(StorableTail):
 
 
 class StoredConv2d(nn.Module):
-    """What a convolution of a quantised network becomes in the end: an int8 weight with its scales, or a half-precision weight."""
+    """A convolution as it is shipped: an int8 weight with its scales, or a half-precision weight."""
 
     bias: Tensor
     weight: Tensor
@@ -301,16 +275,15 @@ class StoredConv2d(nn.Module):
         weight = self.weight.to(self.bias.dtype)
         if self.weight_scale is not None:
             weight = weight * self.weight_scale
-        return self.quant_out(
-            F.conv2d(self.quant_in(x), weight, self.bias, padding=self.padding, groups=self.groups)
-        )
+        out = F.conv2d(self.quant_in(x), weight, self.bias, padding=self.padding, groups=self.groups)
+        return self.quant_out(out)
 
 
 class QuantAetherBlock(arch.FusedAetherBlock):
     """FusedAetherBlock whose 1x1 convolutions, and all between them, are 8-bit: (N, C, H, W) -> (N, C, H, W).
 
-    The depthwise convolution computes in float: integer kernels of 11x11 are slower. So does the sum, in the default placement: rounding
-    adds up in the stream that runs through all blocks.
+    The depthwise convolution stays float: integer kernels of 11x11 are slower. In the default placement the
+    sum stays float too: rounding adds up in the stream that runs through all blocks.
     """
 
     def __init__(self, options: Mapping[str, Any]) -> None:
@@ -329,29 +302,27 @@ class QuantAetherBlock(arch.FusedAetherBlock):
         out = self.reparam_conv(x)
         gate = self.gate_conv(out)
         gate = self.quant_silu(gate * self.quant_sigmoid(torch.sigmoid(gate)))  # as the integer kernels do it
-        return self.quant_sum(
-            self.spatial_attn(self.channel_attn(self.out_conv(gate * self.main_conv(out)))) + x
-        )
+        out = self.out_conv(gate * self.main_conv(out))
+        return self.quant_sum(self.spatial_attn(self.channel_attn(out)) + x)
 
 
 class QuantAetherNet(arch.FusedAetherNet):
-    """FusedAetherNet with fake quantisation, for quantisation-aware training; see prepare_qat and convert_to_quantized.
+    """FusedAetherNet with fake quantisation, for quantisation-aware training. Made by prepare_qat.
 
     Args: those of FusedAetherNet, and
-        placement: "default" (the 1x1 convolutions of the blocks with all between them, and the 3x3 one after them) or "full" (all convolutions
-            but the first and the depthwise ones, and the blocks' sums: faster, and less exact).
-        stored: weights are held as int8, or half precision where they are not quantised; nothing can be trained any more.
+        placement: "default" quantises the blocks' 1x1 convolutions, all between them, and the 3x3 one after
+            the blocks. "full" leaves only the first and the depthwise convolutions float: faster, less exact.
+        stored: weights are held as int8, or half precision if not quantised: no training.
     """
 
-    WILD = 20.0  # times further than on the middle image: calibrate warns
+    WILD = 20.0  # calibrate warns of an image this many times as far as the middle one
     block = QuantAetherBlock
     warns_in_training = False
 
     def __init__(self, placement: str = "default", stored: bool = False, **options: Any) -> None:
         if placement not in PLACEMENTS:
-            raise ValueError(
-                f"AetherNet: placement={placement!r} is not possible; allowed: {', '.join(PLACEMENTS)}."
-            )
+            allowed = ", ".join(PLACEMENTS)
+            raise ValueError(f"AetherNet: placement={placement!r} is not possible; allowed: {allowed}.")
         super().__init__(**options)
         self.placement, self.stored = placement, False
         full = placement == "full"
@@ -363,9 +334,8 @@ class QuantAetherNet(arch.FusedAetherNet):
                 block.quant_sum = Quantizer()
             before, activation = self.conv_before_upsample
             assert isinstance(before, nn.Conv2d)
-            self.fusion_convs = nn.ModuleList(
-                QuantConv2d.like(conv, quant_out=Quantizer()) for conv in self.fusion_convs
-            )  # type: ignore[arg-type]
+            convs: Any = self.fusion_convs
+            self.fusion_convs = nn.ModuleList(QuantConv2d.like(conv, None, Quantizer()) for conv in convs)
             self.fusion = QuantConv2d.like(self.fusion, quant_in=Quantizer(), quant_out=Quantizer())
             self.conv_before_upsample = nn.Sequential(SplitConv2d(before), activation)
         tail = QuantTail if full else StorableTail
@@ -387,7 +357,7 @@ class QuantAetherNet(arch.FusedAetherNet):
         super().set_bound(bound)
         for block in self.modules():
             if isinstance(block, QuantAetherBlock):
-                block.reparam_conv.quant_out.limit = bound  # type: ignore[union-attr, assignment]
+                block.reparam_conv.quant_out.limit = bound  # type: ignore[union-attr]
 
     @torch.inference_mode(False)
     @torch.random.fork_rng(devices=[])
@@ -414,65 +384,49 @@ class QuantAetherNet(arch.FusedAetherNet):
 
     @torch.no_grad()
     def calibrate(self, images: Iterable[Tensor]) -> None:
-        """Set every range to what ``images`` bring about, each (N, in_chans, H, W) in [0, 1]; see Quantizer.usual. Takes no training.
+        """Set every range from ``images``, each (N, in_chans, H, W) in [0, 1]. Takes no training.
 
-        The middle image's, because one picture of many drives some layer ten times as far as all the others do, and a range that held
-        this would leave a few steps for everything else: what is beyond is clipped.
+        The range is the middle image's, see Quantizer.usual: what lies beyond is clipped. A range for the one
+        picture that drives a layer ten times as far would leave few steps for all others.
 
         Raises:
             ValueError: no image, or none on which all values are finite; the ranges stay what they were.
         """
-        if self.stored:
-            raise ValueError("calibrate: this network holds int8 weights already; calibrate the float network.")
-        training, quantizers = self.training, list(self.quantizers().values())
-        before, largest = (
-            [(quantizer.range_sum.clone(), quantizer.watched.clone()) for quantizer in quantizers],
-            [],
-        )
+        training, quantizers, largest = self.training, list(self.quantizers().values()), []
+        before = [(each.range_sum.clone(), each.watched.clone()) for each in quantizers]
         self.train()
-        for quantizer in quantizers:
-            quantizer.margin = 1.0
+        for each in quantizers:
+            each.margin = 1.0
         try:
             for image in images:
-                for quantizer in quantizers:
-                    quantizer.watched.zero_()
+                for each in quantizers:
+                    each.watched.zero_()
                 super().forward(image.to(self.mean))
-                largest.append(
-                    torch.cat(
-                        [
-                            torch.where(quantizer.watched > 0, quantizer.largest, math.inf)
-                            for quantizer in quantizers
-                        ]
-                    )
-                )
+                seen = [torch.where(each.watched > 0, each.largest, math.inf) for each in quantizers]
+                largest.append(torch.cat(seen))
         finally:
             self.train(training)
-            for quantizer, (range_sum, watched) in zip(quantizers, before):
-                quantizer.margin = Quantizer.margin
-                quantizer.range_sum.copy_(range_sum)
-                quantizer.watched.copy_(watched)
-        finite = [
-            values for values in largest if bool(values.isfinite().all())
-        ]  # some weights run away on an extreme picture
+            for each, (range_sum, watched) in zip(quantizers, before):
+                each.margin = Quantizer.margin
+                each.range_sum.copy_(range_sum)
+                each.watched.copy_(watched)
+        # Some weights run away on an extreme picture.
+        finite = [values for values in largest if bool(values.isfinite().all())]
         if not finite:
             raise ValueError("calibrate: there is no image on which the network's values are finite.")
-        seen = torch.stack(finite, 1)  # (quantizers, images)
-        ranges = torch.stack([quantizer.usual(values) for quantizer, values in zip(quantizers, seen)])
+        values = torch.stack(finite, 1)  # (quantizers, images)
+        ranges = torch.stack([each.usual(row) for each, row in zip(quantizers, values)])
         if len(finite) < len(largest):
             passed = f"{len(largest) - len(finite)} of {len(largest)} images"
-            warnings.warn(
-                f"calibrate: values are not finite on {passed}, which were passed over.", stacklevel=2
-            )
-        beyond, worst = (seen.amax(1) / ranges).max(0)
+            text = f"calibrate: values are not finite on {passed}, which were passed over."
+            warnings.warn(text, stacklevel=2)
+        beyond, worst = (values.amax(1) / ranges).max(0)
         if beyond > self.WILD:
-            name = list(self.quantizers())[worst]
-            warnings.warn(
-                f"calibrate: one image drives {name} {beyond:.3g} times as far as the middle one does, and is clipped there.",
-                stacklevel=2,
-            )
-        for value, quantizer in zip(ranges, quantizers):
-            quantizer.range_sum.fill_(float(value))
-            quantizer.watched.fill_(1)
+            far = f"{list(self.quantizers())[worst]} {beyond:.3g} times as far as the middle one does"
+            warnings.warn(f"calibrate: one image drives {far}, and is clipped there.", stacklevel=2)
+        for value, each in zip(ranges, quantizers):
+            each.range_sum.fill_(float(value))
+            each.watched.fill_(1)
 
     def forward(self, x: Tensor) -> Tensor:
         out = super().forward(x)
@@ -490,18 +444,15 @@ class QuantAetherNet(arch.FusedAetherNet):
     @torch.random.fork_rng(devices=[])
     def fuse_model(self) -> arch.FusedAetherNet:
         """Take the quantisers out again: a FusedAetherNet with these weights, in place."""
-        weights = {
-            name: value.float()
-            for name, value in self.state_dict().items()
-            if not re.search(r"\.(range_sum|watched)$", name)
-        }
+        weights = {name: value.float() for name, value in self.state_dict().items()}
+        for name in [name for name in weights if name.endswith((".range_sum", ".watched"))]:
+            del weights[name]
         for name in [name for name in weights if name.endswith("weight_scale")]:
             weights[name[: -len("_scale")]] *= weights.pop(name)
         if self.placement == "full":
             before = "conv_before_upsample.0."
-            parts = {
-                name[len(before) :]: weights.pop(name) for name in list(weights) if name.startswith(before)
-            }
+            names = [name for name in weights if name.startswith(before)]
+            parts = {name[len(before) :]: weights.pop(name) for name in names}
             weights.update({before + name: value for name, value in SplitConv2d.join(parts).items()})
             weights.update({f"tail.{name}": weights.pop(f"tail.conv.{name}") for name in ("weight", "bias")})
         other = arch.FusedAetherNet(**self.options, keep_norm=self.keep_norm)
@@ -510,26 +461,26 @@ class QuantAetherNet(arch.FusedAetherNet):
         return self
 
     def for_target(self, target: str, reduce_range: bool = False) -> QuantAetherNet:
-        """A copy, of a network with stored weights, that suits a runtime. ONNX Runtime on a CPU is fast in uint8, and only where a convolution's
-        output is rounded as well; TensorRT and OpenVINO fuse better with float in between, and want int8 about zero. CPUs without VNNI add pairs
-        of products in 16 bits, which ``reduce_range``, weights of 7 bits, keeps from overflowing."""
+        """A copy of a network with stored weights that is fast in one of TARGETS.
+
+        ONNX Runtime on a CPU is fast in uint8, and only where a convolution's output is rounded as well.
+        TensorRT and OpenVINO fuse better with float in between, and want int8 about zero. ``reduce_range``
+        means weights of 7 bits: CPUs without VNNI add pairs of products in 16 bits, which overflow on 8.
+        """
         other = copy.deepcopy(self)
         for conv in other.modules() if reduce_range else ():
             if isinstance(conv, StoredConv2d) and conv.weight_scale is not None and conv.groups == 1:
-                conv.weight, conv.weight_scale = (
-                    _round_taps(conv.weight.float() / 2).to(torch.int8),
-                    conv.weight_scale * 2,
-                )
+                conv.weight = _round_taps(conv.weight.float() / 2).to(torch.int8)
+                conv.weight_scale = conv.weight_scale * 2
         for name, quantizer in other.quantizers().items():
             quantizer.signed = target != "onnxruntime"
-            quantizer.enabled = target == "onnxruntime" or name.endswith(
-                ("quant_in", "reparam_conv.quant_out")
-            )
+            before = name.endswith(("quant_in", "reparam_conv.quant_out"))
+            quantizer.enabled = target == "onnxruntime" or before
         other._round_biases()
         return other
 
     def _sources(self) -> Iterator[Tuple[nn.Module, Any]]:
-        """The convolutions that may be 8-bit, each with the quantiser that its input comes from, or what stands in its place."""
+        """The convolutions that may be 8-bit, each with the quantiser of its input, or what stands there."""
         for stage, fusion_conv in zip(self.stages, self.fusion_convs):
             for block in stage.modules():
                 if isinstance(block, QuantAetherBlock):
@@ -547,56 +498,46 @@ class QuantAetherNet(arch.FusedAetherNet):
                 yield module.conv, module.quant_in
 
     def _round_biases(self) -> None:
-        """To what integer kernels can hold: multiples of the input's scale times the weight's, in 32 bits. The first is a small part of an 8-bit
-        step, and yet without it one value of two hundred rounds to another code than in the exported file, block for block; the second is
-        too little for a bias whose weights are next to zero, as in a channel that died, so those get a larger step."""
+        """Round biases to what integer kernels hold: multiples of input scale times weight scale, in 32 bits.
+
+        Without it one value in two hundred rounds to another code than in the exported file, block by block.
+        32 bits are too few where weights are next to zero (a dead channel): those get a larger step.
+        """
         for conv, source in self._sources():
-            if (
-                isinstance(conv, StoredConv2d)
-                and conv.weight_scale is not None
-                and isinstance(source, Quantizer)
-            ):
+            if not (isinstance(conv, StoredConv2d) and isinstance(source, Quantizer)):
+                continue
+            if conv.weight_scale is not None:
                 scale = source.scale_and_zero_point()[0]
-                wide = torch.maximum(conv.weight_scale, (conv.bias.abs() / (scale * 2**30)).view(-1, 1, 1, 1))
-                conv.weight, conv.weight_scale = (
-                    (conv.weight.float() * (conv.weight_scale / wide)).round().to(torch.int8),
-                    wide,
-                )
-                step = wide.flatten() * scale
+                least = (conv.bias.abs() / (scale * 2**30)).view(-1, 1, 1, 1)
+                wide = torch.maximum(conv.weight_scale, least)
+                conv.weight = (conv.weight.float() * (conv.weight_scale / wide)).round().to(torch.int8)
+                conv.weight_scale, step = wide, wide.flatten() * scale
                 conv.bias = (conv.bias / step).round() * step
 
     def store(self) -> None:
-        """Hold the weights as they will be shipped: int8 with scales, half precision where a convolution is not quantised."""
-        small = {
-            conv
-            for module in self.modules()
-            if isinstance(module, (arch.ChannelAttention, arch.SpatialAttention))
-            for conv in module.modules()
-        }
-        for module in [module for module in self.modules() if module not in small]:
-            for name, conv in list(module.named_children()):
-                if isinstance(conv, nn.Conv2d):
-                    setattr(module, name, StoredConv2d(conv))
-        self.tail.store()
+        """Hold the weights as they are shipped: int8 with scales, or half precision where not quantised."""
+        for path, conv in list(self.named_modules()):
+            if isinstance(conv, nn.Conv2d) and "_attn." not in path:  # attention is small
+                parent, _, name = path.rpartition(".")
+                setattr(self.get_submodule(parent), name, StoredConv2d(conv))
+        tail: Any = self.tail
+        tail.store()
         self.requires_grad_(False)
         self.stored = True
         self.eval()
 
     def convert_to_quantized(self) -> QuantAetherNet:
-        """A copy in evaluation mode that holds int8 weights: a file a third of the float one's size, nothing left to train.
+        """A copy in evaluation mode with int8 weights: a third of the float file, nothing left to train.
 
         Raises:
-            ValueError: no batch was seen in training and calibrate was not called; or weights are beyond half precision.
+            ValueError: ranges are unknown (no training, no calibrate), or weights are beyond half precision.
         """
         if self.stored:
             return self
-        if any(
-            quantizer.watched == 0 or not quantizer.largest.isfinite()
-            for quantizer in self.quantizers().values()
-        ):
-            raise ValueError(
-                "convert_to_quantized: the ranges are unknown; train a batch, or call calibrate(images)."
-            )
+        known = [each.watched > 0 and each.largest.isfinite() for each in self.quantizers().values()]
+        if not all(known):
+            text = "the ranges are unknown; train a batch, or call calibrate(images)."
+            raise ValueError(f"convert_to_quantized: {text}")
         other = copy.deepcopy(self).eval().float()
         for quantizer in other.quantizers().values():
             quantizer.range_sum.copy_(quantizer.largest)  # the sum of a hundred may be beyond half precision
@@ -604,18 +545,17 @@ class QuantAetherNet(arch.FusedAetherNet):
         other.store()
         for name, value in other.state_dict().items():
             if value.is_floating_point() and not bool(value.isfinite().all()):
-                raise ValueError(
-                    f"convert_to_quantized: {name} is beyond half precision; fuse_aether.py scales float weights so that they are not."
-                )
+                remedy = "fuse_aether.py scales float weights so that they are not."
+                raise ValueError(f"convert_to_quantized: {name} is beyond half precision; {remedy}")
         other._round_biases()
         return other
 
 
 def _to_int8(weight: Tensor) -> Tuple[Tensor, Tensor]:
-    """Codes from -127 to 127 (still float) and one step for each output channel, (out_channels, 1, 1, 1), of a weight.
+    """A weight's codes from -127 to 127, still float, and a step for each output channel, (outputs, 1, 1, 1).
 
-    In a dense kernel each tap takes over what the taps before it lost, so that a flat area keeps its value: rounded one by one, the 25 taps
-    of the last convolution shift whole areas by a step of the picture. Noise shaping, as in error diffusion.
+    In a dense kernel each tap takes over what the taps before it lost (error diffusion), so that a flat area
+    keeps its value. Rounded one by one, the 25 taps of the last convolution shift areas by a picture's step.
     """
     weight = weight.detach().float()
     scale = weight.abs().amax((1, 2, 3), keepdim=True).clamp_min(1e-12) / 127
@@ -641,7 +581,7 @@ def _store_int8(module: nn.Module, name: str, weight: Tensor) -> None:
 
 
 def _test_pictures(channels: int) -> Iterable[Tensor]:
-    """Pictures that ask much of a network: noise, edges, gradients, flat black and white. (1, channels, 64, 64) in [0, 1]."""
+    """Noise, edges, gradients, flat black and white: each (1, channels, 64, 64) in [0, 1]."""
     ramp = torch.linspace(0, 1, 64).expand(64, 64)
     checks = (torch.arange(64).view(-1, 1) // 4 + torch.arange(64) // 4) % 2
     noise = torch.rand(channels, 64, 64, generator=torch.Generator().manual_seed(0))
