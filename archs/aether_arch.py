@@ -620,8 +620,10 @@ class CollapsedTail(nn.Module):
         dim, side = (2, row) if row else (3, column)
         lines = weight.unbind(dim)  # in the image's order; the line's parts are the outermost first
         weight = torch.cat(lines if side < 0 else lines[::-1], 1).unsqueeze(dim)
-        if row and column:  # a corner's kernel begins or ends there: centre it
-            weight = F.pad(weight, (self.depth - 1, 0) if column < 0 else (0, self.depth - 1))
+        if row and column and self.depth > 1:  # a corner's kernel begins or ends there: centre it
+            # Not F.pad: the ONNX exporter does not know the shape of what it gives.
+            zeros = weight.new_zeros(*weight.shape[:3], self.depth - 1)
+            weight = torch.cat([zeros, weight] if column < 0 else [weight, zeros], 3)
         return F.conv2d(line, weight, bias, padding=[weight.shape[2] // 2, weight.shape[3] // 2])
 
     def added(self, x: Tensor, delta: Tensor, edge: Tuple[int, int], masks: Masks) -> Tensor:
