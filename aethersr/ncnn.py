@@ -27,51 +27,67 @@ SIZES = ((17, 31), (33, 13), (9, 1))  # height and width of the pictures that ar
 def export_ncnn(model: AetherBase, scale: int, output_path: Optional[str] = None) -> Tuple[str, str]:
     """Write the fused network as NCNN's two files and return their paths. The model stays as it was.
 
-    Blob ``data`` (in_chans, H, W) in [0, 1] goes in, ``output`` (in_chans, scale * H, scale * W) comes out:
-    the names that Upscayl and others look for. Any size, weights in half precision. ncnn runs the files on
-    three odd sizes before they are kept. Needs the packages ncnn and pnnx.
-
     Args:
         scale: the model's scale, named again so that a mistaken export can't pass.
         output_path: of the .param file, the .bin file comes beside it; default ``{scale}x_aether.param``.
             Upscayl reads the scale in the name, see named_for_upscayl.
 
     Raises:
-        UserError: ncnn or pnnx is not installed, or ncnn's output differs from the network's by more than a
-            step of 1/255. Nothing new is at output_path then.
+        UserError: see convert. Nothing new is at output_path then.
     """
     if scale != model.scale:
         raise ValueError(f"export_ncnn: scale={scale} was asked for, the model has scale={model.scale}.")
-    try:
-        import ncnn
-        import pnnx
-    except ImportError:
-        raise UserError(f"an NCNN file needs the packages ncnn and pnnx: {WAY_OUT}") from None
     param = Path(output_path or f"{scale}x_aether.param")
+    targets = (param, param.with_suffix(".bin"))
+    contents = convert(model)
+    with Together() as files:
+        for target, content in zip(targets, contents):
+            files.part(target).write_bytes(content)
+        files.commit()
+    return str(targets[0]), str(targets[1])
+
+
+def convert(model: AetherBase) -> Tuple[bytes, bytes]:
+    """The .param and the .bin file of the fused network, after ncnn has run them on three odd sizes.
+
+    Blob ``data`` (in_chans, H, W) in [0, 1] goes in, ``output`` (in_chans, scale * H, scale * W) comes out:
+    the names that Upscayl and others look for. Any size, weights in half precision.
+
+    Raises:
+        UserError: ncnn or pnnx is not installed, or ncnn's output differs from the network's by more than a
+            step of 1/255.
+    """
+    require()
+    import pnnx
+
     with torch.inference_mode(False), torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         reference = model.fused().cpu().float()
         image = picture(torch.float32, 1, model.options["in_chans"], 19, 23)
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # the tracer warns of the check for a size that only eager CPUs need
+            warnings.simplefilter("ignore")  # the tracer warns of what eager CPUs ask about sizes
             torch.jit.trace(for_export(reference), image, check_trace=False).save(f"{folder}/net.pt")
-        # Two shapes, so that it fixes neither.
+        channels = image.shape[1]
         shapes = [
-            f"inputshape{more}=[1,{image.shape[1]},{size}]" for more, size in (("", "19,23"), ("2", "34,26"))
-        ]
+            f"inputshape=[1,{channels},19,23]",
+            f"inputshape2=[1,{channels},34,26]",
+        ]  # so neither is fixed
         done = subprocess.run([pnnx.EXEC_PATH, "net.pt", *shapes], cwd=folder, capture_output=True, text=True)
-        text, weights = (Path(folder, f"net.ncnn.{ending}") for ending in ("param", "bin"))
-        if not (text.is_file() and weights.is_file()):
+        param, weights = (Path(folder, f"net.ncnn.{ending}") for ending in ("param", "bin"))
+        if not (param.is_file() and weights.is_file()):
             raise UserError(f"pnnx stopped with code {done.returncode}; {WAY_OUT}")
-        named = re.sub(r"\bin0\b", "data", text.read_text(encoding="ascii"))
-        text.write_text(re.sub(r"\bout0\b", "output", named), encoding="ascii")
-        _compare(ncnn, text, weights, reference)
-        with Together() as files:
-            for path, target in ((text, param), (weights, param.with_suffix(".bin"))):
-                files.part(target).write_bytes(path.read_bytes())
-            files.commit()
-    return str(param), str(param.with_suffix(".bin"))
+        named = re.sub(r"\bin0\b", "data", param.read_text(encoding="ascii"))
+        param.write_text(re.sub(r"\bout0\b", "output", named), encoding="ascii")
+        _compare(param, weights, reference)
+        return param.read_bytes(), weights.read_bytes()
+
+
+def require() -> None:
+    """Raise UserError where the packages are missing."""
+    try:
+        import ncnn  # noqa: F401
+        import pnnx  # noqa: F401
+    except ImportError:
+        raise UserError(f"an NCNN file needs the packages ncnn and pnnx: {WAY_OUT}") from None
 
 
 def named_for_upscayl(stem: str, scale: int) -> str:
@@ -83,7 +99,9 @@ def named_for_upscayl(stem: str, scale: int) -> str:
     return stem if found[:1] == [scale] else f"{scale}x_{stem}"
 
 
-def _compare(ncnn: Any, param: Path, weights: Path, reference: AetherBase) -> None:
+def _compare(param: Path, weights: Path, reference: AetherBase) -> None:
+    import ncnn
+
     net = ncnn.Net()
     net.load_param(str(param))
     net.load_model(str(weights))

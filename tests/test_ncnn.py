@@ -14,6 +14,7 @@ import torch
 from aether_arch import AetherNet
 from conftest import randomize
 
+from aethersr.commands.fuse import main
 from aethersr.errors import UserError
 from aethersr.ncnn import export_ncnn, named_for_upscayl, run
 
@@ -138,3 +139,22 @@ def test_another_scale_than_the_networks_is_refused() -> None:
 )
 def test_upscayl_finds_the_scale_in_the_name(stem: str, scale: int, named: str) -> None:
     assert named_for_upscayl(stem, scale) == named
+
+
+def test_the_command_writes_both_files_beside_the_weights(tmp_path: Path) -> None:
+    for name in ("ncnn", "pnnx"):
+        pytest.importorskip(name, reason=f"needs the package {name}: pip install ncnn pnnx")
+    net = network()
+    torch.save({"params": net.state_dict()}, tmp_path / "net_g_latest.pth")
+    command = ["--model_path", str(tmp_path / "net_g_latest.pth"), "--device", "cpu", "--ncnn"]
+    command += ["--output_path", str(tmp_path / "mine_fused.pth")]
+    assert main(command) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "net_g_latest.pth",
+        "mine_fused.pth",
+        "2x_mine.param",
+        "2x_mine.bin",
+    }
+    assert differs_by(net, str(tmp_path / "2x_mine.param"), (5, 7)) <= 1
+    (tmp_path / "mine_fused.pth").unlink()
+    assert main(command) == 2, "--overwrite is asked for, because the NCNN files are there"

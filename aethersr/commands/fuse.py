@@ -8,8 +8,8 @@ safetensors only where such a file is named.
 
 With ``--onnx fp32,fp16,int8`` ONNX files are written beside the weights (needs onnx, onnxruntime and
 onnxslim). int8 comes from a checkpoint of quantisation-aware training, or from any other with ``--calibration
-FOLDER`` (pictures as large as the network's output; needs Pillow). With these two --model_path may be fused
-weights too.
+FOLDER`` (pictures as large as the network's output; needs Pillow). ``--ncnn`` writes NCNN's .param and .bin
+(needs ncnn and pnnx). With these --model_path may be fused weights too.
 
 What half precision could not hold is rescaled inside the network, exactly. ``--check-fp16`` prints every
 layer's headroom, and fp16 and bf16 against fp32; alone, without --output_path, it writes nothing and takes
@@ -30,13 +30,15 @@ from aether_arch import AetherBase, FusedAetherNet
 from aether_quant import PLACEMENTS, QuantAetherNet
 from torch import Tensor
 
-from aethersr import calibration, verify
+from aethersr import calibration, ncnn, verify
 from aethersr.checkpoint import read_checkpoint, write_state
 from aethersr.commands import exit_code
 from aethersr.commands.fuse_options import (
     PROGRAM,
     check_ending,
     check_numbers,
+    exports,
+    ncnn_paths,
     onnx_metadata,
     onnx_path,
     parse_args,
@@ -63,9 +65,9 @@ def build(path: Path, state: Mapping[str, Tensor], args: argparse.Namespace) -> 
     if form == "int8":
         found = f"{path} holds int8 weights already, expected a training checkpoint"
         raise UserError(f"{found}; export it, or pass another (--model_path).")
-    nothing_to_do = args.output_path and args.bound is None and not (args.onnx or args.int8)
+    nothing_to_do = args.output_path and args.bound is None and not exports(args)
     if (form == "fused" and nothing_to_do) or (form == "older fused" and not args.accept_older_fused):
-        remedy = "it can be used as it is, and --onnx exports it"
+        remedy = "it can be used as it is, and --onnx or --ncnn exports it"
         if form == "older fused":
             remedy = "pass --accept_older_fused to bake the rest of it"
         found = f"{path} is fused already ({form} form), expected a training checkpoint"
@@ -249,7 +251,9 @@ def fuse(args: argparse.Namespace, say: Say = print) -> None:
     unfused = build(source, state, args)
     static = static_shape(args, unfused)
     targets = {onnx_path(target, precision, static): precision for precision in wanted}
-    for path in targets:
+    ncnn_files = ncnn_paths(target, unfused.scale) if args.ncnn else ()
+    written = (target, *targets, *ncnn_files)
+    for path in written[1:]:
         check_output(path, [source], args.overwrite, "--output_path")
     metadata = onnx_metadata(source, args) if wanted else {}
     say(f"Weights: {chosen}")
@@ -259,7 +263,7 @@ def fuse(args: argparse.Namespace, say: Say = print) -> None:
     net = unfused.fused()
     if args.bound is not None:
         report_bound(state, net, args, say)
-    powers = fit(net, source, args, say, args.check_fp16 or "fp16" in wanted)
+    powers = fit(net, source, args, say, args.check_fp16 or args.ncnn or "fp16" in wanted)
     check_finite(net, source)
     int8 = None
     if "int8" in wanted:
@@ -298,7 +302,11 @@ def fuse(args: argparse.Namespace, say: Say = print) -> None:
                 path: (kind, int8 or plain if kind == "int8" else plain) for path, kind in targets.items()
             }
             write_onnx(files, nets, args, static, metadata)
-            for path in (target, *targets):  # again: something else may have written them by now
+            if args.ncnn:
+                say("Converting for NCNN")
+                for path, content in zip(ncnn_files, ncnn.convert(plain)):
+                    files.part(path).write_bytes(content)
+            for path in written:  # again: something else may have written them by now
                 check_output(path, [source], args.overwrite, "--output_path")
             files.commit()
     except OSError as error:
@@ -314,7 +322,7 @@ def fuse(args: argparse.Namespace, say: Say = print) -> None:
     say(
         f"{speed}; largest difference {difference:.1e} steps of 1/255 (allowed {verify.ALLOWED_DIFFERENCE:g})"
     )
-    for path in (target, *targets):
+    for path in written:
         say(f"Wrote {path}")
 
 

@@ -10,12 +10,13 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence
+from typing import Dict, List, Optional, Sequence, Tuple
 
 import torch
 from aether_arch import SCALES, VARIANTS, AetherBase, __version__
 from aether_quant import PLACEMENTS, TARGETS
 
+from aethersr import ncnn
 from aethersr.checkpoint import ENDINGS
 from aethersr.errors import UserError, missing_package
 from aethersr.onnx import OPSETS, PRECISIONS
@@ -51,6 +52,8 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     add("--target", choices=TARGETS, default=TARGETS[0], help=text)
     text = "int8 weights of 7 bits, for CPUs without VNNI, which overflow on 8"
     add("--reduce_range", action="store_true", help=text)
+    text = "NCNN files to write beside --output_path, .param and .bin, for Upscayl, chaiNNer and others"
+    add("--ncnn", action="store_true", help=text)
     text = "print each layer's headroom in half precision; needs no --output_path"
     add("--check-fp16", action="store_true", help=text)
     text = "ONNX files for pictures of one size only, for instance 3,256,256 (default: any size)"
@@ -64,9 +67,14 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     text = "take a file whose kernels an older tool merged already"
     add("--accept_older_fused", action="store_true", help=text)
     args = parser.parse_args(argv)
-    if args.output_path is None and (args.onnx or args.int8 or not args.check_fp16):
+    if args.output_path is None and (exports(args) or not args.check_fp16):
         parser.error("the following arguments are required: --output_path")
     return args
+
+
+def exports(args: argparse.Namespace) -> bool:
+    """Whether files for other runtimes are asked for."""
+    return bool(args.onnx or args.int8 or args.ncnn)
 
 
 def check_numbers(args: argparse.Namespace) -> None:
@@ -88,6 +96,8 @@ def precisions(args: argparse.Namespace) -> List[str]:
         allowed = f"allowed, with commas between: {', '.join(PRECISIONS)}"
         raise UserError(f"--onnx {unknown[0]!r} is not known; {allowed}.")
     wanted += ["int8"] if args.int8 and "int8" not in wanted else []
+    if args.ncnn:
+        ncnn.require()
     if wanted:
         try:
             import onnx  # noqa: F401
@@ -138,9 +148,18 @@ def check_ending(path: Path) -> None:
 def onnx_path(target: Path, precision: str, static: Optional[List[int]]) -> Path:
     """2x_NAME_fused.safetensors -> 2x_NAME_fp16.onnx, or 2x_NAME_fp16_3x48x64.onnx where the size is
     fixed."""
-    stem = target.stem[: -len("_fused")] if target.stem.endswith("_fused") else target.stem
     size = "_" + "x".join(map(str, static)) if static else ""
-    return target.with_name(f"{stem}_{precision}{size}.onnx")
+    return target.with_name(f"{_stem(target)}_{precision}{size}.onnx")
+
+
+def ncnn_paths(target: Path, scale: int) -> Tuple[Path, Path]:
+    """2x_NAME_fused.safetensors -> 2x_NAME.param and 2x_NAME.bin; 2x_ comes in front where it is missing."""
+    stem = ncnn.named_for_upscayl(_stem(target), scale)
+    return target.with_name(f"{stem}.param"), target.with_name(f"{stem}.bin")
+
+
+def _stem(target: Path) -> str:
+    return target.stem[: -len("_fused")] if target.stem.endswith("_fused") else target.stem
 
 
 def onnx_metadata(source: Path, args: argparse.Namespace) -> Dict[str, str]:
