@@ -1,4 +1,4 @@
-"""AetherNet written out a second time, operation by operation from a training-form state dict: slow, plain, and independent of the other."""
+"""AetherNet written out a second time, operation by operation from a training state dict: slow and plain."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def reference(state: Mapping[str, Tensor], x: Tensor, img_range: float = 1.0, training: bool = False) -> Tuple[Tensor, Dict[str, Tensor]]:
-    """Output and the running statistics after this pass. Two depthwise branches, hand-written norm, no drop path."""
+def reference(
+    state: Mapping[str, Tensor], x: Tensor, img_range: float = 1.0, training: bool = False
+) -> Tuple[Tensor, Dict[str, Tensor]]:
+    """Output, and the running statistics after it: two depthwise branches, a norm by hand, no drop path."""
     after: Dict[str, Tensor] = {}
 
     def conv(x: Tensor, name: str, **options: int) -> Tensor:
@@ -29,8 +31,12 @@ def reference(state: Mapping[str, Tensor], x: Tensor, img_range: float = 1.0, tr
 
     def block(x: Tensor, name: str) -> Tensor:
         channels = x.shape[1]
-        large = conv(x, f"{name}.conv.lk_conv", groups=channels) + state[f"{name}.conv.lk_bias"].view(1, -1, 1, 1)
-        small = conv(x, f"{name}.conv.sk_conv", groups=channels) + state[f"{name}.conv.sk_bias"].view(1, -1, 1, 1)
+        large = conv(x, f"{name}.conv.lk_conv", groups=channels) + state[f"{name}.conv.lk_bias"].view(
+            1, -1, 1, 1
+        )
+        small = conv(x, f"{name}.conv.sk_conv", groups=channels) + state[f"{name}.conv.sk_bias"].view(
+            1, -1, 1, 1
+        )
         out = norm(large + small, f"{name}.norm")
         if "bound" in state:
             out = torch.minimum(torch.maximum(out, -state["bound"]), state["bound"])
@@ -38,7 +44,9 @@ def reference(state: Mapping[str, Tensor], x: Tensor, img_range: float = 1.0, tr
         out = conv(gate * torch.sigmoid(gate) * conv(out, f"{name}.ffn.conv_main"), f"{name}.ffn.conv_out")
         if f"{name}.channel_attn.fc.0.weight" in state:
             squeezed = out.mean((2, 3), keepdim=True)
-            out = out * torch.sigmoid(conv(torch.relu(conv(squeezed, f"{name}.channel_attn.fc.0")), f"{name}.channel_attn.fc.2"))
+            out = out * torch.sigmoid(
+                conv(torch.relu(conv(squeezed, f"{name}.channel_attn.fc.0")), f"{name}.channel_attn.fc.2")
+            )
         if f"{name}.spatial_attn.conv.weight" in state:
             pooled = torch.cat([out.max(1, keepdim=True)[0], out.mean(1, keepdim=True)], 1)
             out = out * torch.sigmoid(conv(pooled, f"{name}.spatial_attn.conv"))
@@ -53,7 +61,12 @@ def reference(state: Mapping[str, Tensor], x: Tensor, img_range: float = 1.0, tr
             j += 1
         features.append(conv(out, f"fusion_convs.{i}"))
         i += 1
-    body = conv(torch.cat(features, 1) + state["quant_fusion_layer.error_comp"], "quant_fusion_layer.fusion_conv") + shallow
+    body = (
+        conv(
+            torch.cat(features, 1) + state["quant_fusion_layer.error_comp"], "quant_fusion_layer.fusion_conv"
+        )
+        + shallow
+    )
     body = conv(norm(body, "norm"), "conv_after_body") + body
     out = F.leaky_relu(conv(body, "conv_before_upsample.0"), 0.01)
     steps = [name for name in state if name.startswith("upsample.blocks.") and name.endswith(".weight")]

@@ -82,7 +82,7 @@ def test_folders_without_a_picture_that_is_large_enough_are_refused(tmp_path: Pa
         calibration_pairs(tmp_path, net)
     Image.new("RGB", (16, 16)).save(tmp_path / "large_enough.png")
     assert len(calibration_pairs(tmp_path, net)) == 1
-    with pytest.raises(UserError, match="--pictures .* is not a folder"):
+    with pytest.raises(UserError, match=r"--pictures .* is not a folder"):
         calibration_pairs(tmp_path / "small.png", net, "--pictures")
 
 

@@ -111,16 +111,34 @@ AVERAGED: Dict[str, Any] = {
     "nested": {"net_g": {"params": STATE, "params_ema": EMA}},
     "nested the other way round": {"ema": {"net_g": EMA}, "online": {"net_g": STATE}},
     "AveragedModel": {**under("module.", EMA), "n_averaged": COUNT},
-    "AveragedModel beside its network": {"model": STATE, "average": {**under("module.", EMA), "n_averaged": COUNT}},
+    "AveragedModel beside its network": {
+        "model": STATE,
+        "average": {**under("module.", EMA), "n_averaged": COUNT},
+    },
     "AveragedModel, compiled": {**under("module._orig_mod.", EMA), "n_averaged": COUNT},
     "SWA": {"state_dict": STATE, "swa_state_dict": {**under("module.", EMA), "n_averaged": COUNT}},
-    "ema-pytorch": {**under("online_model.", STATE), **under("ema_model.", EMA), "initted": torch.tensor(True), "step": COUNT},
-    "ema-pytorch without its network": {**under("ema_model.", EMA), "initted": torch.tensor(True), "step": COUNT},
-    "ema-pytorch in a wrapper called ema": {"ema": {**under("ema_model.module.", EMA), **under("online_model.module.", STATE)}},
-    "Lightning": {"state_dict": {**under("model.", STATE), **under("ema.module.", EMA), "ema.n_averaged": COUNT}},
-    "Lightning, ema-pytorch": {"state_dict": {**under("ema.online_model.", STATE), **under("ema.ema_model.", EMA), "ema.step": COUNT}},
+    "ema-pytorch": {
+        **under("online_model.", STATE),
+        **under("ema_model.", EMA),
+        "initted": torch.tensor(True),
+        "step": COUNT,
+    },
+    "ema-pytorch without its network": {
+        **under("ema_model.", EMA),
+        "initted": torch.tensor(True),
+        "step": COUNT,
+    },
+    "ema-pytorch in a wrapper called ema": {
+        "ema": {**under("ema_model.module.", EMA), **under("online_model.module.", STATE)}
+    },
+    "Lightning": {
+        "state_dict": {**under("model.", STATE), **under("ema.module.", EMA), "ema.n_averaged": COUNT}
+    },
+    "Lightning, ema-pytorch": {
+        "state_dict": {**under("ema.online_model.", STATE), **under("ema.ema_model.", EMA), "ema.step": COUNT}
+    },
     "beside the plain names": {**STATE, **under("ema.", EMA)},
-}  # fmt: skip
+}
 
 
 def assert_state(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
@@ -294,12 +312,18 @@ def test_a_file_of_lightning_is_read_or_named(tmp_path: Path, hyper_parameters: 
     more = lightning.fabric.utilities.data.AttributeDict(a=1) if hyper_parameters == "attributes" else None
     module = Module(more=more)
     checkpoints = lightning.pytorch.callbacks.ModelCheckpoint(tmp_path, filename="last")
-    trainer = lightning.Trainer(max_epochs=1, accelerator="cpu", logger=False, callbacks=[checkpoints],
-                                enable_progress_bar=False, enable_model_summary=False)  # fmt: skip
+    trainer = lightning.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        callbacks=[checkpoints],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
     trainer.fit(module, torch.utils.data.DataLoader(torch.rand(2, 3, 8, 8)))
     path = tmp_path / "last.ckpt"
     if hyper_parameters == "attributes":
-        with pytest.raises(UserError, match="AttributeDict.*save the weights alone, torch.save"):
+        with pytest.raises(UserError, match=r"AttributeDict.*save the weights alone, torch.save"):
             read_checkpoint(path)
     else:
         assert_state(read_checkpoint(path).state, module.net_g.state_dict())
@@ -393,8 +417,15 @@ def test_a_path_that_is_no_checkpoint_is_named_with_the_option_to_change(tmp_pat
     (tmp_path / "a.onnx").write_bytes(b"x")
     (tmp_path / "empty.pth").write_bytes(b"")
     (tmp_path / "folder.pth").mkdir()
-    for name, words in (("no.pth", "does not exist"), ("folder.pth", "is not a file"), ("empty.pth", "is empty"),
-                        ("a.onnx", "ends in '.onnx'; expected a checkpoint that ends in .pth, .pt, .ckpt, .bin or .safetensors")):  # fmt: skip
+    for name, words in (
+        ("no.pth", "does not exist"),
+        ("folder.pth", "is not a file"),
+        ("empty.pth", "is empty"),
+        (
+            "a.onnx",
+            "ends in '.onnx'; expected a checkpoint that ends in .pth, .pt, .ckpt, .bin or .safetensors",
+        ),
+    ):
         with pytest.raises(UserError) as error:
             read_checkpoint(tmp_path / name, "--model")
         assert f"{tmp_path / name} {words}" in str(error.value)
@@ -547,8 +578,21 @@ class Calls:
         return self.call
 
 
-WATCHED = ("os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "os.fork", "os.remove", "os.rename", "shutil.",
-           "socket.", "ctypes.", "pickle.find_class", "compile", "marshal.")  # fmt: skip
+WATCHED = (
+    "os.system",
+    "subprocess.Popen",
+    "os.exec",
+    "os.posix_spawn",
+    "os.fork",
+    "os.remove",
+    "os.rename",
+    "shutil.",
+    "socket.",
+    "ctypes.",
+    "pickle.find_class",
+    "compile",
+    "marshal.",
+)
 events: List[str] = []
 watching = False
 
@@ -654,8 +698,11 @@ def test_a_class_that_is_refused_is_named_with_the_way_to_save_the_weights_alone
     import argparse
     import decimal
 
-    for content, name in ((argparse.Namespace(rate=1), "argparse.Namespace"), (decimal.Decimal(1), "decimal.Decimal"),
-                          (NET, "aether_arch.AetherNet")):  # fmt: skip
+    for content, name in (
+        (argparse.Namespace(rate=1), "argparse.Namespace"),
+        (decimal.Decimal(1), "decimal.Decimal"),
+        (NET, "aether_arch.AetherNet"),
+    ):
         for protocol in (2, 4):
             line = reader.refuses(
                 "a.pth", saved({"state_dict": STATE, "hyper_parameters": content}, pickle_protocol=protocol)
@@ -757,25 +804,52 @@ BOMBS: Dict[str, Callable[[], Tuple[str, bytes]]] = {
     "zeros compressed": lambda: ("net.pth", repacked(good_pickle(), zipfile.ZIP_DEFLATED, 256 * MIB)),
     "bytearray": lambda: ("net.pth", saved({"params": STATE, "more": Calls(bytearray, 256 * MIB)})),
     "bytearray of terabytes": lambda: ("net.pth", saved({"params": STATE, "more": Calls(bytearray, 2**44)})),
-    "bytearray, old": lambda: ("old.pth", saved({"more": Calls(bytearray, 256 * MIB)}, _use_new_zipfile_serialization=False)),
+    "bytearray, old": lambda: (
+        "old.pth",
+        saved({"more": Calls(bytearray, 256 * MIB)}, _use_new_zipfile_serialization=False),
+    ),
     "doubled text": lambda: ("net.pth", saved({"more": blown_up_text()})),
     "sets": lambda: ("net.pth", repacked(b"\x80\x02(" + b"\x8f" * 600_000 + b"t.")),
     "lists": lambda: ("net.pth", repacked(b"\x80\x02(" + b"]" * 2_000_000 + b"t.")),
     "nested": lambda: ("net.pth", repacked(nested(50_000))),
     "storage of terabytes": lambda: ("net.pth", repacked(good_pickle(b"K\x03tq", long1(2**40) + b"tq"))),
-    "storage of gigabytes, old": lambda: ("old.pth", FILES["old.pth"].replace(b"K\x03Ntq", long1(2**31) + b"Ntq", 1)),
-    "tensor of terabytes": lambda: ("net.pth", repacked(good_pickle(b"(K\x01K\x03K\x01K\x01t", b"(K\x01" + long1(2**40) + b"K\x01K\x01t"))),
+    "storage of gigabytes, old": lambda: (
+        "old.pth",
+        FILES["old.pth"].replace(b"K\x03Ntq", long1(2**31) + b"Ntq", 1),
+    ),
+    "tensor of terabytes": lambda: (
+        "net.pth",
+        repacked(good_pickle(b"(K\x01K\x03K\x01K\x01t", b"(K\x01" + long1(2**40) + b"K\x01K\x01t")),
+    ),
     "expanded tensor": lambda: ("net.pth", saved({**STATE, "mean": torch.zeros(1).expand(1, 2**40, 1, 1)})),
-    "empty tensor of many": lambda: ("net.pth", saved({**STATE, "stages.0.0.conv.lk_conv.weight": torch.zeros(0, 1, 2**31 + 1, 1)})),
-    "many blocks": lambda: ("net.pth", saved({**STATE, **{f"stages.0.{k}.x": torch.zeros(1) for k in range(3000)}})),
-    "many networks": lambda: ("net.pth", saved({f"{k}.stages.0.0.conv.lk_conv.weight": torch.zeros(1) for k in range(3000)})),
+    "empty tensor of many": lambda: (
+        "net.pth",
+        saved({**STATE, "stages.0.0.conv.lk_conv.weight": torch.zeros(0, 1, 2**31 + 1, 1)}),
+    ),
+    "many blocks": lambda: (
+        "net.pth",
+        saved({**STATE, **{f"stages.0.{k}.x": torch.zeros(1) for k in range(3000)}}),
+    ),
+    "many networks": lambda: (
+        "net.pth",
+        saved({f"{k}.stages.0.0.conv.lk_conv.weight": torch.zeros(1) for k in range(3000)}),
+    ),
     "many entries": lambda: ("net.pth", archive_of_entries(9000)),
-    "safetensors, terabytes": lambda: ("net.safetensors", safetensors_of({"mean": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}})),
+    "safetensors, terabytes": lambda: (
+        "net.safetensors",
+        safetensors_of({"mean": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}),
+    ),
     "safetensors, header": lambda: ("net.safetensors", struct.pack("<Q", 2**62) + b"{}"),
     "safetensors, nested": lambda: ("net.safetensors", struct.pack("<Q", 400_000) + b"[" * 400_000),
-    "safetensors, shared": lambda: ("net.safetensors", safetensors_of({str(k): value(1, 0, 4) for k in range(99)}, bytes(4))),
-    "safetensors, empty of many": lambda: ("net.safetensors", safetensors_of({"stages.0.0.conv.lk_conv.weight": value([0, 2**60], 0, 0)})),
-}  # fmt: skip
+    "safetensors, shared": lambda: (
+        "net.safetensors",
+        safetensors_of({str(k): value(1, 0, 4) for k in range(99)}, bytes(4)),
+    ),
+    "safetensors, empty of many": lambda: (
+        "net.safetensors",
+        safetensors_of({"stages.0.0.conv.lk_conv.weight": value([0, 2**60], 0, 0)}),
+    ),
+}
 
 
 def test_tensors_that_are_one_in_the_file_count_each(reader: Reader) -> None:

@@ -1,4 +1,4 @@
-"""Weights of any magnitude fuse into a verified file or are refused in one line; so are other architectures' files."""
+"""Weights of any magnitude fuse into a verified file or are refused in one line; so are other networks."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Folder:
         return line
 
     def refuses_or_fuses(self, name: str, content: bytes) -> str:
-        """For damage that may leave a whole file: then the output is whole as well, and the verification passed."""
+        """For damage that may leave a whole file: then the output is whole as well and verified."""
         code, error, _ = self.run(name, content)
         if code == 2:
             assert not self.target.exists()
@@ -135,8 +135,12 @@ def test_what_overflows_float32_is_refused_with_the_name_of_the_input(folder: Fo
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 def test_other_precisions_are_read_with_their_extremes(folder: Folder, dtype: torch.dtype) -> None:
     smallest, largest = float(torch.finfo(dtype).smallest_normal) / 4, 6e4
-    for state in (changed("-", 0, dtype), changed("running_var", smallest, dtype), changed("norm.running_var", largest, dtype),
-                  changed(".norm.weight", smallest, dtype)):  # fmt: skip
+    for state in (
+        changed("-", 0, dtype),
+        changed("running_var", smallest, dtype),
+        changed("norm.running_var", largest, dtype),
+        changed(".norm.weight", smallest, dtype),
+    ):
         assert folder.refuses_or_fuses("net.pth", saved(state)) == "fused"
         assert folder.refuses_or_fuses("net.safetensors", save(state)) == "fused"
 

@@ -396,8 +396,12 @@ def test_a_terminal_that_lacks_a_letter_does_not_matter(checkpoint: Path) -> Non
     target = checkpoint.with_name("写真\udcff.pth")
     arguments = ["--model_path", str(checkpoint), "--output_path", str(target), "--device", "cpu"]
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, str(ROOT / "fuse_aether.py"), *arguments], stdin=subprocess.DEVNULL,
-                          capture_output=True, env=environment)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "fuse_aether.py"), *arguments],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        env=environment,
+    )
     assert (done.returncode, done.stderr) == (0, b"")
     assert target.is_file()
 
@@ -421,9 +425,13 @@ if os.environ.get("AETHER_FORK_SERVER") and __name__ == "test_fuse_system" and "
 # ----------------------------------------------------------------------------------------------- system calls
 
 
-CALLS = ["execve", "execveat", "fork", "vfork", "clone", "clone3", "socket", "connect", "ptrace", "open", "openat", "openat2", "creat", "truncate",
-         "unlink", "unlinkat", "rename", "renameat", "renameat2", "mkdir", "mkdirat", "rmdir", "link", "linkat", "symlink", "symlinkat", "mknod",
-         "mknodat", "chmod", "fchmodat"]  # fmt: skip
+CALLS = [
+    *("execve", "execveat", "fork", "vfork", "clone", "clone3", "socket"),
+    *("connect", "ptrace", "open", "openat", "openat2", "creat", "truncate"),
+    *("unlink", "unlinkat", "rename", "renameat", "renameat2", "mkdir", "mkdirat"),
+    *("rmdir", "link", "linkat", "symlink", "symlinkat", "mknod"),
+    *("mknodat", "chmod", "fchmodat"),
+]
 STRACE = [
     "strace",
     "-f",

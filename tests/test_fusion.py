@@ -1,4 +1,7 @@
-"""Fusing changes the form and not the function: float64, random statistics, every scale, images down to one pixel. Only an explicit call fuses."""
+"""Fusing changes the form and not the function, and only an explicit call fuses.
+
+In float64, with random statistics, at every scale, down to pictures of one pixel.
+"""
 
 from __future__ import annotations
 

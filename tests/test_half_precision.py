@@ -261,8 +261,18 @@ def test_check_fp16_prints_every_layer_and_the_agreement_and_writes_nothing(
             for line in table.splitlines()[1:]
             if line and " against " not in line
         }
-        assert list(headrooms) == ["head", "stages.0.0", "stages.1.0", "stages.1.1", "fusion_convs.0", "fusion_convs.1", "fusion", "body_conv",
-                                   "conv_before_upsample", "tail"]  # fmt: skip
+        assert list(headrooms) == [
+            "head",
+            "stages.0.0",
+            "stages.1.0",
+            "stages.1.1",
+            "fusion_convs.0",
+            "fusion_convs.1",
+            "fusion",
+            "body_conv",
+            "conv_before_upsample",
+            "tail",
+        ]
         assert (min(headrooms.values()) >= SPARE_BITS) == fits
         assert (headrooms["stages.0.0"] < 0) != fits
         for part in ("depthwise", "gate", "main", "product", "output", "attention", "sum"):
@@ -307,8 +317,8 @@ def test_a_picture_on_which_the_network_itself_runs_away_is_named_and_does_not_c
     assert run("--model_path", saved(small_net(2), tmp_path / "a.pth"), "--check-fp16") == 0
     report = capsys.readouterr().out
     assert (
-        f"Note: on 1 of {len(pictures) + 1} hard pictures the network runs away, in float32 too: glare; --bound 1 prevents it\n"
-        in report
+        f"Note: on 1 of {len(pictures) + 1} hard pictures the network runs away, in float32 too: glare; "
+        "--bound 1 prevents it\n" in report
     )
     assert "Rescaled" not in report
     assert f" dB over {len(pictures)} hard pictures" in report

@@ -285,8 +285,13 @@ print(names & set(sys.modules))
 try: from aether_arch import export_onnx
 except ImportError as error: print(error)
 """
-    run = subprocess.run([sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}){code}"],
-                         cwd=tmp_path, capture_output=True, text=True, check=True)  # fmt: skip
+    run = subprocess.run(
+        [sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}){code}"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     lines = run.stdout.splitlines()
     assert lines[0] == "set()"
     assert "pip install ." in lines[1]

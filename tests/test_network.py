@@ -1,4 +1,7 @@
-"""The network computes what its description says, in evaluation and in training, and its gradients are those of the two-branch form."""
+"""The network computes what its description says, in evaluation and in training.
+
+Its gradients are those of the two-branch form.
+"""
 
 from __future__ import annotations
 
@@ -231,7 +234,7 @@ def test_an_empty_batch_gives_an_empty_picture() -> None:
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf"), True, "4"])
 def test_an_impossible_bound_is_refused_and_the_old_one_stays(value: Any) -> None:
     net = small_net(2, bound=BOUND)
-    with pytest.raises(ValueError, match="bound=.*0.001 to|bound=.*1e-3 to"):
+    with pytest.raises(ValueError, match=r"bound=.*0.001 to|bound=.*1e-3 to"):
         net.set_bound(value)
     assert (net.options["bound"], net.stages[0][0].bound, float(net.bound)) == (BOUND, BOUND, BOUND)
 

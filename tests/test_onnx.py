@@ -207,7 +207,7 @@ def test_upscalers_find_what_they_look_for(
 ) -> None:
     model = exported(tmp_path, precision, static=static, simplify=True)
     # chaiNNer: one picture in, one out, one float type at both ends; channels second and no more than 4, else
-    # it takes the file for channels-last; height and width both fixed or both not. vs-mlrt: 4 dimensions, 1 or
+    # it takes the file for channels-last; height and width both fixed or neither. vs-mlrt: 4 dimensions, 1 or
     # 3 channels, a batch of 1 or one that it may set to 1.
     assert (len(model.graph.input), len(model.graph.output)) == (1, 1)
     ends = [value.type.tensor_type for value in (model.graph.input[0], model.graph.output[0])]

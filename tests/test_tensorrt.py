@@ -18,7 +18,7 @@ trt = pytest.importorskip("tensorrt_rtx", reason="needs TensorRT for RTX: pip in
 
 
 def build(path: str, *options: Tuple[int, ...]) -> Tuple[Any, List[str], Any]:
-    """TensorRT's network, its errors, and the engine; ``options``: smallest, usual and largest shape, if any."""
+    """TensorRT's network, its errors, and the engine; ``options``: smallest, usual and largest shape."""
     errors: List[str] = []
 
     class Logger(trt.ILogger):
@@ -68,7 +68,7 @@ def test_it_builds_the_integer_files(placement: str, others: int, tmp_path: Path
     path = export_onnx(quantised(placement, bound=1.0), 2, "int8", str(tmp_path / "net.onnx"), "tensorrt")
     network, errors, engine = build(path, *ANY_SIZE)
     assert engine is not None, errors
-    # Gate, main and out of three blocks; body_conv; in full the fusion and the 8-bit part of the last two layers.
+    # Gate, main and out of three blocks; body_conv; in full the fusion and the 8-bit part of the last two.
     assert integer_convolutions(network) == 3 * 3 + others
 
 
