@@ -64,13 +64,16 @@ def spread_colours(pixels: np.ndarray, wrap: str = "") -> np.ndarray:
 
 
 def _calm_edges(out: Tensor, image: Tensor) -> Tensor:
-    """Colours near transparency stay between those that stood there: no ring round what is cut out."""
+    """Alpha, and colours near transparency, stay between those that stood there.
+
+    So there is no ring round what is cut out, and what was clear is clear up to the picture's border.
+    """
     around = image.to(out)
     highest, lowest = F.max_pool2d(around, 5, 1, 2), -F.max_pool2d(-around, 5, 1, 2)
     scale = out.shape[-1] // image.shape[-1]
     highest, lowest = (F.interpolate(bound, scale_factor=float(scale)) for bound in (highest, lowest))
-    calm = torch.minimum(torch.maximum(out, lowest[:, :-1]), highest[:, :-1])
-    return torch.where(lowest[:, -1:] < 1, calm, out)
+    calm = torch.minimum(torch.maximum(out, lowest), highest)
+    return torch.where(lowest[:, -1:] < 1, calm, torch.cat([out[:, :-1], calm[:, -1:]], 1))
 
 
 def of_any_channels(
@@ -91,7 +94,7 @@ def of_any_channels(
         out = (net if colours == in_chans else alone)(x[:, :colours])
         if not alpha:
             return out
-        return torch.cat([_calm_edges(out, x), alone(x[:, colours:]).to(out)], 1)
+        return _calm_edges(torch.cat([out, alone(x[:, colours:]).to(out)], 1), x)
 
     return run
 

@@ -1,0 +1,250 @@
+"""Whole pictures and many of them: transparency, textures, too little memory, folders that change."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+from typing import Any, List, Tuple
+
+import aether_arch
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, small_net
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from aethersr import upscaling
+from aethersr.jobs import Job
+from aethersr.network import TorchNetwork
+from aethersr.picture import Picture
+from aethersr.upscaling import Upscaler, upscale_picture
+
+CASES = ROOT / "tests" / "cases"
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Double:
+    """A network that repeats every pixel; ``before`` is called first."""
+
+    in_chans, scale, reach, size = 3, 2, 3, None
+
+    def __init__(self, before: Any = lambda image: None) -> None:
+        self.before = before
+
+    def __call__(self, image: Tensor) -> Tensor:
+        self.before(image)
+        return F.interpolate(image, scale_factor=2.0)
+
+
+@pytest.fixture(scope="module")
+def new() -> TorchNetwork:
+    """A new network is an interpolation, so it is known what pictures should become."""
+    torch.manual_seed(0)
+    options: Any = {"use_channel_attn": False, "use_spatial_attn": False}
+    return TorchNetwork(aether_arch.AetherNet(2, embed_dim=8, depths=(1,), lk_kernel=3, **options).fused())
+
+
+def upscaled(pixels: np.ndarray, network: Any, alpha: bool = False, **options: Any) -> np.ndarray:
+    return upscale_picture(Picture(pixels, alpha), network, 512, 28, **options).pixels
+
+
+def job(folder: Path, name: str, *shape: int) -> Job:
+    """A picture of noise and what it is to become."""
+    source = folder / "in" / name
+    source.parent.mkdir(exist_ok=True)
+    pixels = np.random.default_rng(0).integers(0, 256, shape or (9, 11, 3), np.uint8)
+    Image.fromarray(pixels).save(source)
+    return Job(source, folder / "out" / name)
+
+
+# ----------------------------------------------------------------------------------------------- transparency
+
+
+def over(pixels: np.ndarray, colour: Tuple[int, int, int]) -> np.ndarray:
+    alpha = pixels[..., 3:] / 255
+    return pixels[..., :3] * alpha + np.array(colour) * (1 - alpha)
+
+
+def without_ringing(out: np.ndarray, pixels: np.ndarray) -> np.ndarray:
+    """No value beyond those of the 5x5 pixels that it came from: no one alpha can ring over every colour."""
+    around = np.pad(pixels, ((2, 2), (2, 2), (0, 0)), "edge")
+    near = np.lib.stride_tricks.sliding_window_view(around, (5, 5), (0, 1))
+    lowest, highest = (bound.repeat(2, 0).repeat(2, 1) for bound in (near.min((3, 4)), near.max((3, 4))))
+    return out.clip(lowest, highest)
+
+
+@pytest.mark.parametrize("colour", [(0, 0, 0), (255, 255, 255), (128, 128, 128), (255, 0, 0), (9, 99, 199)])
+@pytest.mark.parametrize("hidden", ["as it is", "low alpha"])
+def test_what_is_cut_out_looks_over_any_colour_as_if_it_had_stood_there(
+    new: TorchNetwork, hidden: str, colour: Tuple[int, int, int]
+) -> None:
+    disc = np.array(Image.open(CASES / "alpha_disc.png"))
+    if hidden == "low alpha":  # colours of a hardly visible pixel mean as little
+        disc[disc[..., 3] < 10, :3] = 0
+        disc[10, 10] = (0, 0, 0, 3)
+    out = upscaled(disc, new, True)
+    darkest = out[out[..., 3] > 8][:, :3].min()
+    assert darkest >= 250, f"a visible pixel is as dark as {darkest}"
+    composite = over(disc, colour).round().astype(np.uint8)
+    expected = upscaled(composite, new)
+    off = np.abs(over(out, colour) - without_ringing(expected, composite)).max()
+    assert off <= 4, f"{off:.1f} steps off"
+    if set(colour) <= {0, 255}:  # where nothing can ring; at its border a new network darkens what is opaque
+        off = np.abs(over(out, colour) - expected)[4:-4, 4:-4].max()
+        assert off <= 4, f"{off:.1f} steps off"
+
+
+def test_what_is_clear_stays_clear_and_what_is_opaque_opaque_through_any_network() -> None:
+    net = TorchNetwork(small_net(2, embed_dim=8, depths=(1,), lk_kernel=3).float().fused())
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 40, 4), np.uint8)
+    pixels[:, :20, 3], pixels[:, 20:, 3] = 0, 255
+    out = upscaled(pixels, net, True)
+    assert not out[:, :34, 3].any()
+    assert (out[:, 46:, 3] == 255).all()
+
+
+def test_one_alpha_everywhere_stays_and_changes_no_colour(new: TorchNetwork) -> None:
+    colours = np.random.default_rng(0).integers(0, 256, (20, 24, 3), np.uint8)
+    plain = upscaled(colours, new)
+    for alpha in (255, 7):
+        out = upscaled(np.dstack([colours, np.full((20, 24), alpha, np.uint8)]), new, True)
+        assert np.array_equal(out[..., :3], plain)
+        assert (out[..., 3] == alpha).all()
+
+
+def test_a_network_for_grey_takes_colours_too() -> None:
+    net = TorchNetwork(small_net(2, in_chans=1, embed_dim=8, depths=(1,), lk_kernel=3).float().fused())
+    colours = np.random.default_rng(0).integers(0, 256, (9, 11, 3), np.uint8)
+    out = upscaled(colours, net)
+    for channel in range(3):
+        assert np.array_equal(out[..., channel], upscaled(colours[..., channel : channel + 1], net)[..., 0])
+
+
+# --------------------------------------------------------------------------------------------------- textures
+
+
+@pytest.mark.parametrize(("wrap", "rows", "columns"), [("xy", 3, 3), ("x", 1, 3), ("y", 3, 1)])
+@pytest.mark.parametrize("transparent", [False, True])
+def test_a_wrapped_texture_is_the_middle_of_its_tiling(
+    wrap: str, rows: int, columns: int, transparent: bool
+) -> None:
+    net = TorchNetwork(
+        small_net(2, embed_dim=8, depths=(1,), lk_kernel=3, use_channel_attn=False).float().fused()
+    )
+    texture = np.array(Image.open(CASES / "tile_texture.png").convert("RGB"))
+    if transparent:
+        alpha = np.where(np.roll(texture[..., :1], 7, 0) > 128, 255, 0).astype(np.uint8)
+        texture = np.concatenate([texture * (alpha > 0), alpha], 2)
+    out = upscaled(texture, net, transparent, wrap=wrap).astype(int)
+    many = upscaled(np.tile(texture, (rows, columns, 1)), net, transparent)
+    top, left = out.shape[0] * (rows // 2), out.shape[1] * (columns // 2)
+    off = np.abs(out - many[top : top + out.shape[0], left : left + out.shape[1]]).max()
+    assert off <= 1, f"{off} steps off"
+
+
+# ----------------------------------------------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), torch.cuda.OutOfMemoryError("CUDA out of memory."),
+     RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate")],
+)  # fmt: skip
+def test_the_tile_is_halved_when_memory_runs_out(tmp_path: Path, error: Exception) -> None:
+    def limit(image: Tensor) -> None:
+        if image.shape[-1] > 70:
+            raise error
+
+    said: List[str] = []
+    jobs = [job(tmp_path, f"{k}.png", 200, 150, 3) for k in range(3)]
+    worker = Upscaler(Double(limit), 512, 3, say=said.append)
+    assert not [result.problem for result in worker.run(jobs) if result.problem]
+    assert worker.tile == 50
+    assert said == ["Not enough memory for tiles of 512 pixels; going on with 100.",
+                    "Not enough memory for tiles of 100 pixels; going on with 50."]  # fmt: skip
+    out = np.array(Image.open(jobs[0].target))
+    assert np.array_equal(out[::2, ::2], np.array(Image.open(jobs[0].source)))
+
+
+def test_too_little_memory_for_any_tile_is_said_and_other_faults_are_raised(tmp_path: Path) -> None:
+    def broken(error: Exception) -> Any:
+        def fail(image: Tensor) -> None:
+            raise error
+
+        return fail
+
+    one = job(tmp_path, "a.png", 99, 99, 3)
+    (result,) = Upscaler(Double(broken(MemoryError())), 512, 3, say=lambda line: None).run([one])
+    assert "not enough memory" in result.problem
+    for words in ("CUDA error: an illegal memory access was encountered", "unsupported memory format option"):
+        with pytest.raises(RuntimeError, match=words):
+            list(Upscaler(Double(broken(RuntimeError(words))), 512, 3).run([one]))
+    assert not one.target.exists()
+
+
+# ----------------------------------------------------------------------------------------------- many at once
+
+
+def test_names_that_differ_in_their_ends_alone_do_not_meet(tmp_path: Path) -> None:
+    names = [f"{'x' * 60}{number}{ending}" for number in range(6) for ending in (".png", ".bmp")]
+    jobs = [job(tmp_path, name, 5, 6 + number, 3) for number, name in enumerate(names)]
+    assert not any(result.problem for result in Upscaler(Double(), 512, 3).run(jobs))
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(names)
+    for number, name in enumerate(names):
+        assert Image.open(tmp_path / "out" / name).size == (12 + 2 * number, 10)
+
+
+def test_a_folder_that_changes_while_it_is_read(tmp_path: Path) -> None:
+    """Files go, are cut, and come up as output: each is named, the others are written whole."""
+    jobs = [job(tmp_path, f"{k}.png") for k in range(12)]
+
+    def change(image: Tensor) -> None:
+        if not jobs[11].target.exists():
+            jobs[8].source.unlink()
+            jobs[9].source.write_bytes(jobs[9].source.read_bytes()[:60])
+            (tmp_path / "out").mkdir(exist_ok=True)
+            jobs[11].target.write_text("mine")
+
+    results = list(Upscaler(Double(change), 512, 3).run(jobs))
+    assert [bool(result.problem) for result in results] == [k in (8, 9, 11) for k in range(12)]
+    assert jobs[11].target.read_text() == "mine"
+    written = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert written == sorted(f"{k}.png" for k in range(12) if k not in (8, 9))
+
+
+def test_reading_network_and_writing_overlap(tmp_path: Path, monkeypatch: Any) -> None:
+    """Each sleeps, so that a slow machine does not matter: 12 pictures one after another would take 4 s."""
+    monkeypatch.setattr(
+        upscaling.Picture, "read", lambda path: time.sleep(0.1) or Picture(np.zeros((4, 4, 3), np.uint8))
+    )
+    monkeypatch.setattr(upscaling, "_write", lambda *arguments: time.sleep(0.1))
+    busy = threading.Lock()
+
+    def work(image: Tensor) -> None:
+        assert busy.acquire(blocking=False), "the network is asked twice at once"
+        time.sleep(0.12)
+        busy.release()
+
+    begin = time.monotonic()
+    results = list(
+        Upscaler(Double(work), 512, 3).run([Job(Path(f"{k}"), Path(f"{k}.png")) for k in range(12)])
+    )
+    seconds = time.monotonic() - begin
+    assert [result.job.source.name for result in results] == [str(k) for k in range(12)]
+    assert seconds < 3, f"{seconds:.2f} s"
+
+
+def test_an_interruption_ends_threads_and_leaves_no_temporary_file(tmp_path: Path) -> None:
+    jobs = [job(tmp_path, f"{k}.png") for k in range(20)]
+    before = threading.active_count()
+    results = Upscaler(Double(lambda image: time.sleep(0.01)), 512, 3).run(jobs)
+    next(results)
+    with pytest.raises(KeyboardInterrupt):
+        results.throw(KeyboardInterrupt())
+    assert threading.active_count() == before
+    left = list((tmp_path / "out").iterdir())
+    assert 1 <= len(left) < 12
+    assert all(Image.open(path).size == (22, 18) for path in left)
