@@ -3,8 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 # One thread a process and two processes: the networks of the tests are too small for more.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
-FAST := $(wildcard $(addprefix tests/test_, $(addsuffix .py, network fusion loading checkpoint identify fuse upscale)))
-RUNTIMES := $(wildcard tests/test_onnx*.py tests/test_ncnn.py tests/test_openvino.py tests/test_tensorrt.py tests/test_spandrel.py)
+FAST := network fusion loading checkpoint identify errors files fuse_command upscale_command
+RUNTIMES := runtimes exported onnx onnx_int8 ncnn tensorrt spandrel comfyui
+tests_of = $(wildcard $(patsubst %,tests/test_%.py,$(1)))
 
 .PHONY: demo test test-fast test-runtimes lint format options train gpu bench requirements clean
 
@@ -16,10 +17,12 @@ test: .venv/.installed
 
 # The network, fusing, loading and the commands.
 test-fast: .venv/.installed
-	$(PYTEST) $(FAST)
+	$(PYTEST) $(call tests_of,$(FAST))
 
+# Our files in other runtimes, spandrel and ComfyUI. What requirements-runtimes.txt names is installed first.
 test-runtimes: .venv/.installed
-	$(PYTEST) $(RUNTIMES)
+	$(BIN)/pip install --disable-pip-version-check --no-deps --require-hashes -r requirements-runtimes.txt
+	$(PYTEST) $(call tests_of,$(RUNTIMES))
 
 lint: .venv/.installed
 	$(BIN)/ruff check .
@@ -53,11 +56,13 @@ gpu: .venv/.installed
 	$(BIN)/pip install --disable-pip-version-check --no-deps --require-hashes --no-build-isolation -r requirements-basicsr.txt
 	touch $@
 
-# After a change of requirements.in; what is pinned already stays unless UPGRADE=--upgrade.
+# After a change of a requirements*.in; what is pinned already stays unless UPGRADE=--upgrade.
+COMPILE = $(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes $(UPGRADE) \
+	--custom-compile-command "make requirements"
 requirements: .venv/.installed
 	$(BIN)/pip install --disable-pip-version-check -q uv==0.13.9
-	$(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --custom-compile-command "make requirements" \
-		$(UPGRADE) --output-file requirements.txt requirements.in
+	$(COMPILE) --output-file requirements.txt requirements.in
+	$(COMPILE) --constraint requirements.txt --output-file requirements-runtimes.txt requirements-runtimes.in
 
 clean:
 	rm -rf .venv demo_output build dist *.egg-info

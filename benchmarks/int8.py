@@ -79,7 +79,7 @@ def machine() -> str:
 
         version = f", OpenVINO {ov.__version__.split('-')[0]}"
     except ImportError:
-        version = ", without OpenVINO (pip install -r benchmarks/requirements.txt)"
+        version = ", without OpenVINO (pip install openvino)"
     return f"{today()}: {processor()}, one thread, ONNX Runtime {onnxruntime.__version__}{version}"
 
 
