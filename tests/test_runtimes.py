@@ -5,19 +5,24 @@
 
 from __future__ import annotations
 
-import subprocess
+import re
 import sys
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Dict
 
 import aether_arch
 import numpy as np
 import pytest
 import torch
-from conftest import randomize
+from conftest import ROOT, randomize
+from PIL import Image
+from safetensors.torch import save_file
 
 from aethersr.exported import for_export
 from aethersr.onnx import export_onnx
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import runtimes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIZES = ((17, 31), (33, 13), (1, 9))
@@ -66,66 +71,40 @@ every_variant = pytest.mark.parametrize(
 
 @every_variant
 def test_onnx_runtime(variant: str, scale: int, tmp_path: Path) -> None:
-    import onnxruntime
-
     net = network(variant, scale)
-    for precision, allowed, dtype in (("fp32", 0.1 * STEP, np.float32), ("fp16", 2 * STEP, np.float16)):
-        session = onnxruntime.InferenceSession(written(net, tmp_path, precision))
-        compare(net, lambda image, s=session, d=dtype: s.run(None, {"input": image.astype(d)})[0], allowed)  # type: ignore[misc]
+    for precision, allowed in (("fp32", 0.1 * STEP), ("fp16", STEP)):
+        compare(net, runtimes.onnx_runtime(written(net, tmp_path, precision)), allowed)
 
 
 @every_variant
 def test_openvino(variant: str, scale: int, tmp_path: Path) -> None:
-    openvino = pytest.importorskip("openvino", reason="needs OpenVINO: pip install openvino")
+    pytest.importorskip("openvino", reason="needs OpenVINO: pip install openvino")
     net = network(variant, scale)
-    hint = {"INFERENCE_PRECISION_HINT": "f32"}
-    compiled = openvino.Core().compile_model(written(net, tmp_path), "CPU", hint)
-    compare(net, lambda image: compiled(image)[0])
+    compare(net, runtimes.openvino(written(net, tmp_path)))
 
 
 @every_variant
 def test_opencv_with_a_file_of_one_size(variant: str, scale: int, tmp_path: Path) -> None:
-    """OpenCV's classic engine works out all shapes when it reads a file; 5.0's new one stops at Reduce."""
-    cv2 = pytest.importorskip("cv2", reason="needs OpenCV: pip install opencv-python")
+    pytest.importorskip("cv2", reason="needs OpenCV: pip install opencv-python")
     net = network(variant, scale)
-    engine = {"engine": cv2.dnn.ENGINE_CLASSIC} if hasattr(cv2.dnn, "ENGINE_CLASSIC") else {}
-    for height, width in SIZES:
-        read = cv2.dnn.readNetFromONNX(written(net, tmp_path, static=(3, height, width)), **engine)
-
-        def run(image: Any, read: Any = read) -> Any:
-            read.setInput(image)
-            return read.forward()
-
-        compare(net, run, sizes=[(height, width)])
+    for size in SIZES:
+        compare(net, runtimes.opencv(written(net, tmp_path, static=(3, *size))), sizes=[size])
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_mnn(variant: str, tmp_path: Path) -> None:
     pytest.importorskip("MNN", reason="needs MNN: pip install MNN")
     net = network(variant, 2)
-    # What mnnconvert calls; the command itself first installs a package and reports to its maker's server.
-    code = "import sys, _tools; _tools.mnnconvert(sys.argv)"
-    files = [
-        "--modelFile",
-        written(net, tmp_path),
-        "--MNNModel",
-        str(tmp_path / "net.mnn"),
-        "--bizCode",
-        "aether",
-    ]
-    subprocess.run([sys.executable, "-c", code, "-f", "ONNX", *files], check=True, capture_output=True)
-    import MNN.expr as expr
-    import MNN.nn as nn
+    compare(net, runtimes.mnn(written(net, tmp_path)))
 
-    module = nn.load_module_from_file(str(tmp_path / "net.mnn"), ["input"], ["output"])
 
-    def run(image: Any) -> Any:
-        variable = expr.placeholder(list(image.shape), expr.NCHW)
-        variable.write(image.copy())
-        output = expr.convert(module.forward(variable), expr.NCHW)
-        return np.array(output.read()).reshape(output.shape)
-
-    compare(net, run)
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_litert_for_one_size(variant: str, tmp_path: Path) -> None:
+    pytest.importorskip("litert_torch", reason="needs LiteRT: pip install litert-torch")
+    net = network(variant, 2)
+    for size in SIZES:
+        compare(net, runtimes.litert(net, (1, 3, *size), str(tmp_path / "net.tflite")), sizes=[size])
 
 
 def test_coreml_describes_pictures_of_any_size(tmp_path: Path) -> None:
@@ -146,3 +125,56 @@ def test_coreml_describes_pictures_of_any_size(tmp_path: Path) -> None:
     ranges = described.input[0].type.multiArrayType.shapeRange.sizeRanges
     assert [(each.lowerBound, each.upperBound) for each in ranges] == [(1, 1), (3, 3), (1, 4096), (1, 4096)]
     assert [described.input[0].name, described.output[0].name] == ["input", "output"]
+
+
+def block(heading: str) -> str:
+    """The Python under a heading of docs/runtimes.md."""
+    text = (ROOT / "docs" / "runtimes.md").read_text(encoding="utf-8")
+    found = re.search(rf"^## {re.escape(heading)}\n.*?^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    assert found, heading
+    return found.group(1)
+
+
+@pytest.mark.parametrize(
+    ("heading", "package", "slow"),
+    [
+        ("spandrel, in a program of your own", "spandrel", False),
+        ("ONNX Runtime, Python", "onnxruntime", False),
+        ("OpenVINO", "openvino", False),
+        ("OpenCV", "cv2", False),
+        pytest.param("LiteRT (TensorFlow Lite)", "litert_torch", True, marks=pytest.mark.slow),
+        pytest.param("Core ML", "coremltools", True, marks=pytest.mark.slow),
+    ],
+)
+def test_the_documented_code_runs(
+    heading: str, package: str, slow: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sys.path.insert(0, str(ROOT / "demo"))
+    from basicsr_train import import_torchvision
+
+    import_torchvision()  # spandrel and others import it
+    pytest.importorskip(package, reason=f"needs the package {package}")
+    monkeypatch.chdir(tmp_path)
+    net = network("aether_small", 2)
+    save_file(net.state_dict(), "2x_mine.safetensors")
+    pixels = np.random.default_rng(0).integers(0, 256, (480, 640, 3), np.uint8)
+    Image.fromarray(pixels).save("in.png")
+    image = pixels.astype(np.float32).transpose(2, 0, 1)[None] / 255
+    if not slow:
+        export_onnx(net, 2, output_path="2x_mine_fp32.onnx")
+        export_onnx(net, 2, output_path="2x_mine_fp32_3x480x640.onnx", static=(3, 480, 640))
+    names: Dict[str, Any] = {"image": image}
+    exec(block(heading), names)
+    if heading.startswith("spandrel"):
+        names["output"] = names["model"](torch.from_numpy(image))[0].permute(1, 2, 0).numpy()
+    if not slow:
+        output = np.asarray(names["output"])
+        output = output[0].transpose(1, 2, 0) if output.ndim == 4 else output
+        output = output[:, :, ::-1] if heading == "OpenCV" else output  # which writes BGR
+        with torch.no_grad():
+            expected = net(torch.from_numpy(image))[0].permute(1, 2, 0).numpy().clip(0, 1)
+        assert np.abs(output.clip(0, 1) - expected).max() <= STEP
+        if Path("out.png").exists():
+            assert np.abs(np.asarray(Image.open("out.png")) / 255 - expected).max() <= STEP
+    else:
+        assert list(tmp_path.glob("2x_mine.tflite")) or list(tmp_path.glob("2x_mine.mlpackage"))

@@ -1,0 +1,157 @@
+"""The network in other runtimes: what differs from PyTorch, and how long a picture takes beside ONNX Runtime.
+
+    python benchmarks/runtimes.py weights/2x_AetherNet_small_wallpapers_fp16.safetensors
+
+Needs requirements-runtimes.txt; a runtime that is not installed is left out. One thread each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, Callable, Dict, Sequence
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from aethersr.checkpoint import read_checkpoint
+from aethersr.exported import for_export
+from aethersr.identify import aether_from_state_dict
+from aethersr.ncnn import export_ncnn
+from aethersr.ncnn import run as run_ncnn
+from aethersr.onnx import export_onnx
+from aethersr.timing import interleaved
+
+Runner = Callable[[Any], Any]  # picture (1, C, H, W) in [0, 1] -> picture
+
+
+def onnx_runtime(path: str) -> Runner:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    dtype = np.float16 if "float16" in session.get_inputs()[0].type else np.float32
+    return lambda image: session.run(None, {"input": image.astype(dtype)})[0]
+
+
+def openvino(path: str) -> Runner:
+    from openvino import Core
+
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
+    compiled = Core().compile_model(path, "CPU", settings)
+    return lambda image: compiled(image)[0]
+
+
+def opencv(path: str) -> Runner:
+    """Of a file for one size: the classic engine works out all shapes when it reads a file."""
+    import cv2
+
+    cv2.setNumThreads(1)
+    engine = {"engine": cv2.dnn.ENGINE_CLASSIC} if hasattr(cv2.dnn, "ENGINE_CLASSIC") else {}
+    net = cv2.dnn.readNetFromONNX(path, **engine)
+
+    def run(image: Any) -> Any:
+        net.setInput(image)
+        return net.forward()
+
+    return run
+
+
+def mnn(path: str) -> Runner:
+    import MNN.expr as expr
+    import MNN.nn as nn
+
+    # What mnnconvert calls. The command itself installs a package first, and reports to its maker's server.
+    code = "import sys, _tools; _tools.mnnconvert(sys.argv)"
+    target = str(Path(path).with_suffix(".mnn"))
+    files = ["--modelFile", path, "--MNNModel", target, "--bizCode", "aether"]
+    subprocess.run([sys.executable, "-c", code, "-f", "ONNX", *files], check=True, capture_output=True)
+    module = nn.load_module_from_file(target, ["input"], ["output"], thread_num=1)
+
+    def run(image: Any) -> Any:
+        variable = expr.placeholder(list(image.shape), expr.NCHW)
+        variable.write(image.copy())
+        output = expr.convert(module.forward(variable), expr.NCHW)
+        return np.array(output.read()).reshape(output.shape)
+
+    return run
+
+
+def ncnn(param: str) -> Runner:
+    import ncnn as package
+
+    net = package.Net()
+    net.opt.num_threads = 1
+    net.load_param(param)
+    net.load_model(str(Path(param).with_suffix(".bin")))
+    return lambda image: run_ncnn(net, torch.from_numpy(image)).numpy()
+
+
+def litert(net: Any, shape: Sequence[int], path: str) -> Runner:
+    """For one size, from PyTorch."""
+    import litert_torch
+    from ai_edge_litert.interpreter import Interpreter
+
+    litert_torch.convert(for_export(net), (torch.zeros(*shape),)).export(path)
+    interpreter = Interpreter(path, num_threads=1)
+    interpreter.allocate_tensors()
+    source, target = interpreter.get_input_details()[0]["index"], interpreter.get_output_details()[0]["index"]
+
+    def run(image: Any) -> Any:
+        interpreter.set_tensor(source, image)
+        interpreter.invoke()
+        return interpreter.get_tensor(target)
+
+    return run
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
+    parser.add_argument("weights", type=Path)
+    parser.add_argument("--size", type=int, default=64, help="side of the picture (default: %(default)s)")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    net: Any = aether_from_state_dict(read_checkpoint(args.weights).state).fused()
+    shape = (1, net.options["in_chans"], args.size, args.size)
+    image = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    expected = net(image).numpy()
+    with tempfile.TemporaryDirectory() as folder:
+
+        def onnx(name: str, precision: str = "fp32", **options: Any) -> str:
+            return export_onnx(net, net.scale, precision, f"{folder}/{name}.onnx", simplify=True, **options)
+
+        makers: Dict[str, Callable[[], Runner]] = {
+            "ONNX Runtime fp32": lambda: onnx_runtime(onnx("any")),
+            "ONNX Runtime fp16": lambda: onnx_runtime(onnx("half", "fp16")),
+            "OpenVINO": lambda: openvino(onnx("any")),
+            "OpenCV": lambda: opencv(onnx("fixed", static=shape[1:])),
+            "MNN": lambda: mnn(onnx("any")),
+            "ncnn": lambda: ncnn(export_ncnn(net, net.scale, f"{folder}/net.param")[0]),
+            "LiteRT": lambda: litert(net, shape, f"{folder}/net.tflite"),
+        }
+        runners: Dict[str, Runner] = {"PyTorch": lambda image: net(torch.from_numpy(image)).numpy()}
+        for name, make in makers.items():
+            try:
+                runners[name] = make()
+            except ImportError as error:
+                print(f"{name} is left out: {error}", file=sys.stderr)
+        outputs = {name: run(image.numpy()) for name, run in runners.items()}
+        times = interleaved({name: lambda run=run: run(image.numpy()) for name, run in runners.items()})
+        print(f"{args.weights.name}, {args.size}x{args.size}, one thread\n")
+        columns = ("runtime", "largest difference, steps of 1/255", "ms", "beside ONNX Runtime fp32")
+        print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
+        for name, output in outputs.items():
+            steps = float(np.abs(output - expected).max()) * 255
+            ratio = times.ratio(name, "ONNX Runtime fp32").words("times the time")
+            print(f"| {name} | {steps:.2g} | {times.median(name):.0f} | {ratio} |")
+
+
+if __name__ == "__main__":
+    main()
