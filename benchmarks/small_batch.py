@@ -1,7 +1,7 @@
 """What the norms' statistics cost: networks trained with norm "frozen" and "batch" at several batch sizes.
 
 Usage:
-    python benchmarks/small_batch.py                  # the table of docs/small_batch.md
+    python benchmarks/small_batch.py                  # a table
     python benchmarks/small_batch.py --iterations 50  # a quick look
 
 A small x2 network is trained on random crops of scikit-image's photographs and then tested twice on held-out

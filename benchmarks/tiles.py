@@ -69,7 +69,7 @@ def main() -> None:
         with torch.enable_grad():
             fused = trained(args.embed_dim, args.depths, args.iterations).fused()
         depths = ", ".join(map(str, args.depths))
-        title = f"x{SCALE}, width {args.embed_dim}, blocks {depths}, with attention, {args.iterations} iterations"
+        title = f"x{SCALE}, width {args.embed_dim}, blocks {depths}, attention, {args.iterations} iterations"
     cells = []
     truth = photographs()[1][0][None]  # coffee, 400x600
     image = F.interpolate(truth, scale_factor=1 / SCALE, mode="bicubic", antialias=True).clamp(0, 1)
