@@ -289,9 +289,9 @@ PARTS: Dict[str, Callable[[Kit], Iterator[None]]] = {  # in order of importance
     "depthwise": part_depthwise,
     "peers": part_peers,
     "memory": part_memory,
-    "graphs": part_graphs,
-    "runtimes": part_runtimes,
     "large pictures": part_large_pictures,
+    "runtimes": part_runtimes,
+    "graphs": part_graphs,  # compiling takes longest
 }
 
 
