@@ -32,8 +32,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = {  # of modules whose tests are not tests/test_<module>.py
-    "aether_arch": ["network", "fusion", "loading"],
-    "aether_quant": ["quantised"],
+    "aether_arch": ["network", "fusion", "loading", "registration"],
+    "aether_quant": ["quant"],
 }
 SWAPPED: Dict[type, type] = {
     **{
