@@ -80,7 +80,8 @@ def export_onnx(
         "scale": str(scale),
         "precision": precision,
     }
-    with torch.inference_mode(False), torch.no_grad():  # the tracer can't follow inference tensors
+    # The tracer can't follow inference tensors; new modules draw random numbers.
+    with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
         if precision == "int8":
             quantised: Any = model.convert_to_quantized()
             reference = quantised.cpu().for_target(target, reduce_range)
