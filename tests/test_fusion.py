@@ -292,3 +292,14 @@ def test_the_largest_network_fuses_at_x8_in_seconds_and_two_gigabytes() -> None:
     gigabytes, seconds = map(float, run.stdout.split())
     assert gigabytes < 2
     assert seconds < 30
+
+
+@pytest.mark.parametrize("scale", [1, 4])
+def test_a_traced_network_holds_no_slice(scale: int) -> None:
+    """Other runtimes' converters stumble over slices. Eager mode takes views, which is faster."""
+    net = small_net(scale).fused()
+    with torch.no_grad():
+        traced = torch.jit.trace(net, torch.rand(1, 3, 9, 11, dtype=torch.float64))
+    kinds = {node.kind() for node in traced.inlined_graph.nodes()}
+    assert "aten::pixel_shuffle" in kinds
+    assert not kinds & {"aten::slice", "aten::narrow", "aten::select"}

@@ -318,3 +318,21 @@ def test_the_fused_network_can_be_trained_too() -> None:
         relative(fused_block.gate_conv.bias.grad * block.ffn.temperature, block.ffn.conv_gate.bias.grad)
         <= 1e-9
     )
+
+
+def test_a_traced_network_is_the_same_function_at_any_size() -> None:
+    """The exporter traces; it can't take a kernel that is summed in the graph."""
+    net = small_net(2)
+    with torch.no_grad():
+        traced = torch.jit.trace(net, torch.rand(1, 3, 9, 11, dtype=torch.float64))
+        x = torch.rand(2, 3, 13, 6, dtype=torch.float64)
+        torch.testing.assert_close(traced(x), net(x), rtol=1e-9, atol=1e-12)
+    assert "aten::pad" not in {node.kind() for node in traced.inlined_graph.nodes()}
+
+
+def test_a_new_network_starts_from_small_weights_without_biases() -> None:
+    block = AetherNet(scale=2, embed_dim=64, depths=(1, 1)).stages[1][0]
+    for conv in (block.conv.lk_conv, block.ffn.conv_gate, block.ffn.conv_main):
+        assert 0.018 < float(conv.weight.detach().std()) < 0.022
+        assert conv.bias is None or not conv.bias.any()
+    assert set(block.norm.weight.flatten().tolist()) == {0.25}
