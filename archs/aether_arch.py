@@ -38,16 +38,14 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 class ReparamLargeKernelConv(nn.Module):
     """A large and a small depthwise kernel in parallel, shapes kept. arxiv.org/abs/2203.06717
 
-    Nothing stands between the branches and their sum. So one convolution with the summed kernel gives the
-    same output and the same gradients in one pass, in training too.
+    Both are linear, so one convolution with their sum gives the same output and gradients in one pass.
     """
 
     def __init__(self, channels: int, lk_kernel: int, sk_kernel: int) -> None:
         super().__init__()
-        self.lk_conv, self.sk_conv = (
-            nn.Conv2d(channels, channels, kernel, padding=kernel // 2, groups=channels, bias=False)
-            for kernel in (lk_kernel, sk_kernel)
-        )
+        same: Dict[str, Any] = {"groups": channels, "bias": False}
+        self.lk_conv = nn.Conv2d(channels, channels, lk_kernel, padding=lk_kernel // 2, **same)
+        self.sk_conv = nn.Conv2d(channels, channels, sk_kernel, padding=sk_kernel // 2, **same)
         self.lk_bias = nn.Parameter(torch.zeros(channels))
         self.sk_bias = nn.Parameter(torch.zeros(channels))
 
@@ -338,8 +336,7 @@ class AetherBase(nn.Module):
             text = f"AetherNet x{self.scale} takes the body of x{scale} weights; its tail starts anew."
             warnings.warn(text, stacklevel=4)
             for name in [name for name in own if name.startswith(("upsample.", "conv_last."))]:
-                del own[name]
-                state_dict.pop(prefix + name, None)
+                state_dict.pop(prefix + name, own.pop(name))
         wrong = differences(other, own, strict)
         if wrong:
             found = f"{form.__name__ if form else 'unknown weights'} x{scale} does not fit; tensors {wrong}."
@@ -354,9 +351,6 @@ class AetherBase(nn.Module):
             for module in self.modules():
                 if isinstance(module, DeploymentNorm):
                     module.batch = moved
-
-
-# --------------------------------------------------------------------------------------- training form
 
 
 class AetherNet(AetherBase):
@@ -375,8 +369,7 @@ class AetherNet(AetherBase):
         norm: "frozen" keeps the norms' statistics, "batch" takes each batch's. None: frozen, and batch once a
             file with batch statistics is loaded, so that its training goes on.
 
-    Raises:
-        ValueError: an option is impossible; the message says what is allowed.
+    Raises ValueError where an option is impossible; the message says what is allowed.
     """
 
     def __init__(
@@ -386,8 +379,7 @@ class AetherNet(AetherBase):
         use_spatial_attn: bool = True, batch_renorm: bool = False, bound: Optional[float] = None,
         norm: Optional[str] = None,
     ) -> None:  # fmt: skip
-        options = locals()
-        super().__init__({name: options[name] for name in options if name not in ("self", "__class__")})
+        super().__init__({k: option for k, option in locals().items() if k not in ("self", "__class__")})
         self.img_range = float(img_range)
         self.non_finite: Any = 0  # training batches with a pixel that is not finite
         rates = iter([drop_path_rate * k / max(1, sum(depths) - 1) for k in range(sum(depths))])
@@ -419,8 +411,9 @@ class AetherNet(AetherBase):
     def train(self, mode: bool = True) -> AetherNet:
         count = 0 if mode else int(self.non_finite)
         if count:
-            text = f"AetherNet: {count} batches held NaN or infinite pixels, which were taken as grey."
-            warnings.warn(text, stacklevel=2)
+            warnings.warn(
+                f"AetherNet: {count} batches held NaN or infinite pixels, taken as grey", stacklevel=2
+            )
             self.non_finite = 0
         return super().train(mode)
 
@@ -459,9 +452,6 @@ class AetherNet(AetherBase):
         state.update({f"tail.{name}": value / self.img_range for name, value in tail.items()})
         state["tail.bias"] = state["tail.bias"] + self.mean.flatten().repeat_interleave(self.scale**2)
         return state
-
-
-# ------------------------------------------------------------------------------------------ fused form
 
 
 class FusedAetherBlock(nn.Module):
@@ -527,8 +517,7 @@ class CollapsedTail(nn.Module):
     convolutions, shuffles and conv_last are linear: inside the image they are one convolution. At the border
     they pad with zeros at a higher resolution, where the one convolution still sees something. That is linear
     too and changes the outermost pixels only: the outermost line of features, convolved with the difference
-    of both kernels, is added there. Several runtimes can't slice where the size is not fixed, so a graph that
-    is exported takes and adds that line under a mask.
+    of both kernels, is added there; under a mask in an exported graph, since several runtimes can't slice.
     """
 
     def __init__(self, channels: int, out_channels: int, scale: int) -> None:
@@ -544,11 +533,7 @@ class CollapsedTail(nn.Module):
 
     @staticmethod
     def collapse(tail: nn.Module, scale: int) -> Dict[str, Tensor]:
-        """State dict of the CollapsedTail that equals ``tail``.
-
-        Kernels are gradients of outputs by a 5x5 image: its middle pixel sees no border, one in the middle of
-        an edge sees that edge, and a corner its two edges.
-        """
+        """State dict of the CollapsedTail that equals ``tail``; kernels are gradients by a 5x5 image."""
         like = next(tail.parameters())
         images = like.new_zeros(9, like.shape[1], 5, 5)
 
@@ -564,7 +549,7 @@ class CollapsedTail(nn.Module):
 
         def seen_from(row: int, column: int) -> Tuple[Tensor, Tensor]:
             """Kernel over offsets -2..2 and bias of an output in the first (-1), middle or last (1) line."""
-            y, x = row + 1, column + 1
+            y, x = row + 1, column + 1  # the middle sees no border, the middle of an edge sees that edge only
             return kernels[:, y, x, :, 2 * y : 2 * y + 5, 2 * x : 2 * x + 5], biases[:, y, x]
 
         # The offsets that a correction sees: the first lines, all, the last lines.
@@ -637,8 +622,8 @@ class CollapsedTail(nn.Module):
 class FusedAetherNet(AetherBase):
     """AetherNet after fusing, the form to release: AetherNet's function in evaluation mode, in train() too.
 
-    Its tensors have names of their own, so that no value is read as one of another form. The weights hold
-    ``img_range``. Args: AetherNet's, and ``keep_norm`` where the last norm could not be merged.
+    Its tensors have names of their own, so none is read as one of another form. The weights hold img_range.
+    Args: AetherNet's, and ``keep_norm`` where the last norm could not be merged.
     """
 
     block: Type[FusedAetherBlock] = FusedAetherBlock
@@ -665,8 +650,7 @@ class FusedAetherNet(AetherBase):
     def forward(self, x: Tensor) -> Tensor:
         if self.training and self.warns_in_training and torch.is_grad_enabled():
             self.warns_in_training = False
-            text = "AetherNet: this trains the fused form; the training-form file trains better."
-            warnings.warn(text, stacklevel=2)
+            warnings.warn("AetherNet: this trains the fused form; the training form is better.", stacklevel=2)
         shallow = self.head(x - self.mean)
         body = self.fusion(self.all_stages(shallow)) + shallow
         body = self.body_conv(self.body_norm(body)) + body
@@ -674,9 +658,6 @@ class FusedAetherNet(AetherBase):
 
     def fuse_model(self) -> FusedAetherNet:
         return self
-
-
-# -------------------------------------------------------------------------- names, options and helpers
 
 
 def form_of(names: Iterable[str]) -> Any:
@@ -703,16 +684,15 @@ def differences(net: nn.Module, state: Mapping[str, Tensor], strict: bool = True
     """What keeps ``net`` from loading ``state``: other shapes; if strict, missing and unexpected names."""
     expected = {name: value.shape for name, value in net.state_dict().items() if name != "bound"}
     found = {name: value.shape for name, value in state.items() if name != "bound"}
-    kinds = {
-        "missing": sorted({*expected} - {*found}) if strict else [],
-        "of another shape": [name for name in found if expected.get(name, found[name]) != found[name]],
-        "unexpected": sorted({*found} - {*expected}) if strict else [],
-    }
+    kinds = {"of another shape": [name for name in found if expected.get(name, found[name]) != found[name]]}
+    if strict:
+        kinds.update(missing=sorted({*expected} - {*found}), unexpected=sorted({*found} - {*expected}))
 
-    def some(names: List[str]) -> str:
-        return ", ".join(name[:80] for name in names[:3]) + (", ..." if len(names) > 3 else "")
-
-    return "; ".join(f"{kind}: {len(names)} ({some(names)})" for kind, names in kinds.items() if names)
+    texts = []
+    for kind, names in sorted(kinds.items()):
+        some = ", ".join([name[:80] for name in names[:3]] + ["..."] * (len(names) > 3))
+        texts += [f"{kind}: {len(names)} ({some})"] if names else []
+    return "; ".join(texts)
 
 
 def _other(module: str) -> Any:
@@ -772,8 +752,8 @@ def _check_options(options: Mapping[str, Any]) -> None:
     check("img_range", number(options["img_range"], 1e-6, 1e6), "a number above 0 (1e-6 to 1e6)")
     for name in ("use_channel_attn", "use_spatial_attn", "batch_renorm"):
         check(name, isinstance(options.get(name, False), bool), "true or false")
-    limit = options["bound"] is None or number(options["bound"], 1e-3, 1e6)
-    check("bound", limit, "a number above 0 (1e-3 to 1e6), or nothing")
+    bound, limits = options["bound"], "a number above 0 (1e-3 to 1e6), or nothing"
+    check("bound", bound is None or number(bound, 1e-3, 1e6), limits)
     check("norm", options["norm"] in (None, "frozen", "batch"), "frozen, batch, or nothing")
 
 

@@ -234,7 +234,7 @@ def test_training_the_fused_form_is_said_once() -> None:
     net = small_net(2).float()
     other = AetherNet(**net.options)
     other.load_state_dict(net.fused().state_dict())
-    with pytest.warns(UserWarning, match="trains the fused form"):
+    with pytest.warns(UserWarning, match="fused form"):
         other.train()(X).sum().backward()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
