@@ -5,9 +5,8 @@
     python benchmarks/tiles.py --model FILE        # weights of your own, .pth or .safetensors, x2
 
 Without --model the network is trained for some minutes first, since random weights say nothing. Then it
-upscales a
-photograph that it was not trained on, whole and in tiles, with the overlap of its receptive field and with
-upscale.py's shorter default. Networks without channel attention differ by nothing with the first.
+upscales a photograph that it was not trained on, whole and in tiles, with the overlap of its receptive field
+and with upscale.py's shorter default. Networks without channel attention differ by nothing with the first.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.model:
         try:
-            fused, title = aether_from_state_dict(read_checkpoint(args.model)[0]).fused(), args.model.name
+            fused, title = aether_from_state_dict(read_checkpoint(args.model).state).fused(), args.model.name
         except UserError as error:
             parser.error(str(error))
         if fused.scale != SCALE:
