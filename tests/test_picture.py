@@ -17,6 +17,8 @@ from PIL.TiffImagePlugin import ImageFileDirectory_v2
 from aethersr.errors import UserError
 from aethersr.picture import FORMATS, Picture
 
+# Pillow's, of broken tags; the command says none of them.
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><d tiff:Orientation="6" title="Bild"/></x:xmpmeta>'
 EXIF = {0x010E: "Bild", 0x8769: {0x829A: 0.01, 0xA002: 20, 0xA003: 12}, 0x8825: {1: "N"}}
@@ -306,7 +308,6 @@ def read_damaged(tmp_path: Path, ending: str, deep: bool, damage: Any) -> None:
         assert pixels.dtype in (np.uint8, np.uint16)
 
 
-@pytest.mark.filterwarnings("ignore")  # Pillow's, of broken tags; the command says none of them
 @pytest.mark.parametrize(("ending", "deep"), KINDS)
 @settings(FUZZ, max_examples=60)
 @given(damage=DAMAGE)
@@ -314,7 +315,6 @@ def test_a_damaged_picture_is_refused_or_read(tmp_path: Path, ending: str, deep:
     read_damaged(tmp_path, ending, deep, damage)
 
 
-@pytest.mark.filterwarnings("ignore")  # Pillow's, of broken tags; the command says none of them
 @pytest.mark.slow
 @pytest.mark.parametrize(("ending", "deep"), KINDS)
 @settings(FUZZ, max_examples=250)
