@@ -143,7 +143,7 @@ def visited(tree: ast.AST, statement: int = 1) -> Iterator[Tuple[ast.AST, ast.AS
 def message(node: ast.AST) -> bool:
     """Whether a text in this call is for people: any wording is as right."""
     words = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
-    return words.endswith(("Error", "warn", "print", "help", "add_argument"))
+    return words.endswith(("Error", "warn", "print", "help", "add_argument", "check"))
 
 
 def mutants(source: str) -> List[Mutant]:

@@ -294,6 +294,19 @@ def test_the_largest_network_fuses_at_x8_in_seconds_and_two_gigabytes() -> None:
     assert seconds < 30
 
 
+@pytest.mark.parametrize(("scale", "depth"), [(1, 1), (2, 1), (3, 1), (4, 2), (8, 2)])
+def test_the_tail_has_the_shapes_of_files_that_are_released(scale: int, depth: int) -> None:
+    shapes = {name: tuple(value.shape) for name, value in small_net(scale).fused().tail.state_dict().items()}
+    outputs = 3 * scale**2
+    assert len(shapes) == 18
+    assert shapes["weight"] == (outputs, 24, 5, 5)
+    assert shapes["top_weight"] == shapes["bottom_weight"] == (outputs, 24, depth, 5)
+    assert shapes["left_weight"] == shapes["right_weight"] == (outputs, 24, 5, depth)
+    assert {shapes[f"{name}_weight"] for name in ("top_left", "bottom_right")} == {
+        (outputs, 24, depth, depth)
+    }
+
+
 @pytest.mark.parametrize("scale", [1, 4])
 def test_a_traced_network_holds_no_slice(scale: int) -> None:
     """Other runtimes' converters stumble over slices. Eager mode takes views, which is faster."""

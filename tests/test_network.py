@@ -216,6 +216,18 @@ def test_a_batch_with_a_broken_pixel_ruins_neither_weights_nor_statistics(
         assert int(net.non_finite) == 0
 
 
+def test_a_gradient_that_is_no_number_counts_as_zero() -> None:
+    net, x = AetherNet(scale=2, embed_dim=16, depths=(1,)).double().train(), torch.rand(1, 3, 4, 4).double()
+    gradient = torch.rand(1, 3, 8, 8).double()
+    found = []
+    for values in ((0.0, 0.0, 0.0), (float("nan"), float("inf"), -float("inf"))):
+        gradient[0, 0, 0, :3] = torch.tensor(values)
+        net.zero_grad()
+        net(x).backward(gradient)
+        found.append([value.grad.clone() for value in net.parameters() if value.grad is not None])
+    assert all(torch.equal(zeroed, broken) for zeroed, broken in zip(*found))
+
+
 def test_statistics_skip_a_batch_whose_features_overflow() -> None:
     norm = DeploymentNorm(4, batch=True).train()
     norm(torch.full((1, 4, 2, 2), float("inf")))
@@ -336,3 +348,5 @@ def test_a_new_network_starts_from_small_weights_without_biases() -> None:
         assert 0.018 < float(conv.weight.detach().std()) < 0.022
         assert conv.bias is None or not conv.bias.any()
     assert set(block.norm.weight.flatten().tolist()) == {0.25}
+    net = AetherNet(scale=2, embed_dim=64, depths=(1, 1))
+    assert net.conv_first.weight[3:].abs().amax((1, 2, 3)).min() > 0, "what carries the picture is not all"
