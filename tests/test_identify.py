@@ -172,13 +172,28 @@ def test_a_foreign_or_broken_state_dict_is_refused_with_what_is_wrong() -> None:
         "of another shape: 1 (conv_after_body.weight)",
         **{"conv_after_body.weight": torch.zeros(24, 24, 1, 1)},
     )
-    refused("has 1 dimensions, expected 4", **{"conv_first.weight": torch.zeros(24)})
+    for name in ("conv_first.weight", "upsample.blocks.0.weight"):
+        refused("has 1 dimensions, expected 4", **{name: torch.zeros(24)})
     refused("AetherNet v3 or v4 (", **{"norm.num_batches_tracked": torch.zeros(1)})
     refused("3.x", scale_tensor=torch.zeros(1))
     refused("gaps", **{"stages.7.0.norm.weight": torch.zeros(1, 24, 1, 1)})
     refused("none of the scales", **{"upsample.blocks.0.weight": torch.zeros(25 * 32, 24, 3, 3)})
     for bound in ([1e6], [5e-4], [float("nan")], [1.0, 1.0]):
         refused("'bound' is not one number", bound=torch.tensor(bound))
+
+
+@pytest.mark.parametrize(("placement", "name"), [(None, "tail.weight"), ("full", "tail.conv.weight")])
+def test_a_tail_of_another_kind_is_named(placement: str | None, name: str) -> None:
+    net = small_net(2).float().fused()
+    state = (net.prepare_qat(placement) if placement else net).state_dict()
+    with pytest.raises(ValueError, match=rf"{name}.* has 1 dimensions, expected 4"):
+        aether_from_state_dict({**state, name: torch.zeros(24)})
+
+
+def test_a_deep_network_of_few_tensors_is_one_too() -> None:
+    options = {"use_channel_attn": False, "use_spatial_attn": False}
+    net = small_net(1, embed_dim=4, depths=(60,), lk_kernel=3, **options).float().fused()
+    assert aether_from_state_dict(net.state_dict()).options["depths"] == [60]
 
 
 def test_a_claim_of_terabytes_takes_no_memory() -> None:
