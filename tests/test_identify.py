@@ -137,6 +137,13 @@ def test_every_option_that_changes_the_function_is_read_back() -> None:
     assert int(40 * rebuilt.options["mlp_ratio"]) == int(40 * 1.7)
 
 
+def test_a_hidden_width_that_no_quotient_gives_is_read_back() -> None:
+    """int(22 * (15 / 22)) is 14."""
+    net = AetherNet(scale=1, embed_dim=22, depths=[1], mlp_ratio=15.5 / 22)
+    rebuilt = aether_from_state_dict(net.state_dict())
+    assert rebuilt.stages[0][0].ffn.conv_gate.out_channels == 15
+
+
 def test_img_range_is_assumed_for_a_training_form_and_lies_in_the_weights_of_a_fused_one() -> None:
     net = small_net(2, img_range=255.0).float()
     training, fused = net.state_dict(), net.fused().state_dict()
