@@ -182,7 +182,7 @@ def test_a_foreign_or_broken_state_dict_is_refused_with_what_is_wrong() -> None:
     for name in ("conv_first.weight", "upsample.blocks.0.weight"):
         refused("has 1 dimensions, expected 4", **{name: torch.zeros(24)})
     refused("AetherNet v3 or v4 (", **{"norm.num_batches_tracked": torch.zeros(1)})
-    refused("3.x", scale_tensor=torch.zeros(1))
+    refused("AetherNet 3.x (", scale_tensor=torch.zeros(1))
     refused("gaps", **{"stages.7.0.norm.weight": torch.zeros(1, 24, 1, 1)})
     refused("none of the scales", **{"upsample.blocks.0.weight": torch.zeros(25 * 32, 24, 3, 3)})
     for bound in ([1e6], [5e-4], [float("nan")], [1.0, 1.0]):

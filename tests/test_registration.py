@@ -85,3 +85,12 @@ def test_a_second_copy_is_named(install: Any, tmp_path: Path) -> None:
     with pytest.raises(ImportError, match="aether_small is in traiNNer already; keep one copy of") as error:
         importlib.import_module("traiNNer.archs.another_arch")
     assert str(copy) in str(error.value)
+
+
+def test_without_aether_quant_beside_it_one_line_names_the_file(install: Any, tmp_path: Path) -> None:
+    build = install("traiNNer")["aether_small"]
+    (tmp_path / "traiNNer" / "archs" / "aether_quant.py").unlink()
+    importlib.invalidate_caches()
+    with pytest.raises(ImportError, match=r"aether_quant\.py") as error:
+        build(scale=2, **TINY, qat=True)
+    assert not isinstance(error.value, ModuleNotFoundError)
