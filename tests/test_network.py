@@ -6,6 +6,7 @@ Its gradients are those of the two-branch form.
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import pickle
 from pathlib import Path
@@ -350,3 +351,25 @@ def test_a_new_network_starts_from_small_weights_without_biases() -> None:
     assert set(block.norm.weight.flatten().tolist()) == {0.25}
     net = AetherNet(scale=2, embed_dim=64, depths=(1, 1))
     assert net.conv_first.weight[3:].abs().amax((1, 2, 3)).min() > 0, "what carries the picture is not all"
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "depths", "attention"),
+    [
+        ("aether_small", 96, (4, 4, 4, 4), False),
+        ("aether_medium", 128, (6, 6, 6, 6), True),
+        ("aether_large", 180, (8, 8, 8, 8, 8), True),
+    ],
+)
+def test_the_variants_are_those_that_weights_were_trained_for(
+    name: str, width: int, depths: tuple[int, ...], attention: bool
+) -> None:
+    options = inspect.signature(getattr(aether_arch, name)).parameters
+    found = [options[key].default for key in ("embed_dim", "depths", "use_channel_attn", "use_spatial_attn")]
+    assert found == [width, depths, attention, attention]
+    assert [options[key].default for key in ("scale", "lk_kernel", "sk_kernel", "mlp_ratio")] == [
+        4,
+        11,
+        3,
+        2.0,
+    ]
