@@ -210,6 +210,16 @@ def test_a_claim_of_terabytes_takes_no_memory() -> None:
         aether_from_state_dict(state)
 
 
+def test_more_blocks_than_tensors_are_refused_before_any_is_made() -> None:
+    blocks = {f"stages.0.{k}.norm.weight": torch.zeros(1, 24, 1, 1) for k in range(200)}
+    with pytest.raises(ValueError, match=r"not a whole AetherNet: \d+ tensors for 202 blocks"):
+        aether_from_state_dict({**small_net(2).float().state_dict(), **blocks})
+
+
+def test_a_state_dict_of_another_network_has_no_form() -> None:
+    assert form_name({"weight": torch.zeros(1)}) == ""
+
+
 STATE = small_net(2, **TINY).float().state_dict()
 FUSED = small_net(2, **TINY).fused().float()
 DAMAGED = {
