@@ -6,12 +6,18 @@ import signal
 import sys
 import threading
 import warnings
+from pathlib import Path
 from typing import Callable
 
 from aethersr.errors import UserError, is_out_of_memory
 
 # What PyTorch says when it is imported where numpy is not installed; no command needs it to hear that.
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+
+
+def program_name(installed: str, script: str) -> str:
+    """The name that the user typed: of the installed command, or of the script in a checkout."""
+    return installed if Path(sys.argv[0]).stem == installed else script
 
 
 def exit_code(program: str, action: Callable[[], None], stopped: str) -> int:

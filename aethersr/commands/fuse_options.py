@@ -8,7 +8,6 @@ import hashlib
 import math
 import os
 import re
-import sys
 from pathlib import Path
 from typing import Dict, List, Optional, Sequence, Tuple
 
@@ -18,10 +17,11 @@ from aether_quant import PLACEMENTS, TARGETS
 
 from aethersr import ncnn
 from aethersr.checkpoint import ENDINGS
+from aethersr.commands import program_name
 from aethersr.errors import UserError, missing_package
 from aethersr.onnx import OPSETS, PRECISIONS
 
-PROGRAM = "aether-fuse" if Path(sys.argv[0]).stem == "aether-fuse" else "fuse_aether.py"
+PROGRAM = program_name("aether-fuse", "fuse_aether.py")
 LARGEST_STATIC = 16384  # pixels a side of a picture
 
 

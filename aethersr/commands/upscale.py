@@ -21,10 +21,10 @@ from typing import Any, Iterator, List, Optional, Tuple, Union
 
 import torch
 
-from aethersr.commands import exit_code
+from aethersr.commands import exit_code, program_name
 from aethersr.errors import UserError, missing_package
 
-PROGRAM = "upscale.py"
+PROGRAM = program_name("aether-upscale", "upscale.py")
 
 
 class Progress:
