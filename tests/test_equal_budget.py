@@ -152,3 +152,16 @@ def test_what_is_missing_is_said_in_one_line(folder: Path, tmp_path: Path) -> No
     ):
         with pytest.raises(SystemExit, match=message):
             run(folder, tmp_path / "e", "--iterations", "1", *arguments)
+
+
+def test_a_block_that_adds_nothing_contributes_nothing() -> None:
+    import blocks
+
+    net = equal_budget.build(equal_budget.parse_run(TINY), 2, None).eval()
+    with torch.no_grad():
+        net.stages[1][0].ffn.conv_out.bias.fill_(1.0)
+    image = torch.rand(1, 3, 16, 16)
+    first, second = blocks.contributions(net, image)
+    assert first == 0
+    assert second > 0.1
+    assert blocks.contributions(net.fused(), image) == pytest.approx([first, second], abs=1e-4)
