@@ -14,6 +14,7 @@ traiNNer-redux's (plksr_tiny, span, compact, artcnn_r8f64, realplksr_tiny, ...) 
     patch=32       low-resolution pixels a side
     skip=1         add a bicubic enlargement of the input to the output
     start=plain    AetherNet: random weights in place of those that interpolate
+    start=unit     AetherNet: kernels inside the blocks that keep the size of what goes through them
     norm_weight=1  AetherNet: of the blocks' norms at the start
     freeze_at=N    AetherNet: from iteration N on the norms' statistics stand still
 
@@ -100,6 +101,11 @@ def build(run: Run, scale: int, checkout: Optional[Path]) -> nn.Module:
             for module in net.modules():
                 if isinstance(module, nn.Conv2d):
                     nn.init.trunc_normal_(module.weight, std=0.02)
+        for block in blocks if run.training.get("start") == "unit" else []:
+            nn.init.trunc_normal_(block.conv.lk_conv.weight, std=1 / block.conv.lk_conv.kernel_size[0])
+            nn.init.dirac_(block.conv.sk_conv.weight, groups=len(block.conv.sk_conv.weight))
+            for conv in (block.ffn.conv_gate, block.ffn.conv_main):
+                nn.init.trunc_normal_(conv.weight, std=conv.in_channels**-0.5)
         for block in blocks if "norm_weight" in run.training else []:
             nn.init.constant_(block.norm.weight, run.training["norm_weight"])
     else:
