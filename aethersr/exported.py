@@ -16,6 +16,8 @@ def for_export(network: Any) -> Any:
     network = copy.deepcopy(network).eval()
     network.tail = ExportTail(network.tail, network.options["in_chans"])
     mean = network.mean
+    if mean.dtype != torch.float32:
+        network.tail.to(mean.dtype)
     if bool((mean == mean.flatten()[0]).all()):  # always: it is 0.5
         del network.mean
         network.mean = float(mean.flatten()[0])  # a tensor would be a constant layer in ncnn

@@ -392,6 +392,8 @@ class QuantAetherNet(arch.FusedAetherNet):
         Raises:
             ValueError: no image, or none on which all values are finite; the ranges stay what they were.
         """
+        if self.stored:
+            raise ValueError("calibrate: this network holds int8 weights already; calibrate the float one.")
         training, quantizers, largest = self.training, list(self.quantizers().values()), []
         before = [(each.range_sum.clone(), each.watched.clone()) for each in quantizers]
         self.train()

@@ -136,14 +136,15 @@ def test_what_was_validated_is_what_was_saved_and_what_fuse_aether_writes(
         )
 
 
-def test_the_statistics_of_a_new_network_stay_0_and_1_so_that_no_average_needs_them(
+def test_the_averaged_weights_hold_statistics_that_moved_unless_the_template_freezes_them(
     framework: Framework, trained: str
 ) -> None:
     state = load(framework.weights(trained))
     found = {name: value for name, value in state.items() if name.endswith(tuple(STATISTICS))}
     assert found
     for name, value in found.items():
-        assert torch.equal(value, torch.full_like(value, STATISTICS[name.split(".")[-1]])), name
+        still = torch.equal(value, torch.full_like(value, STATISTICS[name.split(".")[-1]]))
+        assert still == framework.name.startswith("neosr"), name
 
 
 def test_a_training_that_goes_on_from_a_checkpoint_has_the_losses_of_an_uninterrupted_one(
@@ -282,7 +283,9 @@ def test_two_processes_end_with_the_same_weights(
     framework.run(options, "--launcher", "pytorch", "--dump", str(tmp_path), processes=2)
     first, second = (torch.load(tmp_path / f"rank{rank}.pth", weights_only=True) for rank in range(2))
     # Not bit by bit: to save, rank 0 of neosr swaps to averaged weights and back, which rounds.
-    far = [name for name in first if not torch.allclose(first[name], second[name], rtol=0, atol=1e-6)]
+    # Nor the norms' statistics: each rank has those of its own pictures, and rank 0's are saved.
+    shared = [name for name in first if not name.endswith(tuple(STATISTICS))]
+    far = [name for name in shared if not torch.allclose(first[name], second[name], rtol=0, atol=1e-6)]
     assert not far, f"{len(far)} of {len(first)} tensors differ between the ranks: {far[:4]}"
 
 

@@ -72,7 +72,7 @@ def settings(checkout: Path, name: str = NAME) -> Any:
 
 
 def eventually(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 10
+    end = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.02)
