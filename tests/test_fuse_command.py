@@ -348,7 +348,7 @@ def test_the_speed_is_a_median_with_its_spread_or_no_claim(
             "no measurable difference (0.75 to 1.25 times as fast)",
         ),
     ):
-        monkeypatch.setattr(verify, "interleaved", lambda *_, _times=times, **options: Comparison(_times))
+        monkeypatch.setattr(fuse.verify, "compare_times", lambda *_, _times=times: Comparison(_times))
         assert run(*arguments) == 0
         assert words in capsys.readouterr().out
 
