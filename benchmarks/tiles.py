@@ -33,7 +33,7 @@ def trained(embed_dim: int, depths: list[int], iterations: int) -> AetherNet:
     torch.manual_seed(0)
     generator, images = torch.Generator().manual_seed(0), photographs()[0]
     net = AetherNet(
-        scale=SCALE, embed_dim=embed_dim, depths=depths, drop_path_rate=0.0, norm="frozen"
+        scale=SCALE, embed_dim=embed_dim, depths=depths, drop_path_rate=0.0, norm="batch", bound=1.0
     ).train()
     optimizer = torch.optim.AdamW(net.parameters(), 5e-4, betas=(0.9, 0.99), weight_decay=0)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-4, iterations)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any, Iterator
 
@@ -54,3 +56,24 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+class AsNobody:
+    """Inside, files are seen with the rights of another user than root, whom every permission is open to."""
+
+    def __enter__(self) -> None:
+        self.root = os.geteuid() == 0
+        if self.root:
+            os.seteuid(65534)
+
+    def __exit__(self, *_: Any) -> None:
+        if self.root:
+            os.seteuid(0)
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that every user can reach; pytest's are the user's own."""
+    with tempfile.TemporaryDirectory() as name:
+        os.chmod(name, 0o777)
+        yield Path(name)

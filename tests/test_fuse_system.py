@@ -23,7 +23,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import pytest
 import torch
-from conftest import ROOT, small_net
+from conftest import ROOT, AsNobody, small_net
 from safetensors.torch import save_file
 
 from aethersr import checkpoint as checkpoint_files
@@ -136,27 +136,6 @@ def test_what_is_no_file_is_refused_and_never_waited_for(
     assert sorted(os.listdir(folder)) == sorted(["in.pth", model.name])
 
 
-class _AsNobody:
-    """Inside, files are seen with the rights of another user than root, whom every permission is open to."""
-
-    def __enter__(self) -> None:
-        self.root = os.geteuid() == 0
-        if self.root:
-            os.seteuid(65534)
-
-    def __exit__(self, *_: Any) -> None:
-        if self.root:
-            os.seteuid(0)
-
-
-@pytest.fixture
-def open_folder() -> Iterator[Path]:
-    """A folder that every user can reach; pytest's are the user's own."""
-    with tempfile.TemporaryDirectory() as name:
-        os.chmod(name, 0o777)
-        yield Path(name)
-
-
 def test_unreadable_files_and_read_only_folders_are_said(
     open_folder: Path, checkpoint: Path, capfd: Any
 ) -> None:
@@ -173,7 +152,7 @@ def test_unreadable_files_and_read_only_folders_are_said(
         (open_folder / f"secret{ending}").chmod(0)
     locked.chmod(0o555)
     closed.chmod(0)
-    with _AsNobody():
+    with AsNobody():
         for ending in ENDINGS:
             assert fuse(open_folder / f"secret{ending}", open_folder / "out.pth") == 2
             one_line(capfd)

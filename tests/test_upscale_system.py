@@ -12,15 +12,14 @@ import signal
 import struct
 import subprocess
 import sys
-import tempfile
 import zlib
 from pathlib import Path
-from typing import Any, Dict, Iterator
+from typing import Any, Dict
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, small_net
+from conftest import ROOT, AsNobody, small_net
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -258,29 +257,11 @@ def test_what_is_no_file_is_refused_and_never_waited_for(folder: Path, capfd: An
     signal.alarm(0)
 
 
-class _AsNobody:
-    """Inside, files are seen with the rights of another user than root, whom every permission is open to."""
-
-    def __enter__(self) -> None:
-        self.root = os.geteuid() == 0
-        if self.root:
-            os.seteuid(65534)
-
-    def __exit__(self, *_: Any) -> None:
-        if self.root:
-            os.seteuid(0)
-
-
-@pytest.fixture
-def open_folder() -> Iterator[Path]:
-    """A folder that every user can reach; pytest's are the user's own."""
-    with tempfile.TemporaryDirectory() as name:
-        os.chmod(name, 0o777)
-        yield Path(name)
-
-
 def test_unreadable_files_and_read_only_folders_are_said(open_folder: Path, folder: Path, capfd: Any) -> None:
-    # Whatever is imported late is imported.
+    # Whatever is imported late is imported: without root's rights it may not be found.
+    import onnx  # noqa: F401
+    import onnxruntime  # noqa: F401
+
     assert upscaled(folder / "net.pth", folder / "in.png", folder / "warm.png") == 0
     capfd.readouterr()
     model, source = open_folder / "net.pth", open_folder / "in.png"
@@ -294,7 +275,7 @@ def test_unreadable_files_and_read_only_folders_are_said(open_folder: Path, fold
         (open_folder / name).chmod(0)
     locked.chmod(0o555)
     closed.chmod(0)
-    with _AsNobody():
+    with AsNobody():
         for arguments in (
             (open_folder / "secret.pth", source, open_folder / "out.png"),
             (open_folder / "secret.onnx", source, open_folder / "out.png"),
