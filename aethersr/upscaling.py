@@ -63,38 +63,51 @@ def spread_colours(pixels: np.ndarray, wrap: str = "") -> np.ndarray:
     return upscale_tiled(_spread, _planes(pixels), 1024, sum(_RADII), wrap=wrap)[0].permute(1, 2, 0).numpy()
 
 
-def _calm_edges(out: Tensor, image: Tensor) -> Tensor:
-    """Alpha, and colours near transparency, stay between those that stood there.
-
-    So there is no ring round what is cut out, and what was clear is clear up to the picture's border.
-    """
-    around = image.to(out)
-    highest, lowest = F.max_pool2d(around, 5, 1, 2), -F.max_pool2d(-around, 5, 1, 2)
-    scale = out.shape[-1] // image.shape[-1]
-    highest, lowest = (F.interpolate(bound, scale_factor=float(scale)) for bound in (highest, lowest))
-    calm = torch.minimum(torch.maximum(out, lowest), highest)
-    return torch.where(lowest[:, -1:] < 1, calm, torch.cat([out[:, :-1], calm[:, -1:]], 1))
+def _range(x: Tensor, scale: int) -> Tuple[Tensor, Tensor]:
+    """The lowest and highest of the 5x5 pixels round each, ``scale`` times as large."""
+    lowest, highest = -F.max_pool2d(-x, 5, 1, 2), F.max_pool2d(x, 5, 1, 2)
+    return F.interpolate(lowest, scale_factor=float(scale)), F.interpolate(highest, scale_factor=float(scale))
 
 
-def of_any_channels(
-    net: Callable[[Tensor], Tensor], in_chans: int, alpha: bool
-) -> Callable[[Tensor], Tensor]:
-    """``net`` for pictures with other channels: each of those goes through alone, as a grey picture.
+def _within(x: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
+    return torch.minimum(torch.maximum(x, lowest), highest)
 
-    Transparency too, so that its edges are as sharp as those of the colours beside it.
+
+def through_transparency(net: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """``net`` for pictures (N, C + 1, H, W) whose last channel is alpha.
+
+    The picture goes through over black and over white. What differs between the two is what one sees through;
+    colours and alpha follow, so that over any background the result looks as if the network had seen the
+    picture on it (Smith and Blinn, Blue Screen Matting, 1996). Rings along a hard edge are the exception: no
+    alpha makes a background darker or brighter by a part of its own difference from what is cut out.
     """
 
-    def alone(x: Tensor) -> Tensor:
+    def run(image: Tensor) -> Tensor:
+        colours, clear = image[:, :-1] * image[:, -1:], 1 - image[:, -1:]
+        black, white = (net(colours + shade * clear).float() for shade in (0, 1))
+        checked = 0 * (black + white)  # NaN where one is not finite: limits would hide that
+        black, white, image = black.clamp(0, 1), white.clamp(0, 1), image.to(black)
+        scale = black.shape[-1] // image.shape[-1]
+        lowest, highest = _range(image, scale)
+        least = lowest[:, -1:]
+        alpha = _within(1 - (white - black).mean(1, keepdim=True), least, highest[:, -1:])
+        # Where alpha is small, an error of the network would become a large one of the colour.
+        given = (black + white - 1 + alpha) / (2 * alpha).clamp(min=1e-4)
+        given = _within(given, lowest[:, :-1] - least, highest[:, :-1] + least)
+        return torch.cat([given + checked, alpha], 1)
+
+    return run
+
+
+def of_any_channels(net: Callable[[Tensor], Tensor], in_chans: int) -> Callable[[Tensor], Tensor]:
+    """``net`` for pictures with other channels: each of those goes through alone, as a grey picture."""
+
+    def run(x: Tensor) -> Tensor:
+        if x.shape[1] == in_chans:
+            return net(x)
         grey = x.reshape(-1, 1, *x.shape[2:]).expand(-1, in_chans, -1, -1)
         out = net(grey).mean(1)
         return out.view(*x.shape[:2], *out.shape[1:])
-
-    def run(x: Tensor) -> Tensor:
-        colours = x.shape[1] - alpha
-        out = (net if colours == in_chans else alone)(x[:, :colours])
-        if not alpha:
-            return out
-        return _calm_edges(torch.cat([out, alone(x[:, colours:]).to(out)], 1), x)
 
     return run
 
@@ -119,7 +132,9 @@ def upscale_picture(
     upscaled = np.empty(shape, pixels.dtype)
     if even is not None:
         upscaled[..., -1] = even
-    run = of_any_channels(network, network.in_chans, see_through)
+    run = of_any_channels(network, network.in_chans)
+    if see_through:
+        run = through_transparency(run)
     out = _planes(upscaled[..., :channels])
     upscale_tiled(run, _planes(pixels), tile, overlap, out, progress, network.size, wrap)
     return picture.with_pixels(upscaled)

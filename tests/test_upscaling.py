@@ -13,12 +13,13 @@ import pytest
 import torch
 from conftest import ROOT, small_net
 from PIL import Image
+from skimage import data
 from torch import Tensor
 from torch.nn import functional as F
 
 from aethersr import upscaling
 from aethersr.jobs import Job
-from aethersr.network import TorchNetwork
+from aethersr.network import TorchNetwork, load_network
 from aethersr.picture import Picture
 from aethersr.upscaling import Upscaler, upscale_picture
 
@@ -95,6 +96,48 @@ def test_what_is_cut_out_looks_over_any_colour_as_if_it_had_stood_there(
     if set(colour) <= {0, 255}:  # where nothing can ring; at its border a new network darkens what is opaque
         off = np.abs(over(out, colour) - expected)[4:-4, 4:-4].max()
         assert off <= 4, f"{off:.1f} steps off"
+
+
+def nearest(composites: np.ndarray, colours: np.ndarray, darkest: int) -> float:
+    """How far the best of all pictures with transparency is from (K, H, W, 3) over K colours, at its worst.
+
+    No visible pixel of it is darker than ``darkest``.
+    """
+    best = np.full(composites.shape[1:3], np.inf)
+    for alpha in range(256):
+        left = composites - (1 - alpha / 255) * colours[:, None, None]  # for the colour times alpha
+        middle = ((left.max(0) + left.min(0)) / 2).clip(alpha * darkest / 255 if alpha > 8 else 0, alpha)
+        off = np.abs(left - middle).max((0, 3))
+        best = np.minimum(best, off)
+    return float(best.max())
+
+
+@pytest.mark.parametrize(("kind", "most", "more"), [("disc", 37, 1.5), ("shadow", 7, 1), ("glass", 9, 2.5)])
+def test_no_other_picture_with_transparency_would_look_much_nearer(kind: str, most: int, more: float) -> None:
+    """Rings along a hard edge can't be had over every colour; what can be had over all of these is there."""
+    net = load_network(ROOT / "weights" / "2x_AetherNet_small_wallpapers_fp16.safetensors", "cpu", False)
+    pixels = np.array(Image.open(CASES / "alpha_disc.png"))
+    if kind != "disc":
+        pixels[..., :3] = data.coffee()[100:164, 200:264]
+        y, x = np.mgrid[:64, :64]
+        soft = (24 - np.hypot(y - 31.5, x - 31.5)).clip(0, 6) * 42
+        pixels[..., 3] = soft if kind == "shadow" else 20 + soft // 2
+    colours = np.array([(grey,) * 3 for grey in (0, 64, 128, 192, 255)] + [(255, 0, 0), (9, 99, 199)])
+    composites = np.stack([upscaled(over(pixels, c).round().astype(np.uint8), net) for c in colours])
+    out = upscaled(pixels, net, True)
+    inner = np.s_[..., 8:-8, 8:-8, :]  # clear stays clear up to the border, where a picture's own changes
+    off = max(np.abs(over(out, c) - seen)[inner].max() for c, seen in zip(colours, composites))
+    least = nearest(composites[inner].astype(float), colours, 250 if kind == "disc" else 0)
+    assert off <= least + more, f"{off:.1f} steps off, of {least:.1f} that can't be helped"
+    assert off <= most, f"{off:.1f} steps off"
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_what_is_not_finite_is_said_of_transparent_pictures_too(value: float) -> None:
+    pixels = np.full((8, 9, 4), 100, np.uint8)
+    pixels[0, 0] = 0
+    with pytest.raises(ValueError, match="not finite"):
+        upscaled(pixels, Double(lambda image: image.fill_(value)), True)
 
 
 def test_an_edge_of_what_is_cut_out_is_clean_through_any_network() -> None:
