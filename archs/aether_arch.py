@@ -220,7 +220,7 @@ class AetherBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out = self.norm(self.conv(x))
         if self.bound is not None:
-            out = out.clamp(-self.bound, self.bound)
+            out = F.hardtanh(out, -self.bound, self.bound)  # its gradient costs a third of clamp's
         out = self.spatial_attn(self.channel_attn(self.ffn(out)))
         if self.training and self.drop_path:  # drops whole samples: https://arxiv.org/abs/1603.09382
             out = out * F.dropout(out.new_ones(len(out), 1, 1, 1), self.drop_path)
@@ -411,9 +411,7 @@ class AetherNet(AetherBase):
     def train(self, mode: bool = True) -> AetherNet:
         count = 0 if mode else int(self.non_finite)
         if count:
-            warnings.warn(
-                f"AetherNet: {count} batches held NaN or infinite pixels, taken as grey", stacklevel=2
-            )
+            warnings.warn(f"AetherNet: {count} batches held NaN or infinite pixels, made grey", stacklevel=2)
             self.non_finite = 0
         return super().train(mode)
 
@@ -761,9 +759,8 @@ def _check_options(options: Mapping[str, Any]) -> None:
 def _initialize(net: AetherNet) -> None:
     """Start as an interpolation: blocks as identities, and the image in the first channels.
 
-    A gated product squares what its norm gives it, block after block: norms start at 0.25, not at 1. All
-    other weights start at random, and training may change these too. LeakyReLU passes a value and its
-    negative as a pair: lrelu(v) - lrelu(-v) = 1.01 v. Networks too narrow for that start at random alone.
+    Kernels inside blocks keep the size of what they get: the gated product of small ones gives conv_out no
+    gradient. LeakyReLU passes a value as a pair: lrelu(v) - lrelu(-v) = 1.01 v. Too narrow: random alone.
     """
     for conv in net.modules():
         if isinstance(conv, nn.Conv2d):
@@ -772,8 +769,11 @@ def _initialize(net: AetherNet) -> None:
                 conv.bias.zero_()
     for block in net.stages.modules():
         if isinstance(block, AetherBlock):
+            for conv in (block.conv.lk_conv, block.ffn.conv_gate, block.ffn.conv_main):
+                nn.init.kaiming_normal_(conv.weight, nonlinearity="linear")
+            nn.init.dirac_(block.conv.sk_conv.weight, groups=block.conv.sk_conv.groups)
             block.ffn.conv_out.weight.zero_()
-            block.norm.weight.fill_(0.25)
+    nn.init.kaiming_normal_(net.conv_first.weight)
     image, width = net.conv_first.in_channels, net.conv_first.out_channels
     step, upsamplers = net.upsample.step, [c for c in net.upsample.blocks if isinstance(c, nn.Conv2d)]
     if width < 2 * image or any(conv.out_channels < step**2 * image for conv in upsamplers):

@@ -9,13 +9,13 @@ A run is a network and its options, NAME[,OPTION=VALUE]... A name that is not of
 traiNNer-redux's (plksr_tiny, span, compact, artcnn_r8f64, realplksr_tiny, ...) and needs
 ``--traiNNer-redux``; "base" is what ``--base`` says. Options of the training are
 
-    rate=1e-3      of AdamW; a short warm-up, then cosine down to a fiftieth
+    rate=1e-3      learning rate; a short warm-up, then cosine down to a fiftieth
+    optimizer=AdamW  torch's, or one of pytorch-optimizer (SOAP, Muon, StableAdamW, ...)
     batch=8        cuts a step
     patch=32       low-resolution pixels a side
     skip=1         add a bicubic enlargement of the input to the output
     start=plain    AetherNet: random weights in place of those that interpolate
-    start=unit     AetherNet: kernels inside the blocks that keep the size of what goes through them
-    norm_weight=1  AetherNet: of the blocks' norms at the start
+    start=quiet    AetherNet: small weights inside the blocks, as until version 0.2
     freeze_at=N    AetherNet: from iteration N on the norms' statistics stand still
 
 and every other one goes to the network (drop_path_rate=0.1, bound=1.0, ...). The loss is Charbonnier's.
@@ -55,8 +55,8 @@ from cpu_speed import speed_up_on_cpu  # noqa: E402
 from cuts import Cuts, Validation  # noqa: E402
 
 OURS = ("aether_small", "aether_medium", "aether_large", "AetherNet")
-DEFAULTS: Dict[str, Any] = {"rate": 1e-3, "batch": 8, "patch": 32, "skip": 0}
-START = ("start", "norm_weight", "freeze_at")  # of AetherNet
+DEFAULTS: Dict[str, Any] = {"rate": 1e-3, "optimizer": "AdamW", "batch": 8, "patch": 32, "skip": 0}
+START = ("start", "freeze_at")  # of AetherNet
 POINTS = 6  # measurements of a run
 
 
@@ -98,21 +98,26 @@ def build(run: Run, scale: int, checkout: Optional[Path]) -> nn.Module:
         net: nn.Module = getattr(aether_arch, run.network)(scale=scale, **run.options)
         blocks = [module for module in net.modules() if isinstance(module, aether_arch.AetherBlock)]
         if run.training.get("start") == "plain":
-            for module in net.modules():
-                if isinstance(module, nn.Conv2d):
-                    nn.init.trunc_normal_(module.weight, std=0.02)
-        for block in blocks if run.training.get("start") == "unit" else []:
-            nn.init.trunc_normal_(block.conv.lk_conv.weight, std=1 / block.conv.lk_conv.kernel_size[0])
-            nn.init.dirac_(block.conv.sk_conv.weight, groups=len(block.conv.sk_conv.weight))
-            for conv in (block.ffn.conv_gate, block.ffn.conv_main):
-                nn.init.trunc_normal_(conv.weight, std=conv.in_channels**-0.5)
-        for block in blocks if "norm_weight" in run.training else []:
-            nn.init.constant_(block.norm.weight, run.training["norm_weight"])
+            restart([conv for conv in net.modules() if isinstance(conv, nn.Conv2d)])
+        if run.training.get("start") == "quiet":
+            inside = [
+                (block.conv.lk_conv, block.conv.sk_conv, block.ffn.conv_gate, block.ffn.conv_main)
+                for block in blocks
+            ]
+            restart([conv for convs in inside for conv in convs])
+            nn.init.trunc_normal_(net.conv_first.weight[net.conv_first.in_channels :], std=0.02)
+            for block in blocks:
+                nn.init.constant_(block.norm.weight, 0.25)
     else:
         if checkout is None:
             raise SystemExit(f"{run.network} needs a checkout of traiNNer-redux (--traiNNer-redux)")
         net = registered(run.network, checkout)(scale=scale, **run.options)
     return WithSkip(net, scale) if run.training["skip"] else net
+
+
+def restart(convs: List[nn.Conv2d]) -> None:
+    for conv in convs:
+        nn.init.trunc_normal_(conv.weight, std=0.02)
 
 
 def registered(name: str, checkout: Path) -> Callable[..., nn.Module]:
@@ -125,6 +130,25 @@ def registered(name: str, checkout: Path) -> Callable[..., nn.Module]:
 
     found: Any = registry.SPANDREL_REGISTRY if name in registry.SPANDREL_REGISTRY else registry.ARCH_REGISTRY
     return found.get(name)
+
+
+def build_optimizer(net: nn.Module, name: str, rate: float) -> torch.optim.Optimizer:
+    if name in ("AdamW", "NAdam"):
+        return getattr(torch.optim, name)(net.parameters(), rate, betas=(0.9, 0.99), weight_decay=0)
+    import pytorch_optimizer
+
+    options: Dict[str, Any] = {}
+    params: Any = list(net.parameters())
+    if name == "Muon":  # for matrices only; vectors get AdamW's steps
+        params = [
+            {
+                "params": [p for p in params if (p.dim() > 1 and p.numel() > p.shape[0]) == matrix],
+                "use_muon": matrix,
+            }
+            for matrix in (True, False)
+        ]
+        options = {"use_adjusted_lr": True}
+    return getattr(pytorch_optimizer, name)(params, lr=rate, weight_decay=0, **options)
 
 
 def freeze_statistics(net: nn.Module) -> None:
@@ -151,7 +175,7 @@ def train(
     net: Any = build(run, cuts.scale, args.checkout).train()
     net = net.to(device, memory_format=torch.channels_last)
     averaged = copy.deepcopy(net).eval()
-    optimizer = torch.optim.AdamW(net.parameters(), options["rate"], betas=(0.9, 0.99), weight_decay=0)
+    optimizer = build_optimizer(net, options["optimizer"], options["rate"])
     clock = CLOCKS[device]
     points: List[Tuple[int, float, float]] = []
     iteration, seconds, done = 0, 0.0, 0.0  # done: of the budget
@@ -160,7 +184,8 @@ def train(
             freeze_statistics(net)
         begin = clock()
         cosine = 0.51 + 0.49 * math.cos(math.pi * done)
-        optimizer.param_groups[0]["lr"] = options["rate"] * min(1, (iteration + 1) / 50) * cosine
+        for group in optimizer.param_groups:
+            group["lr"] = options["rate"] * min(1, (iteration + 1) / 50) * cosine
         low, high = (x.to(device) for x in cuts.batch(options["batch"], options["patch"], random))
         with torch.autocast(device, torch.bfloat16, enabled=args.bf16):
             out = net(low.contiguous(memory_format=torch.channels_last))

@@ -122,14 +122,11 @@ def test_the_start_and_the_norms_of_a_network_follow_the_options() -> None:
     def net(options: str) -> torch.nn.Module:
         return equal_budget.build(equal_budget.parse_run(f"{TINY},{options}"), 2, None)
 
-    assert net("norm_weight=0.7").stages[0][0].norm.weight[0, 0].item() == pytest.approx(0.7)
     assert net("start=plain").conv_last.weight.abs().max().item() < 0.1
     assert net("rate=1").conv_last.weight.max().item() == 1
-    unit = net("start=unit").stages[0][0]
-    assert unit.conv.sk_conv.weight.sum((1, 2, 3)).tolist() == [1.0] * 12
-    noise = torch.randn(4, 12, 64, 64)
-    assert 1.2 < unit.conv(noise).std().item() < 1.6  # of two parts of unit size
-    assert 0.8 < unit.ffn.conv_main(noise).std().item() < 1.2
+    quiet = net("start=quiet").stages[0][0]
+    assert set(quiet.norm.weight.flatten().tolist()) == {0.25}
+    assert float(quiet.conv(torch.randn(4, 12, 64, 64)).std()) < 0.5
     skipped = net("start=plain,skip=1")
     flat = torch.full((1, 3, 8, 8), 0.8)
     assert (skipped(flat) - skipped.net(flat) - 0.8).abs().max().item() < 1e-5
@@ -145,7 +142,7 @@ def test_what_runs_away_is_seen(folder: Path) -> None:
     calm = validation.largest(net, "cpu")
     with torch.no_grad():
         net.stages[0][0].ffn.conv_out.weight.fill_(1e38)
-    assert calm < 10
+    assert calm < 50
     assert validation.largest(net, "cpu") == float("inf")
 
 
