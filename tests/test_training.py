@@ -137,12 +137,35 @@ def test_quantisation_aware_training_starts_from_weights(checkout: Path, capsys:
     assert command(checkout, "--stage", "qat") == 2
     assert "--pretrained" in capsys.readouterr().err
     weights = checkout / "float.safetensors"
+    save_file(small_net(2).state_dict(), weights)
     assert command(checkout, "--stage", "qat_full", "--pretrained", weights, "--rate", 2e-4, "--wait") == 0
     written = settings(checkout, "2x_AetherNet_small_qat_full")
     assert written["network_g"]["qat"] == "full"
     assert written["train"]["optim_g"]["lr"] == 2e-4
     assert written["path"]["pretrain_network_g"] == str(weights)
+    assert written["path"]["strict_load_g"]
     assert (checkout / "traiNNer" / "archs" / "aether_quant.py").exists()
+
+
+def test_another_scale_starts_from_the_body_of_x2_and_is_kept_apart(checkout: Path, capsys: Any) -> None:
+    python(checkout, seconds=0)
+    weights = checkout / "x2.safetensors"
+    save_file(small_net(2).state_dict(), weights)
+    assert command(checkout, "--scale", 4, "--pretrained", weights, "--wait") == 0
+    written = settings(checkout, "4x_AetherNet_small_float")
+    assert written["scale"] == 4
+    assert not written["path"]["strict_load_g"]
+    assert train.KEPT.format(scale=4, stage="") == "weights/4x_AetherNet_small_training_fp16.safetensors"
+
+
+def test_pictures_can_be_degraded_while_training_at_x2_and_x4(checkout: Path, capsys: Any) -> None:
+    python(checkout, seconds=0)
+    assert command(checkout, "--stage", "otf", "--wait") == 0
+    written = settings(checkout, "2x_AetherNet_small_otf")
+    assert written["high_order_degradation"]
+    assert "dataroot_lq" not in written["datasets"]["train"]
+    assert command(checkout, "--stage", "otf", "--scale", 3) == 2
+    assert "--scale" in capsys.readouterr().err
 
 
 def test_a_training_with_a_state_goes_on_as_it_began(checkout: Path, capsys: Any) -> None:

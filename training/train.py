@@ -3,6 +3,7 @@
     python training/train.py --traiNNer-redux CHECKOUT --data FOLDER   # start, continue, or see how far it is
     python training/train.py --traiNNer-redux CHECKOUT --pause         # and --resume, --stop
     python training/train.py --traiNNer-redux CHECKOUT --keep          # newest averaged weights to weights/
+    python training/train.py --traiNNer-redux CHECKOUT --data FOLDER_X4 --scale 4 --pretrained X2_WEIGHTS
 
 FOLDER is what training/prepare_pictures.py wrote. AETHER_TRAINNER_REDUX, AETHER_TRAINING_DATA and
 AETHER_TRAINING_PYTHON stand in for ``--traiNNer-redux``, ``--data`` and ``--python``, as ``make train``
@@ -35,6 +36,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "archs")]
 
 import torch  # noqa: E402
 import yaml  # noqa: E402
+from aether_arch import scale_of  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
@@ -43,11 +45,11 @@ from aethersr.commands import exit_code  # noqa: E402
 from aethersr.errors import UserError  # noqa: E402
 
 TEMPLATES = ROOT / "options" / "traiNNer-redux" / "train" / "AetherNet"
-KEPT = ROOT / "weights" / "2x_AetherNet_small_training_fp16.safetensors"
+KEPT = "weights/{scale}x_AetherNet_small{stage}_training_fp16.safetensors"
 # What one CPU core needs different from a card.
 CHANGES: Dict[str, Any] = {"lq_size": 32, "batch_size_per_gpu": 8, "num_worker_per_gpu": 1}
 CPU: Dict[str, Any] = {"num_gpu": 0, "amp_bf16": True}  # fast with AVX512-BF16 or AMX; fp16 is fast on no CPU
-STAGES = {"float": "fidelity", "qat": "qat", "qat_full": "qat"}
+STAGES = {"float": "fidelity", "otf": "OTF_fidelity", "qat": "qat", "qat_full": "qat"}
 WARMUP = 200  # iterations
 
 
@@ -106,13 +108,18 @@ class Training:
         return "\n".join(lines)
 
 
-def options(stage: str, data: Path, iterations: int) -> Dict[str, Any]:
-    path = TEMPLATES / f"AetherNet_small_x2_{STAGES[stage]}.yml"
+def options(stage: str, scale: int, data: Path, iterations: int) -> Dict[str, Any]:
+    path = TEMPLATES / f"AetherNet_small_x{scale}_{STAGES[stage]}.yml"
+    if not path.is_file():
+        raise UserError(f"there is no template {path.name}: --stage {stage} is for x2 and x4 (--scale).")
     result: Dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
-    folders = {"dataroot_gt": [str(data / "gt")], "dataroot_lq": [str(data / "lq")]}
-    result["datasets"]["train"].update(CHANGES, **folders)
+    pictures = result["datasets"]["train"]
+    pictures.update(CHANGES)
+    for kind in ("gt", "lq"):
+        if f"dataroot_{kind}" in pictures:  # degraded on the fly: gt alone
+            pictures[f"dataroot_{kind}"] = [str(data / kind)]
     result["manual_seed"] = 0
-    if stage != "float":
+    if stage.startswith("qat"):
         result["network_g"]["qat"] = "full" if stage == "qat_full" else True
     schedule = {"total_iters": iterations, "warmup_iters": min(WARMUP, iterations // 10)}
     result["train"]["scheduler"].update(schedule)
@@ -165,21 +172,23 @@ def start(training: Training, args: argparse.Namespace) -> None:
     if args.data is None or not (args.data / "gt").is_dir():
         where = args.data and args.data / "gt"
         raise UserError(f"there is no {where}; training/prepare_pictures.py writes it (--data).")
-    if args.stage != "float" and not args.pretrained:
+    if args.stage.startswith("qat") and not args.pretrained:
         raise UserError(
             f"--stage {args.stage} needs float weights to start from; pass them with --pretrained."
         )
-    settings = {**options(args.stage, args.data.resolve(), args.iterations), "name": training.name}
+    chosen = options(args.stage, args.scale, args.data.resolve(), args.iterations)
+    settings = {**chosen, "name": training.name}
     if args.rate:
         settings["train"]["optim_g"]["lr"] = args.rate
-    kept = args.kept if args.stage == "float" and not args.pretrained else None
+    kept = None if args.pretrained else args.kept
     if training.newest("training_states/*.state"):
         begins = "goes on from its newest state"
         if training.options.is_file():  # as it began
             settings = yaml.safe_load(training.options.read_text(encoding="utf-8"))
     elif args.pretrained:
         begins = f"starts from {args.pretrained}"
-        settings["path"]["pretrain_network_g"] = str(args.pretrained.resolve())
+        other = scale_of(read_checkpoint(args.pretrained).state) != args.scale  # a new tail on the body
+        settings["path"].update(pretrain_network_g=str(args.pretrained.resolve()), strict_load_g=not other)
     elif kept and kept.is_file():
         done = done_before(kept)
         begins = f"goes on from {kept} ({done} iterations), with a warm-up"
@@ -193,7 +202,7 @@ def start(training: Training, args: argparse.Namespace) -> None:
     if cuda.returncode:
         settings.update(CPU)
         launcher = [str(ROOT / "tests" / "launchers" / "trainner_redux_cpu.py"), "train"]
-    for name in ("aether_arch.py", "aether_quant.py") if args.stage != "float" else ("aether_arch.py",):
+    for name in ("aether_arch.py", "aether_quant.py")[: 1 + args.stage.startswith("qat")]:
         shutil.copy(ROOT / "archs" / name, training.checkout / "traiNNer" / "archs")
     training.options.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
     command = [args.python, *launcher, "--auto_resume", "-opt", training.options.name]
@@ -218,7 +227,10 @@ def start(training: Training, args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> None:
     if args.checkout is None or not (args.checkout / "traiNNer" / "archs").is_dir():
         raise UserError(f"{args.checkout} is no checkout of traiNNer-redux; pass one (--traiNNer-redux).")
-    training = Training(args.checkout.resolve(), args.name or f"2x_AetherNet_small_{args.stage}")
+    training = Training(args.checkout.resolve(), args.name or f"{args.scale}x_AetherNet_small_{args.stage}")
+    if args.kept is None:
+        stage = "" if args.stage == "float" else f"_{args.stage}"
+        args.kept = ROOT / KEPT.format(scale=args.scale, stage=stage)
     signals = {"pause": "SIGSTOP", "resume": "SIGCONT", "stop": "SIGTERM"}
     for action, number in signals.items():
         if getattr(args, action):
@@ -243,14 +255,13 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     )
     python = os.environ.get("AETHER_TRAINING_PYTHON") or sys.executable
     parser.add_argument("--python", default=python, help="that has what traiNNer-redux needs (default: this)")
-    parser.add_argument("--name", help="of the training (default: 2x_AetherNet_small_STAGE)")
+    parser.add_argument("--name", help="of the training (default: SCALEx_AetherNet_small_STAGE)")
+    parser.add_argument("--scale", type=int, choices=(2, 3, 4), default=2)
     parser.add_argument("--stage", choices=tuple(STAGES), default="float")
     parser.add_argument("--iterations", type=int, default=100000)
     parser.add_argument("--pretrained", type=Path, help="weights to start from; the qat stages need them")
     parser.add_argument("--rate", type=float, help="learning rate (default: the template's)")
-    parser.add_argument(
-        "--kept", type=Path, default=KEPT, help="weights that --keep writes (default: %(default)s)"
-    )
+    parser.add_argument("--kept", type=Path, help=f"weights that --keep writes (default: {KEPT})")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--wait", action="store_true", help="return when the training ends")
     action = parser.add_mutually_exclusive_group()
