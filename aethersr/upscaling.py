@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from itertools import islice
 from typing import Any, Callable, Deque, Iterable, Iterator, NamedTuple, Tuple
@@ -149,18 +149,24 @@ class Result(NamedTuple):
 
 
 class _InTurn:
-    """A network that computes one batch at a time, whichever thread asks, until it is stopped."""
+    """A network in a thread of its own, where one batch waits for the other, until it is stopped.
 
-    def __init__(self, network: Network) -> None:
-        self.network, self.lock, self.stopped = network, threading.Lock(), False
+    Not a lock: which thread comes next is decided late where processors are busy, and the network would stand
+    still until then.
+    """
+
+    def __init__(self, network: Network, thread: Executor) -> None:
+        self.network, self.thread, self.stopped = network, thread, False
         self.in_chans, self.scale, self.reach = network.in_chans, network.scale, network.reach
         self.size = network.size
 
     def __call__(self, image: Tensor) -> Tensor:
-        with self.lock:
-            if self.stopped:
-                raise InterruptedError
-            return self.network(image)
+        return self.thread.submit(self._run, image).result()
+
+    def _run(self, image: Tensor) -> Tensor:
+        if self.stopped:
+            raise InterruptedError
+        return self.network(image)
 
 
 class Upscaler:
@@ -177,7 +183,7 @@ class Upscaler:
     ) -> None:
         self.network, self.tile, self.overlap, self.wrap = network, tile, overlap, wrap
         self.overwrite, self.say = overwrite, say
-        self._network = _InTurn(network)
+        self._lock = threading.Lock()
         self._large = threading.Semaphore(2)
 
     def run(self, jobs: Iterable[Job], tick: Callable[[float], None] = lambda part: None) -> Iterator[Result]:
@@ -188,28 +194,31 @@ class Upscaler:
         """
         waiting = iter(jobs)
         working: Deque[Tuple[Job, Future[Tuple[int, int]]]] = deque()
-        with ThreadPoolExecutor(WORKERS) as pool:
+        with ThreadPoolExecutor(1) as thread, ThreadPoolExecutor(WORKERS) as pool:
+            network = _InTurn(self.network, thread)
             try:
                 while True:
-                    for job in islice(waiting, WORKERS - len(working)):
-                        working.append((job, pool.submit(self._work, job, tick)))
+                    for job in islice(waiting, 2 * WORKERS - len(working)):  # the first one may take longest
+                        working.append((job, pool.submit(self._work, job, network, tick)))
                     if not working:
                         return
                     job, future = working.popleft()
                     yield self._result(job, future)
             finally:
-                self._network.stopped = True
+                network.stopped = True
+                for _, future in working:
+                    future.cancel()
 
-    def _work(self, job: Job, tick: Callable[[float], None]) -> Tuple[int, int]:
+    def _work(self, job: Job, network: Network, tick: Callable[[float], None]) -> Tuple[int, int]:
         """Read, upscale and write one picture; its new (width, height)."""
         picture = Picture.read(job.source)
         picture.check_fits(job.source, job.target)  # before the network's work
         with self._large if picture.pixels.size > _LARGE else nullcontext():
-            picture = self._upscale(picture, tick)
+            picture = self._upscale(picture, network, tick)
             _write(job, picture, self.overwrite)
         return picture.pixels.shape[1], picture.pixels.shape[0]
 
-    def _upscale(self, picture: Picture, tick: Callable[[float], None]) -> Picture:
+    def _upscale(self, picture: Picture, network: Network, tick: Callable[[float], None]) -> Picture:
         """Halves the tile and tries again while memory is short and that may help."""
 
         done = 0.0
@@ -224,14 +233,14 @@ class Upscaler:
         while True:
             tile = self.tile
             try:
-                return upscale_picture(picture, self._network, tile, self.overlap, self.wrap, ticking)
+                return upscale_picture(picture, network, tile, self.overlap, self.wrap, ticking)
             except Exception as error:
                 smaller = min(tile, max(picture.pixels.shape[:2])) // 2
                 if not is_out_of_memory(error) or self.network.size or smaller < _SMALLEST_TILE:
                     raise
             tick(-done)
             done = 0.0
-            with self._network.lock:
+            with self._lock:
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
                 if smaller < self.tile:  # else another thread was here

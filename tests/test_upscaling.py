@@ -283,6 +283,24 @@ def test_reading_network_and_writing_overlap(tmp_path: Path, monkeypatch: Any) -
     assert seconds < 3, f"{seconds:.2f} s"
 
 
+def test_one_slow_disk_keeps_nobody_waiting(tmp_path: Path, monkeypatch: Any) -> None:
+    asked: List[int] = []
+    seen: List[int] = []
+
+    def write(job: Job, *arguments: Any) -> None:
+        if job.source.name == "0":
+            until = time.monotonic() + 20
+            while len(asked) < 7 and time.monotonic() < until:
+                time.sleep(0.01)
+            seen.append(len(asked))
+
+    monkeypatch.setattr(upscaling.Picture, "read", lambda path: Picture(np.zeros((4, 4, 3), np.uint8)))
+    monkeypatch.setattr(upscaling, "_write", write)
+    jobs = [Job(Path(f"{k}"), Path(f"{k}.png")) for k in range(12)]
+    assert len(list(Upscaler(Double(lambda image: asked.append(1)), 512, 3).run(jobs))) == 12
+    assert seen[0] >= 7, f"{seen} pictures were upscaled while the first one was written"
+
+
 def test_an_interruption_ends_threads_and_leaves_no_temporary_file(tmp_path: Path) -> None:
     jobs = [job(tmp_path, f"{k}.png") for k in range(20)]
     before = threading.active_count()
