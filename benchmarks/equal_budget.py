@@ -235,15 +235,23 @@ def table(result: Dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw(result: Dict[str, Any], path: Path) -> None:
+def plotting() -> Any:
+    """matplotlib.pyplot that draws into files; None, and a word, where it is not installed."""
     try:
         import matplotlib
     except ImportError:
         print("no picture without matplotlib: pip install -r benchmarks/requirements.txt", file=sys.stderr)
-        return
+        return None
     matplotlib.use("agg")
     from matplotlib import pyplot
 
+    return pyplot
+
+
+def draw(result: Dict[str, Any], path: Path) -> None:
+    pyplot = plotting()
+    if pyplot is None:
+        return
     figure, axes = pyplot.subplots(1, 2, figsize=(12, 5), sharey=True)
     for number, text in enumerate(dict.fromkeys(row["run"] for row in result["rows"])):
         for row in (row for row in result["rows"] if row["run"] == text):
