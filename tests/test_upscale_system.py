@@ -314,44 +314,6 @@ def test_a_disk_that_fills_up_leaves_nothing(folder: Path, capfd: Any, ending: s
 # -------------------------------------------------------------------------------------------------- processes
 
 
-CODE = """
-import os, signal, sys, threading
-sys.path[:0] = {paths!r}
-from aethersr.commands import upscale
-import torch
-torch.set_num_threads(1)
-moment, how = float(sys.argv[1]), getattr(signal, sys.argv[2])
-threading.Timer(moment, lambda: os.kill(os.getpid(), how)).start()
-os._exit(upscale.main(sys.argv[3:]))
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("how", ["SIGKILL", "SIGTERM", "SIGINT"])
-def test_a_kill_at_any_moment_leaves_old_or_whole_new_files(folder: Path, how: str) -> None:
-    for k in range(30):
-        noise(folder / "in" / f"{k}.png", 40, 50, 3)
-    assert upscaled(folder / "net.pth", folder / "in", folder / "whole") == 0
-    whole = {path.name: path.read_bytes() for path in (folder / "whole").iterdir()}
-    (folder / "out").mkdir()
-    code = CODE.format(paths=[str(ROOT), str(ROOT / "archs")])
-    words = ["--model", "net.pth", "--input", "in", "--output", "out", "--overwrite", "--device", "cpu"]
-    rng = np.random.default_rng(0)
-    for _ in range(17):
-        for name in whole:
-            (folder / "out" / name).write_bytes(b"old")
-        command = [sys.executable, "-c", code, str(rng.uniform(0.0, 0.6)), how, *words]
-        done = subprocess.run(command, cwd=folder, capture_output=True)
-        assert b"Traceback" not in done.stderr, done.stderr
-        assert done.returncode in (0, 130, -getattr(signal, how))
-        for path in (folder / "out").iterdir():
-            if ".part" in path.name and how == "SIGKILL":  # no process can tidy up after it
-                path.unlink()
-            else:
-                assert path.read_bytes() in (b"old", whole[path.name]), path.name
-    assert len(os.listdir(folder / "in")) == len(whole)
-
-
 def test_runs_at_once_with_closed_streams_leave_one_whole_output(folder: Path) -> None:
     assert upscaled(folder / "net.pth", folder / "in.png", folder / "out.png") == 0
     whole = (folder / "out.png").read_bytes()

@@ -43,6 +43,7 @@ from safetensors.torch import save_file  # noqa: E402
 from aethersr.checkpoint import read_checkpoint  # noqa: E402
 from aethersr.commands import exit_code  # noqa: E402
 from aethersr.errors import UserError  # noqa: E402
+from aethersr.files import Together  # noqa: E402
 
 TEMPLATES = ROOT / "options" / "traiNNer-redux" / "train" / "AetherNet"
 KEPT = "weights/{scale}x_AetherNet_small{stage}_training_fp16.safetensors"
@@ -162,9 +163,10 @@ def keep(training: Training, target: Path) -> None:
     broken = [name for name, value in state.items() if not torch.isfinite(value).all()]
     if broken:
         raise UserError(f"{path}: {broken[0]} is not finite in half precision; nothing was written.")
-    part = target.with_name(f"{target.name}.part")
-    save_file(state, str(part), {"format": "pt", "form": "training", "iterations": str(before + iteration)})
-    os.replace(part, target)
+    notes = {"format": "pt", "form": "training", "iterations": str(before + iteration)}
+    with Together() as files:
+        save_file(state, str(files.part(target)), notes)
+        files.commit()
     print(f"Wrote {target}: {before + iteration} iterations")
 
 
