@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional, Tuple
 
@@ -63,9 +62,7 @@ def convert(model: AetherBase) -> Tuple[bytes, bytes]:
     with torch.inference_mode(False), torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         reference = model.fused().cpu().float()
         image = picture(torch.float32, 1, model.options["in_chans"], 19, 23)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the tracer warns of what eager CPUs ask about sizes
-            torch.jit.trace(for_export(reference), image, check_trace=False).save(f"{folder}/net.pt")
+        torch.jit.trace(for_export(reference), image, check_trace=False).save(f"{folder}/net.pt")
         channels = image.shape[1]
         shapes = [
             f"inputshape=[1,{channels},19,23]",

@@ -478,13 +478,12 @@ class FusedAetherBlock(nn.Module):
         return self.out_conv(hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.reparam_conv(x)
-        rows = x.shape[2]
+        out, rows = self.reparam_conv(x), 0
         if x.device.type == "cpu" and not torch.is_grad_enabled() and not _recorded():
             # The hidden tensor is the widest: a strip of it at a time stays in each core's cache.
-            rows = self.STRIP * torch.get_num_threads() // max(1, x.shape[0] * x.shape[3])
-        if rows < x.shape[2]:
-            for strip in out.split(max(1, rows), 2):
+            rows = max(1, self.STRIP * torch.get_num_threads() // max(1, x.shape[0] * x.shape[3]))
+        if 0 < rows < x.shape[2]:
+            for strip in out.split(rows, 2):
                 strip.copy_(self.feed_forward(strip))
         else:
             out = self.feed_forward(out)

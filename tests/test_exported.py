@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -63,3 +64,13 @@ def test_half_precision_is_finite_on_a_long_narrow_picture_with_features_near_it
     half = for_export(net).half()(image.half()).float()
     assert bool(half.isfinite().all())
     assert float((half - expected).abs().max()) <= 0.02 * float(expected.abs().max())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scale", [2, 4])
+def test_tracing_warns_of_nothing(scale: int) -> None:
+    net = small_net(scale, embed_dim=8, depths=(1,), lk_kernel=5).float().fused()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", torch.jit.TracerWarning)
+        for network in (net, for_export(net)):
+            torch.jit.trace(network, torch.rand(1, 3, 9, 11), check_trace=False)
