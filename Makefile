@@ -7,10 +7,14 @@ FAST := network fusion loading registration checkpoint identify errors files fus
 RUNTIMES := runtimes exported onnx onnx_int8 ncnn tensorrt spandrel comfyui
 tests_of = $(wildcard $(patsubst %,tests/test_%.py,$(1)))
 
-.PHONY: demo test test-fast test-runtimes lint format options train gpu bench requirements clean
+.PHONY: demo web test test-fast test-runtimes lint format options train gpu bench requirements clean
 
 demo: .venv/.installed
 	$(BIN)/python demo/demo.py
+
+# The page that upscales in the browser, on localhost. make web ARGS="--port 8080"
+web: .venv/.installed
+	$(BIN)/python demo/serve_web.py $(ARGS)
 
 test: .venv/.installed
 	$(PYTEST)

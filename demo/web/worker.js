@@ -1,0 +1,95 @@
+// The network: a tile in, a larger tile out. It runs beside the page, so that the page answers meanwhile.
+const VERSION = "1.30.0"; // serve_web.py reads it, too
+const CDN = `https://cdn.jsdelivr.net/npm/onnxruntime-web@${VERSION}/dist/`;
+let ort, session;
+let queue = Promise.resolve(); // a session takes one tile after the other
+
+onmessage = ({ data }) => {
+  queue = queue
+    .then(() => (data.network ? open(data.network) : upscale(data)))
+    .then((answer) => postMessage(answer, answer.pixels ? [answer.pixels.buffer] : []))
+    .catch((error) => postMessage({ problem: String(error?.message ?? error).split("\n")[0].slice(0, 200) }));
+};
+
+async function runtime(engine) {
+  for (const folder of [new URL("files/", import.meta.url), CDN]) {
+    const found = await import(`${folder}ort.${engine}.min.mjs`).catch(() => null);
+    if (found) return found;
+  }
+  throw new Error("ONNX Runtime Web is not in the folder files, and its CDN is out of reach");
+}
+
+/** Take the network of an ONNX file (its URL). The one before stays if this one does not run. */
+async function open(url) {
+  const before = { ort, session };
+  const gpu = await navigator.gpu?.requestAdapter().catch(() => null);
+  for (const engine of gpu ? ["webgpu", "wasm"] : ["wasm"]) {
+    try {
+      ort = await runtime(engine);
+      ort.env.logLevel = "error";
+      session = await ort.InferenceSession.create(url, { executionProviders: [engine] });
+      const { shape } = session.inputMetadata[0];
+      if (shape[1] !== 3 || shape.slice(2).some(Number.isInteger)) {
+        throw new Error(`it takes [${shape}], expected RGB of any size (aether-fuse without --static)`);
+      }
+      const { width } = await run(new Float32Array(3 * 64 * 64), 64, 64);
+      await before.session?.release();
+      return { scale: width / 64, engine: engine === "webgpu" ? "WebGPU" : "WebAssembly" };
+    } catch (error) {
+      ({ ort, session } = before);
+      if (engine === "wasm") throw error;
+    }
+  }
+}
+
+/** Planes (3, height, width) from 0 to 1 to larger ones. */
+async function run(planes, width, height) {
+  const { name, type } = session.inputMetadata[0];
+  const values = type === "float16" ? Float16Array.from(planes) : planes;
+  const input = new ort.Tensor(type, values, [1, 3, height, width]);
+  const output = (await session.run({ [name]: input }))[session.outputNames[0]];
+  if (!output.data.every(Number.isFinite)) throw new Error("the network's output is not finite");
+  return { data: output.data.map((value) => Math.min(1, Math.max(0, value))), width: output.dims[3] };
+}
+
+/** For each value the lowest or highest of the 5x5 round it: within these, what was clear stays clear. */
+function around(values, width, pick) {
+  const along = values.map((_, k) => {
+    const x = k % width;
+    return pick(...values.slice(k - Math.min(2, x), k + Math.min(3, width - x)));
+  });
+  return along.map((value, k) => pick(...[-2, -1, 0, 1, 2].map((n) => along[k + n * width] ?? value)));
+}
+
+/** Pixels (RGBA) to larger ones. Transparent ones go through over black and over white: see upscaling.py. */
+async function upscale({ pixels, width, height }) {
+  const area = width * height;
+  const over = (shade) => {
+    const planes = new Float32Array(3 * area);
+    for (let k = 0; k < 3 * area; k++) {
+      const place = 4 * (k % area);
+      const alpha = pixels[place + 3] / 255;
+      planes[k] = (pixels[place + Math.floor(k / area)] / 255) * alpha + shade * (1 - alpha);
+    }
+    return run(planes, width, height);
+  };
+  const alphas = pixels.filter((_, k) => k % 4 === 3);
+  const opaque = alphas.every((value) => value === 255);
+  const black = await over(0);
+  const white = opaque ? black : await over(1);
+  const [low, high] = opaque ? [] : [Math.min, Math.max].map((pick) => around(alphas, width, pick));
+  const scale = black.width / width;
+  const larger = area * scale ** 2;
+  const out = new Uint8ClampedArray(4 * larger);
+  for (let k = 0; k < larger; k++) {
+    let alpha = 1;
+    for (let p = k; !opaque && p < 3 * larger; p += larger) alpha -= (white.data[p] - black.data[p]) / 3;
+    const place = Math.floor(k / black.width / scale) * width + Math.floor((k % black.width) / scale);
+    if (!opaque) alpha = Math.min(high[place] / 255, Math.max(low[place] / 255, alpha));
+    for (let c = 0, p = k; c < 3; c++, p += larger) {
+      out[4 * k + c] = alpha && (127.5 * (black.data[p] + white.data[p] - 1 + alpha)) / alpha;
+    }
+    out[4 * k + 3] = 255 * alpha;
+  }
+  return { pixels: out };
+}
