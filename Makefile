@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 # One thread a process and two processes: the networks of the tests are too small for more.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
-FAST := network fusion loading registration checkpoint identify errors files fuse_command upscale_command
+FAST := network fusion loading registration checkpoint* identify errors files fuse_command upscale_command
 RUNTIMES := runtimes exported onnx onnx_int8 ncnn tensorrt spandrel comfyui
 tests_of = $(wildcard $(patsubst %,tests/test_%.py,$(1)))
 

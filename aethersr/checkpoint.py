@@ -18,13 +18,11 @@ from typing import (
     Any,
     BinaryIO,
     Dict,
-    Iterable,
     Iterator,
     List,
     Mapping,
     NamedTuple,
     Pattern,
-    Set,
     Tuple,
     Union,
 )
@@ -42,12 +40,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # another.
 WRAPPERS = ("params", "state_dict", "model_state_dict", "model", "net_g", "generator", "state")
 DEPTH = 3
-_BETWEEN = (
-    "module",
-    "_orig_mod",
-    "_fsdp_wrapped_module",
-    "_checkpoint_wrapped_module",
-)  # DDP, torch.compile, ...
+_BETWEEN = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # DDP, compile, ...
 _NOISE = re.compile(rf"(?<![^.])({'|'.join(_BETWEEN)})\.")  # no layer is called so
 _COUNTERS = ("n_averaged", "initted", "step")  # beside the weights: of AveragedModel and of ema-pytorch
 _AVERAGED = re.compile(r"(?<![a-z])(ema|swa|avg|averaged?|averaging|shadow)(?![a-z])")
@@ -81,9 +74,7 @@ class _Candidate(NamedTuple):
     def rank(self) -> Tuple[bool, List[int]]:
         """The smaller, the better."""
         words = [*self.wrappers, *self.prefix.split(".")[:-1]]
-        return not self.averaged, [
-            WRAPPERS.index(word) if word in WRAPPERS else len(WRAPPERS) for word in words
-        ]
+        return not self.averaged, [[*WRAPPERS, word].index(word) for word in words]
 
     def __str__(self) -> str:
         where = [repr("/".join(self.wrappers))] if self.wrappers else []
@@ -98,10 +89,13 @@ def unwrap(content: Mapping[Any, Any]) -> Checkpoint:
     Raises:
         ValueError: there is none; the message names the keys that were seen and the wrappers that are known.
     """
-    candidates = [found for path, mapping in _mappings(content) for found in _networks(path, mapping)]
+
+    def found(anchor: Pattern[str]) -> List[_Candidate]:
+        return [network for place in _mappings(content) for network in _networks(*place, anchor)]
+
+    candidates = sorted(found(_KERNEL) or found(_BLOCK), key=_Candidate.rank)
     if not candidates:
         raise ValueError(_foreign(content))
-    candidates.sort(key=_Candidate.rank)
     best, others = candidates[0], candidates[1:]
     state, where = dict(best.state), str(best)
     if not best.averaged:
@@ -127,10 +121,13 @@ def _mappings(
             yield from _mappings(value, (*path, key))
 
 
-def _networks(path: Tuple[str, ...], mapping: Mapping[Any, Any]) -> Iterator[_Candidate]:
-    """The networks whose tensors stand side by side in one mapping, one for each prefix."""
+def _networks(
+    path: Tuple[str, ...], mapping: Mapping[Any, Any], anchor: Pattern[str]
+) -> Iterator[_Candidate]:
+    """The networks whose tensors stand side by side in one mapping, one for each prefix of an anchor."""
     tensors = {_NOISE.sub("", name): value for name, value in mapping.items() if _is_weight(name, value)}
-    prefixes = _prefixes(tensors, _KERNEL) or _prefixes(tensors, _BLOCK)
+    matches = ((name, anchor.search(name)) for name in tensors)
+    prefixes = {name[: match.start()] for name, match in matches if match}
     states: Dict[str, Dict[str, Tensor]] = {prefix: {} for prefix in sorted(prefixes)}
     for name, value in tensors.items():
         ends = [end.end() for end in re.finditer(r"\.", name)]
@@ -144,11 +141,6 @@ def _networks(path: Tuple[str, ...], mapping: Mapping[Any, Any]) -> Iterator[_Ca
         words = re.sub(r"([a-z])([A-Z])", r"\1_\2", "/".join((*path, prefix))).lower()
         averaged = counted or (bool(_AVERAGED.search(words)) and not _ONLINE.search(words))
         yield _Candidate(path, prefix, state, averaged)
-
-
-def _prefixes(names: Iterable[str], anchor: Pattern[str]) -> Set[str]:
-    found = ((name, anchor.search(name)) for name in names)
-    return {name[: match.start()] for name, match in found if match}
 
 
 def _is_weight(name: Any, value: Any) -> bool:
@@ -199,9 +191,7 @@ def read_checkpoint(path: Union[str, Path], flag: str = "--model_path") -> Check
         UserError: there is no such file, or no network of plain finite tensors in it.
     """
     path = Path(path)
-    if not os.path.exists(
-        path
-    ):  # not path.exists(): before Python 3.14 that raises for a name that is too long
+    if not os.path.exists(path):  # path.exists() raises before Python 3.14 where a name is too long
         raise UserError(f"{path} does not exist; pass the checkpoint with {flag}.")
     if not path.is_file():
         raise UserError(f"{path} is not a file; pass one checkpoint with {flag}.")
@@ -282,34 +272,34 @@ def _check_pickles(path: Path, content: io.BytesIO, flag: str) -> None:
             if sum(max(entry.file_size, entry.compress_size) for entry in entries) > len(content.getbuffer()):
                 expected = f"expected a checkpoint as torch.save writes it ({flag})"
                 raise UserError(f"{path} is a compressed archive, {expected}.")
-            streams = [
-                io.BytesIO(archive.read(entry)) for entry in entries if entry.filename.endswith(".pkl")
-            ]
+            pickles = [entry for entry in entries if entry.filename.endswith(".pkl")]
+            streams = [io.BytesIO(archive.read(entry)) for entry in pickles]
     content.seek(0)
     for stream in streams:
         begin = stream.tell()
-        for name, position in _names_of(stream):
+        for name in _names_of(stream):
             if not _GLOBALS.fullmatch(name):
                 reason = f"asks to run code on loading ({name.replace(' ', '.')[:80]!r}), which is refused"
                 remedy = "save the weights alone, torch.save(model.state_dict(), 'weights.pth')"
                 raise UserError(f"{refused} {reason}; {remedy}, or pass another ({flag}).")
-            if position - begin > _LARGEST_PICKLE:
+            if stream.tell() - begin > _LARGEST_PICKLE:
                 raise UserError(f"{refused} holds more than weights; pass another ({flag}).")
     content.seek(0)
 
 
-def _names_of(stream: BinaryIO) -> Iterator[Tuple[str, int]]:
-    """What each step of a pickle asks for, as "module name" or "", and where the step stands."""
-    texts, memo = ["?", "?"], []
-    for opcode, argument, position in pickletools.genops(stream):
+def _names_of(stream: BinaryIO) -> Iterator[str]:
+    """What each step of a pickle asks for, as "module name", or ""."""
+    texts = [""]
+    memo: Dict[Any, str] = {}
+    for opcode, argument, _ in pickletools.genops(stream):
         if opcode.name == "MEMOIZE":
-            memo.append(texts[-1])
+            memo[len(memo)] = texts[-1]
+        elif opcode.name == "BINGET":
+            texts.append(memo.get(argument, ""))
         elif isinstance(argument, str):
-            texts = [texts[-1], argument[:80]]
-        elif opcode.name == "BINGET" and isinstance(argument, int) and argument < len(memo):
-            texts = [texts[-1], memo[argument]]
-        name = {"EMPTY_SET": "builtins set", "STACK_GLOBAL": " ".join(texts)}.get(opcode.name, "")
-        yield (str(argument) if opcode.name in ("GLOBAL", "INST") else name), position or 0
+            texts.append(argument[:80])
+        asked = {"GLOBAL": texts[-1], "STACK_GLOBAL": " ".join(texts[-2:]), "EMPTY_SET": "builtins set"}
+        yield asked.get(opcode.name, "")
 
 
 def _check_tensors(path: Path, state: Mapping[str, Tensor], flag: str) -> None:

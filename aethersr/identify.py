@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections import Counter
 from typing import Any, Dict, List, Mapping, Tuple
 
 import torch
@@ -22,9 +23,7 @@ from torch import Tensor
 
 from aethersr.checkpoint import unwrap
 
-OLDER_KERNEL = (
-    ".conv.fused_conv.weight"  # only in the fused layout of older tools, which merged nothing but the kernels
-)
+OLDER_KERNEL = ".conv.fused_conv.weight"  # of older tools, which merged nothing but the kernels
 OLDER_NORM = re.compile(r"(stages\.\d+\.\d+\.)?norm\.weight")
 # Tensors of the same names that compute something else, and whose they are.
 OTHER_VERSIONS = {"num_batches_tracked": "v3 or v4", "scale": "1.1.0", "scale_tensor": "3.x"}
@@ -97,11 +96,8 @@ def read_options(state: Mapping[str, Tensor]) -> Dict[str, Any]:
         return tuple(state[name].shape)
 
     if form in ("training", "older fused"):
-        head, gate, kernel = (
-            "conv_first",
-            "ffn.conv_gate",
-            "conv.lk_conv" if form == "training" else "conv.fused_conv",
-        )
+        kernel = "conv.lk_conv" if form == "training" else "conv.fused_conv"
+        head, gate = "conv_first", "ffn.conv_gate"
     else:
         head, gate, kernel = "head", "gate_conv", "reparam_conv"
     embed_dim, in_chans = shape(f"{head}.weight")[:2]
@@ -114,7 +110,7 @@ def read_options(state: Mapping[str, Tensor]) -> Dict[str, Any]:
         raise ValueError(f"the upsampling tensors fit none of the scales {SCALES}.")
     if bound is not None and (bound.numel() != 1 or not 1e-3 <= float(bound) < 1e6):
         raise ValueError("'bound' is not one number from 1e-3 to 1e6.")
-    ratio = hidden / max(1, embed_dim)
+    ratio = hidden / embed_dim
     return {
         "scale": scale,
         "in_chans": in_chans,
@@ -146,17 +142,14 @@ def _refuse_other_versions(state: Mapping[str, Tensor]) -> None:
 
 def _depths(state: Mapping[str, Tensor]) -> List[int]:
     """Blocks in each stage, from the names ``stages.i.j``."""
-    found = map(re.compile(r"stages\.(\d{1,4})\.(\d{1,4})\.").match, state)
-    blocks = {(int(match.group(1)), int(match.group(2))) for match in found if match}
+    matches = map(re.compile(r"stages\.(\d{1,4})\.(\d{1,4})\.").match, state)
+    blocks = {(int(match.group(1)), int(match.group(2))) for match in matches if match}
     if len(state) < 8 * len(blocks):  # before modules are made for them
         raise ValueError(f"not a whole AetherNet: {len(state)} tensors for {len(blocks)} blocks.")
-    last: Dict[int, int] = {}
-    for stage, block in blocks:
-        last[stage] = max(last.get(stage, 0), block)
-    depths = [last.get(stage, -1) + 1 for stage in range(max(last) + 1)]
-    if 0 in depths or sum(depths) != len(blocks):
-        counts = f"{len(blocks)} found, {sum(depths)} expected from the numbers"
-        raise ValueError(f"the blocks 'stages.i.j' have gaps: {counts}.")
+    found = Counter(stage for stage, _ in blocks)
+    depths = [found[stage] for stage in range(len(found))]
+    if blocks != {(stage, block) for stage, depth in enumerate(depths) for block in range(depth)}:
+        raise ValueError(f"the blocks 'stages.i.j' have gaps: {len(blocks)} in {len(found)} stages.")
     return depths
 
 
@@ -167,22 +160,16 @@ def older_fused_to_training(state: Mapping[str, Tensor], sk_kernel: int) -> Dict
     second time.
     """
     state = dict(state)
-    kernels = [name for name in state if name.endswith(OLDER_KERNEL)]
-    norms = [name for name in state if OLDER_NORM.fullmatch(name)]
-    biases = [name[: -len("weight")] + "bias" for name in kernels + norms]
-    missing = [name for name in biases if name not in state]
-    if missing:
-        raise ValueError(f"an AetherNet in older fused form, but {missing[0]!r} is missing.")
-    for name in kernels:
-        block = name[: -len("fused_conv.weight")]
-        weight, bias = state.pop(name), state.pop(block + "fused_conv.bias")
-        state[block + "lk_conv.weight"], state[block + "lk_bias"] = weight, bias
-        state[block + "sk_conv.weight"] = weight.new_zeros(weight.shape[0], 1, sk_kernel, sk_kernel)
-        state[block + "sk_bias"] = torch.zeros_like(bias)
-    for name in norms:
+    for name in [name for name in state if name.endswith(OLDER_KERNEL)]:
+        conv = name[: -len("fused_conv.weight")]
+        weight, bias = state.pop(name), state.pop(conv + "fused_conv.bias", None)
+        if bias is None:
+            raise ValueError(f"an AetherNet in older fused form, but '{conv}fused_conv.bias' is missing.")
+        state[conv + "lk_conv.weight"], state[conv + "lk_bias"] = weight, bias
+        state[conv + "sk_conv.weight"] = weight.new_zeros((*weight.shape[:1], 1, sk_kernel, sk_kernel))
+        state[conv + "sk_bias"] = torch.zeros_like(bias)
+    for name in [name for name in state if OLDER_NORM.fullmatch(name)]:
         norm = name[: -len("weight")]
-        for part in ("weight", "bias"):
-            state[norm + part] = state[norm + part].reshape(1, -1, 1, 1)
         zeros = torch.zeros_like(state[name], dtype=torch.float32)
         state[norm + "running_mean"], state[norm + "running_var"] = zeros, zeros + (1 - DeploymentNorm.eps)
     return state

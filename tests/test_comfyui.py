@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 import torch
 from aether_arch import AetherNet
+from checkpoints import older_fused
 from conftest import ROOT, randomize
 from safetensors.torch import save_file
-from test_identify import older_fused
 
 FOLDER = ROOT / "integrations" / "comfyui" / "ComfyUI-AetherNet"
 COMFYUI = os.environ.get("COMFYUI", "")

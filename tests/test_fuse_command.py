@@ -16,12 +16,12 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from checkpoints import older_fused
 from conftest import ROOT, randomize, small_net
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from skimage import data as photographs
 from test_half_precision import adversary, scale_stream
-from test_identify import older_fused
 from torch import Tensor
 
 from aethersr import files, verify

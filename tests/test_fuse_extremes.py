@@ -10,11 +10,11 @@ from typing import Any, Callable, Dict, List, Tuple
 
 import pytest
 import torch
+from checkpoints import FUZZ, STATE, saved
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
-from test_checkpoint import FUZZ, STATE, saved
 from torch import Tensor, nn
 
 from aethersr import verify

@@ -16,10 +16,10 @@ import aether_quant
 import pytest
 import torch
 from aether_arch import AetherNet
+from checkpoints import older_fused
 from conftest import ROOT, randomize
 from safetensors import safe_open
 from safetensors.torch import save_file
-from test_identify import older_fused
 from torch import Tensor
 
 from aethersr.identify import aether_from_state_dict

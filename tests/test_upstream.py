@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 import torch
 from aether_arch import AetherNet
+from checkpoints import older_fused
 from conftest import ROOT, randomize
 from safetensors.torch import save_file
-from test_identify import older_fused
 
 sys.path.insert(0, str(ROOT / "integrations"))
 import upstream

@@ -1,0 +1,519 @@
+"""What is no checkpoint of an AetherNet is refused in one line: other files, damaged ones, code, bombs.
+
+Nothing in a file runs, and none takes more memory than it holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import builtins
+import decimal
+import functools
+import importlib
+import io
+import itertools
+import json
+import operator
+import os
+import pickle
+import re
+import runpy
+import shutil
+import struct
+import subprocess
+import sys
+import tarfile
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Tuple
+
+import pytest
+import torch
+from checkpoints import FUZZ, NET, STATE, saved
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save
+from torch import nn
+
+from aethersr.checkpoint import DTYPES, read_checkpoint
+from aethersr.errors import UserError
+from aethersr.identify import aether_from_state_dict
+
+MIB = 2**20
+ONE = torch.zeros(1)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Reader:
+    """A folder in which one file after another is read or refused."""
+
+    def __init__(self, folder: Path, capfd: Any) -> None:
+        self.folder, self.capfd = folder, capfd
+
+    def read(self, name: str, content: bytes) -> str:
+        """The error, or "" where the file is a whole network."""
+        path = self.folder / name
+        path.write_bytes(content)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                aether_from_state_dict(read_checkpoint(path).state)
+        except UserError as error:
+            line = str(error)
+            assert str(path) in line
+            assert "--model_path" in line
+            for words in ("torch.load", "Weights only load failed", "Traceback"):
+                assert words not in line, "PyTorch's own words, with its advice to let the code run"
+        except ValueError as error:  # not whole; the command puts the file's name before it
+            line = str(error)
+        else:
+            line = ""
+        assert "\n" not in line
+        assert len(line) < 700
+        assert path.read_bytes() == content, "the input was changed"
+        assert [other.name for other in self.folder.iterdir()] == [name]
+        assert self.capfd.readouterr().err == "", "libraries write to the file descriptor too"
+        path.unlink()
+        return line
+
+    def refuses(self, name: str, content: bytes, words: str = "") -> str:
+        line = self.read(name, content)
+        assert line, "it was read"
+        assert words in line, line
+        return line
+
+
+@pytest.fixture
+def reader(tmp_path: Path, capfd: Any) -> Reader:
+    capfd.readouterr()
+    return Reader(tmp_path, capfd)
+
+
+# ---------------------------------------------------------------------------------------------- other content
+
+
+def test_a_path_that_is_no_checkpoint_is_named_with_the_option_to_change(tmp_path: Path) -> None:
+    (tmp_path / "a.onnx").write_bytes(b"x")
+    (tmp_path / "empty.pth").write_bytes(b"")
+    (tmp_path / "folder.pth").mkdir()
+    endings = ".pth, .pt, .ckpt, .bin or .safetensors"
+    for name, words in (
+        ("no.pth", "does not exist"),
+        ("folder.pth", "is not a file"),
+        ("empty.pth", "is empty"),
+        ("a.onnx", f"ends in '.onnx'; expected a checkpoint that ends in {endings}"),
+    ):
+        with pytest.raises(UserError) as error:
+            read_checkpoint(tmp_path / name, "--model")
+        assert f"{tmp_path / name} {words}" in str(error.value)
+        assert "--model" in str(error.value)
+        assert "--model_path" not in str(error.value)
+
+
+def with_mean(value: Any) -> bytes:
+    return saved({**STATE, "mean": value})
+
+
+def test_other_content_is_refused_with_what_it_is(reader: Reader) -> None:
+    for content, words in (
+        (b"hello", "not a readable checkpoint: it is damaged, or something else; copy it again"),
+        (saved(torch.zeros(3)), "holds a Tensor, expected a state dict"),
+        (saved([1, 2]), "holds a list, expected a state dict"),
+        (saved(nn.Conv2d(3, 3, 3).state_dict()), "Keys at the top: 'weight', 'bias'; known wrappers"),
+        (with_mean(torch.zeros(1).expand(2**40)), "claim more than the file holds"),
+        (with_mean(3), "missing: 1 (mean)"),
+    ):
+        reader.refuses("a.pth", content, words)
+    reader.refuses("a.safetensors", b"hello there, friend", "is not a whole .safetensors file")
+
+
+def test_every_number_type_but_plain_floats_is_refused_by_name(reader: Reader) -> None:
+    types = {value for value in vars(torch).values() if isinstance(value, torch.dtype)} - {*DTYPES}
+    tried = set()
+    for dtype in types:
+        scale = {} if dtype == torch.int8 else {"mean_scale": ONE}  # with one, int8 is that form's
+        try:
+            mean = torch.zeros(3 * 16, dtype=torch.uint8).view(dtype)[:3].view(1, 3, 1, 1)
+            content = saved({**STATE, "mean": mean, **scale})
+        except Exception:  # quantised types and those of less than a byte cannot be made or saved
+            continue
+        line = reader.refuses("a.pth", content)
+        assert f"'mean' is {dtype} " in line or "_rebuild_tensor_v3" in line  # as PyTorch saves the newest
+        tried.add(dtype)
+    assert len(tried) >= 10
+    assert torch.int8 in tried
+    for dtype, size in (("F8_E4M3", 1), ("F8_E5M2", 1), ("I64", 8), ("U16", 2), ("BOOL", 1)):
+        header = {"mean": {"dtype": dtype, "shape": [1], "data_offsets": [0, size]}}
+        reader.refuses("a.safetensors", safetensors_of(header, bytes(size)))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:Sparse CSR tensor support")
+def test_tensors_that_hold_no_plain_values_are_refused(reader: Reader) -> None:
+    for value in (
+        torch.zeros(1, 3, 1, 1).to_sparse(),
+        torch.eye(3).to_sparse_csr(),
+        torch.zeros(1, 3, 1, 1, device="meta"),
+        torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)]),
+        torch.zeros(1, 0, 1, 1),
+        torch.zeros(()),
+    ):
+        reader.refuses("a.pth", with_mean(value))
+
+
+def test_one_value_that_is_not_finite_is_found_in_any_tensor(reader: Reader) -> None:
+    for (name, value), bad in zip(STATE.items(), itertools.cycle(map(float, ("nan", "inf", "-inf")))):
+        broken = value.clone()
+        broken.view(-1)[-1] = bad
+        assert name in reader.refuses("a.pth", saved({"params": {**STATE, name: broken}}), "NaN or Inf")
+        assert name in reader.refuses("a.safetensors", save({**STATE, name: broken}), "NaN or Inf")
+
+
+def test_values_that_are_not_finite_beside_the_chosen_weights_do_not_matter(reader: Reader) -> None:
+    broken = {name: value * float("nan") for name, value in STATE.items()}
+    content = {"params": broken, "params_ema": STATE, "optimizer": {"state": {0: broken}}}
+    assert reader.read("a.pth", saved(content)) == ""
+
+
+@pytest.mark.parametrize(
+    ("package", "named"),
+    [("raise ImportError", "safetensors"), ("import lacking.part", "lacking"), (None, "safetensors")],
+)
+def test_without_safetensors_its_files_are_named_with_what_to_install(
+    reader: Reader, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: Any, package: Any, named: str
+) -> None:
+    content, folder = save(STATE), tmp_path_factory.mktemp("packages")
+    for name in [name for name in sys.modules if name.split(".")[0] == "safetensors"]:
+        monkeypatch.delitem(sys.modules, name)
+    if package is None:
+        monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    else:
+        (folder / "safetensors.py").write_text(package)
+        monkeypatch.syspath_prepend(folder)
+    reader.refuses("net.safetensors", content, f"pip install {named}, or pass a .pth file")
+
+
+@pytest.mark.parametrize("name", ["a\nb", "\x1b[31mred", "a" * 100_000, "\u202egnp.exe", "", "\0"])
+def test_names_of_tensors_make_no_long_lines(tmp_path: Path, name: str) -> None:
+    for content in (
+        {**STATE, name: torch.full((1,), float("nan"))},
+        {name: torch.zeros(1)},
+        {name: {name: 1}},
+    ):
+        (tmp_path / "a.pth").write_bytes(saved(content))
+        with pytest.raises(UserError) as error:
+            read_checkpoint(tmp_path / "a.pth")
+        assert len(str(error.value)) < 700
+        assert str(error.value).isprintable()
+
+
+# ---------------------------------------------------------------------------------------------------- damaged
+
+FILES = {
+    "net.pth": saved({"params": STATE}),
+    "old.pth": saved({"params": STATE}, _use_new_zipfile_serialization=False),  # as before PyTorch 1.6
+    "net.safetensors": save(STATE),
+}
+PLACES = st.one_of(st.floats(0, 1), st.floats(0, 0.1), st.floats(0.9, 1))  # structure lies at head and tail
+FLIPS = st.lists(st.tuples(PLACES, st.integers(0, 7)), min_size=1, max_size=8)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_cut_at_any_of_200_places_is_refused(reader: Reader, name: str) -> None:
+    whole = FILES[name]
+    assert reader.read(name, whole) == ""
+    size = len(whole)
+    places = {*(size * k // 150 for k in range(150)), *range(25), *range(size - 25, size)}
+    assert len(places) >= 199
+    for place in sorted(places):
+        reader.refuses(name, whole[:place])
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_bytes_after_the_end_or_in_place_of_the_file_hurt_nobody(reader: Reader, name: str) -> None:
+    whole = FILES[name]
+    for content in (bytes(len(whole)), b"\xff" * len(whole), whole[::-1]):
+        reader.refuses(name, content)
+    for content in (whole + whole, whole + bytes(100_000)):
+        reader.read(name, content)
+
+
+def flipped(content: bytes, flips: List[Tuple[float, int]]) -> bytes:
+    damaged = bytearray(content)
+    for place, bit in flips:
+        damaged[int(place * (len(damaged) - 1))] ^= 1 << bit
+    return bytes(damaged)
+
+
+@pytest.mark.parametrize("name", FILES)
+@settings(FUZZ, max_examples=80)
+@given(flips=FLIPS)
+def test_flipped_bits_end_in_an_error_or_in_a_whole_network(
+    reader: Reader, name: str, flips: List[Tuple[float, int]]
+) -> None:
+    reader.read(name, flipped(FILES[name], flips))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FILES)
+@settings(FUZZ, max_examples=1000)
+@given(flips=FLIPS, cut=st.one_of(st.none(), PLACES), twice=st.booleans())
+def test_thousands_of_damaged_files_end_in_an_error_or_in_a_whole_network(
+    reader: Reader, name: str, flips: List[Tuple[float, int]], cut: Any, twice: bool
+) -> None:
+    content = flipped(FILES[name], flips)
+    content = content if cut is None else content[: int(cut * len(content))]
+    reader.read(name, content * 2 if twice else content)
+
+
+# ------------------------------------------------------------------------------------------------------- code
+
+
+class Calls:
+    """Pickles as a call of ``function`` on loading."""
+
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.call = (function, arguments)
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+class Watch:
+    """While it is on, notes what a payload could want; each such action is an event of the interpreter."""
+
+    WATCHED = (
+        *("os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "os.fork", "os.remove", "os.rename"),
+        *("shutil.", "socket.", "ctypes.", "pickle.find_class", "compile", "marshal."),
+    )
+
+    def __init__(self) -> None:
+        self.on, self.events = False, []  # type: Tuple[bool, List[str]]
+        sys.addaudithook(self.note)  # C code raises events too; nobody can remove it again
+
+    def note(self, event: str, arguments: Tuple[Any, ...]) -> None:
+        if not self.on:
+            return
+        writing = event == "open" and {*"wax"} & {*str(arguments[1])}
+        # A folder that is opened to write: pytest's nameless files.
+        if event.startswith(self.WATCHED) or (writing and not os.path.isdir(arguments[0])):
+            self.events.append(f"{event} {arguments}")
+
+    def __enter__(self) -> None:
+        self.events.clear()
+        self.on = True
+
+    def __exit__(self, *_: Any) -> None:
+        self.on = False
+
+
+WATCH = Watch()
+
+
+def reads_without_running(reader: Reader, name: str, content: bytes) -> str:
+    """The error; none of the interpreter's events but the reader's own files."""
+    with WATCH:
+        line = reader.read(name, content)
+    own = re.compile(rf"(open|os.remove) .*{re.escape(name)}")
+    foreign = [event for event in WATCH.events if not own.match(event)]
+    assert not foreign, foreign
+    return line
+
+
+def test_the_watch_notices_code_that_runs(tmp_path: Path) -> None:
+    with WATCH:
+        pickle.loads(pickle.dumps(Calls(os.system, f"touch {tmp_path / 'ran'}")))
+    assert (tmp_path / "ran").exists()
+    assert {event.split()[0] for event in WATCH.events} >= {"os.system", "pickle.find_class"}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_good_file_is_read_without_pythons_own_unpickler(reader: Reader, name: str) -> None:
+    assert reads_without_running(reader, name, FILES[name]) == ""
+
+
+def payloads(marker: Path) -> Dict[str, Calls]:
+    """Each would make ``marker``, or do something else that the watch notices."""
+    touch = f"touch {marker}"
+    return {
+        "system": Calls(os.system, touch),
+        "Popen": Calls(subprocess.Popen, ["touch", str(marker)]),
+        "eval": Calls(eval, f"open({str(marker)!r}, 'w')"),
+        "exec": Calls(exec, f"open({str(marker)!r}, 'w')"),
+        "open": Calls(open, str(marker), "w"),
+        "getattr": Calls(getattr, Path, "unlink"),
+        "import": Calls(importlib.import_module, "antigravity"),
+        "run": Calls(runpy.run_path, str(marker)),
+        "partial": Calls(functools.partial, os.system, touch),
+        "attribute": Calls(operator.methodcaller, "system", touch),
+        "remove": Calls(shutil.rmtree, str(marker.parent)),
+        "pickle": Calls(pickle.loads, pickle.dumps(Calls(os.system, touch))),
+        "torch": Calls(torch.load, "nested.pth"),
+        "hub": Calls(torch.hub.load, "nobody/nothing", "x"),
+        "input": Calls(builtins.input),
+    }
+
+
+CODE, OLD = "asks to run code on loading", {"_use_new_zipfile_serialization": False}
+LAYOUTS: Dict[str, Tuple[str, str, Callable[[Any], bytes]]] = {
+    "beside the weights": ("net.pth", CODE, lambda payload: saved({"params": STATE, "more": payload})),
+    "in place of a tensor": ("net.pth", CODE, lambda payload: saved({"params": {**STATE, "mean": payload}})),
+    "old": ("old.pth", CODE, lambda payload: saved({"params": STATE, "more": payload}, **OLD)),
+    "a pickle": ("old.pth", CODE, lambda payload: pickle.dumps(payload, 2)),
+    "a new pickle": ("old.pth", CODE, lambda payload: pickle.dumps(payload, 4)),
+    "safetensors": ("net.safetensors", "", saved),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_no_payload_runs(reader: Reader, layout: str) -> None:
+    marker, (name, words, make) = reader.folder.with_name("ran"), LAYOUTS[layout]
+    for kind, payload in payloads(marker).items():
+        line = reads_without_running(reader, name, make(payload))
+        assert line, kind
+        assert words in line, kind
+        assert not marker.exists(), kind
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_a_class_that_is_refused_is_named_with_the_way_to_save_the_weights_alone(
+    reader: Reader, protocol: int
+) -> None:
+    twice = [argparse.ArgumentError, argparse.Namespace(rate=1)]  # the second names the module by reference
+    for content, name in (
+        (argparse.Namespace(rate=1), "argparse.Namespace"),
+        (decimal.Decimal(1), "decimal.Decimal"),
+        (NET, "aether_arch.AetherNet"),
+        (twice, "argparse.ArgumentError"),
+    ):
+        checkpoint = saved({"state_dict": STATE, "hyper_parameters": content}, pickle_protocol=protocol)
+        line = reader.refuses("a.pth", checkpoint, repr(name))
+        assert "save the weights alone, torch.save(model.state_dict(), 'weights.pth')" in line
+
+
+def test_archives_of_code_are_not_opened(reader: Reader) -> None:
+    script, archive = io.BytesIO(), io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.trace(nn.Conv2d(3, 3, 3), torch.zeros(1, 3, 8, 8)), script)
+    with tarfile.open(fileobj=archive, mode="w") as tar:
+        tar.addfile(tarfile.TarInfo("pickle"))
+    for content in (script, archive):
+        assert reads_without_running(reader, "net.pth", content.getvalue())
+
+
+# --------------------------------------------------------------------------------------- larger than it looks
+
+
+def repacked(pickled: bytes, compression: int = zipfile.ZIP_STORED, padding: int = 0) -> bytes:
+    """The good checkpoint with another pickle."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(FILES["net.pth"])) as good, zipfile.ZipFile(
+        buffer, "w", compression
+    ) as bad:
+        for name in good.namelist():
+            bad.writestr(name, pickled if name.endswith("data.pkl") else good.read(name))
+        if padding:
+            bad.writestr("archive/data/bomb", bytes(padding))
+    return buffer.getvalue()
+
+
+def good_pickle(offset: bytes = b"", replacement: bytes = b"") -> bytes:
+    with zipfile.ZipFile(io.BytesIO(FILES["net.pth"])) as good:
+        content = good.read(next(name for name in good.namelist() if name.endswith("data.pkl")))
+    assert offset in content
+    return content.replace(offset, replacement, 1)
+
+
+def safetensors_of(header: Dict[str, Any], data: bytes = b"") -> bytes:
+    head = json.dumps(header).encode()
+    return struct.pack("<Q", len(head)) + head + data
+
+
+def value(shape: List[int], *offsets: int) -> Dict[str, Any]:
+    return {"dtype": "F32", "shape": shape, "data_offsets": offsets}
+
+
+def archive_of_entries(count: int) -> bytes:
+    entries = b"PK\x01\x02".ljust(46, b"\0") * count
+    end = b"PK\x05\x06" + struct.pack("<HHHHIIH", 0, 0, count, count, len(entries), 4, 0)
+    return b"PK\x03\x04" + entries + end
+
+
+def long1(number: int) -> bytes:
+    """A pickle's opcode for a large number."""
+    return b"\x8a\x08" + struct.pack("<q", number)
+
+
+def blown_up_text() -> Any:
+    encode = __import__("_codecs").encode
+    text: Any = "ab"
+    for _ in range(24):  # each doubles it
+        text = Calls(encode, text, "utf-16-le") if isinstance(text, str) else Calls(encode, text, "hex")
+    return text
+
+
+def nested(depth: int) -> bytes:
+    """Dictionaries inside one another, each under the key "a"."""
+    return b"\x80\x02" + b"}(X\x01\x00\x00\x00a" * depth + b"N" + b"u" * depth + b"."
+
+
+KERNEL = "stages.0.0.conv.lk_conv.weight"
+BOMBS: Dict[str, Callable[[], bytes]] = {  # each name begins with its file's
+    "net.pth: zeros compressed": lambda: repacked(good_pickle(), zipfile.ZIP_DEFLATED, 256 * MIB),
+    "net.pth: bytearray": lambda: saved({"params": STATE, "more": Calls(bytearray, 256 * MIB)}),
+    "net.pth: bytearray of terabytes": lambda: saved({"params": STATE, "more": Calls(bytearray, 2**44)}),
+    "old.pth: bytearray": lambda: saved({"more": Calls(bytearray, 256 * MIB)}, **OLD),
+    "net.pth: doubled text": lambda: saved({"more": blown_up_text()}),
+    "net.pth: sets": lambda: repacked(b"\x80\x02(" + b"\x8f" * 600_000 + b"t."),
+    "net.pth: lists": lambda: repacked(b"\x80\x02(" + b"]" * 2_000_000 + b"t."),
+    "net.pth: nested": lambda: repacked(nested(50_000)),
+    "net.pth: storage of terabytes": lambda: repacked(good_pickle(b"K\x03tq", long1(2**40) + b"tq")),
+    "old.pth: storage of gigabytes": lambda: FILES["old.pth"].replace(b"K\x03Ntq", long1(2**31) + b"Ntq", 1),
+    "net.pth: tensor of terabytes": lambda: repacked(
+        good_pickle(b"(K\x01K\x03K\x01K\x01t", b"(K\x01" + long1(2**40) + b"K\x01K\x01t")
+    ),
+    "net.pth: expanded tensor": lambda: with_mean(ONE.expand(1, 2**40, 1, 1)),
+    "net.pth: empty tensor of many": lambda: saved({**STATE, KERNEL: torch.zeros(0, 1, 2**31 + 1, 1)}),
+    "net.pth: many blocks": lambda: saved({**STATE, **{f"stages.0.{k}.x": ONE.clone() for k in range(3000)}}),
+    "net.pth: many networks": lambda: saved({f"{k}.{KERNEL}": ONE.clone() for k in range(3000)}),
+    "net.pth: many entries": lambda: archive_of_entries(9000),
+    "net.safetensors: terabytes": lambda: safetensors_of({"mean": value([2**40], 0, 2**42)}),
+    "net.safetensors: header": lambda: struct.pack("<Q", 2**62) + b"{}",
+    "net.safetensors: nested": lambda: struct.pack("<Q", 400_000) + b"[" * 400_000,
+    "net.safetensors: shared": lambda: safetensors_of({f"{k}": value([1], 0, 4) for k in range(99)}, b"abcd"),
+    "net.safetensors: empty of many": lambda: safetensors_of({KERNEL: value([0, 2**60], 0, 0)}),
+}
+
+
+def test_tensors_that_are_one_in_the_file_count_each(reader: Reader) -> None:
+    shared = torch.zeros(20_000)
+    reader.refuses("net.pth", saved({**STATE, **{f"stages.0.0.x{k}": shared for k in range(8)}}), "more than")
+
+
+def memory(name: str) -> int:
+    """VmRSS (now) or VmHWM (its peak) of this process in bytes."""
+    return int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text()).group(1)) * 1024  # type: ignore[union-attr]
+
+
+def can_measure_memory() -> bool:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to VmRSS
+        return memory("VmHWM") > 0
+    except (OSError, AttributeError):
+        return False
+
+
+@pytest.mark.skipif(not can_measure_memory(), reason="reads memory from Linux' /proc")
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_a_file_that_claims_more_than_it_holds_is_refused_in_little_memory(reader: Reader, bomb: str) -> None:
+    name, content = bomb.split(":")[0], BOMBS[bomb]()
+    assert reader.read(name, FILES[name]) == ""  # what the libraries take once is no matter of the file
+    Path("/proc/self/clear_refs").write_text("5")
+    before = memory("VmRSS")
+    reader.refuses(name, content)
+    taken = memory("VmHWM") - before
+    assert taken <= 48 * MIB + 8 * len(content), (
+        f"{taken / MIB:.0f} MiB for a file of {len(content) / MIB:.2f} MiB"
+    )
