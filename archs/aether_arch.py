@@ -542,7 +542,7 @@ class CollapsedTail(nn.Module):
 
         # (output, its row, its column, channel, row, column)
         kernels = torch.autograd.functional.jacobian(own_places, images).unflatten(1, (3, 3))
-        kernels, biases = F.pad(kernels, (2, 2, 2, 2)), outputs(images)[0]
+        kernels, biases = F.pad(kernels, [2] * 4), outputs(images)[0]
 
         def seen_from(row: int, column: int) -> Tuple[Tensor, Tensor]:
             """Kernel over offsets -2..2 and bias of an output in the first (-1), middle or last (1) line."""
