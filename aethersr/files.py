@@ -12,6 +12,9 @@ from typing import Dict, Iterable, List, Optional, Type
 
 from aethersr.errors import UserError
 
+MASK = os.umask(0o022)  # the only way to read it
+os.umask(MASK)
+
 
 def check_output(path: Path, sources: Iterable[Path], overwrite: bool, flag: str) -> None:
     """Refuse an output path that can't be written, is an input, or exists; ``flag`` is the option that names
@@ -59,6 +62,7 @@ class Together:
         for part in self._parts:
             with part.open("rb+") as file:
                 os.fsync(file.fileno())
+            part.chmod(0o666 & ~MASK)  # safetensors writes files that only their owner may read
         moved: List[Path] = []
         try:
             for part, target in self._parts.items():

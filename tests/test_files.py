@@ -73,6 +73,17 @@ def test_a_move_that_fails_takes_the_earlier_ones_back(
     assert contents(tmp_path) == old
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such permissions")
+def test_a_file_may_be_read_by_whoever_may_read_an_ordinary_one(tmp_path: Path) -> None:
+    (tmp_path / "ordinary").write_bytes(b"")
+    with Together() as files:
+        part = files.part(tmp_path / "a.safetensors")
+        part.write_bytes(b"")
+        part.chmod(0o600)  # as safetensors writes it
+        files.commit()
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "ordinary").stat().st_mode
+
+
 def test_an_error_before_the_commit_leaves_everything_as_it_was(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("old")
     with pytest.raises(ValueError, match="in between"), Together() as files:  # noqa: PT012
