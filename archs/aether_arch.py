@@ -1,7 +1,7 @@
 """AetherNet: single-image super-resolution built to be fused, exported and quantised.
 
 Needs only torch (1.13+, Python 3.8+). Copied into the archs folder of traiNNer-redux, neosr or BasicSR, it
-registers ``aether_small``, ``aether_medium`` and ``aether_large``. A network has one of three forms:
+registers ``aether_small``, ``aether_medium`` and ``aether_large`` there. A network has one of three forms:
 
     AetherNet       the training form: two depthwise branches, norms, separate reconstruction layers
     FusedAetherNet  the same function as plain convolutions, activations, attention and additions
@@ -31,14 +31,14 @@ SCALES = (1, 2, 3, 4, 8)
 
 
 def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """One kernel per channel, zero padding that keeps the size: (N, C, H, W) -> (N, C, H, W)."""
+    """One kernel per channel, zero-padded to keep the size: (N, C, H, W) -> (N, C, H, W)."""
     return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=weight.shape[0])
 
 
 class ReparamLargeKernelConv(nn.Module):
-    """A large and a small depthwise kernel in parallel, shapes kept. arxiv.org/abs/2203.06717
+    """A large and a small depthwise kernel in parallel, (N, C, H, W) kept. arxiv.org/abs/2203.06717
 
-    Both are linear, so one convolution with their sum gives the same output and gradients in one pass.
+    Both are linear, so one convolution with the sum of the kernels has the same output and gradients.
     """
 
     def __init__(self, channels: int, lk_kernel: int, sk_kernel: int) -> None:
@@ -50,12 +50,12 @@ class ReparamLargeKernelConv(nn.Module):
         self.sk_bias = nn.Parameter(torch.zeros(channels))
 
     def reparameterize(self) -> Tuple[Tensor, Tensor]:
-        """Weight (C, 1, K, K) and bias (C,) of the one convolution that equals both branches."""
+        """Weight (C, 1, K, K) and bias (C,) of the single convolution that equals both branches."""
         border = (self.lk_conv.kernel_size[0] - self.sk_conv.kernel_size[0]) // 2
         return self.lk_conv.weight + F.pad(self.sk_conv.weight, [border] * 4), self.lk_bias + self.sk_bias
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.jit.is_tracing():  # the ONNX exporter can't take a kernel that is computed in the graph
+        if torch.jit.is_tracing():  # the ONNX exporter can't handle a kernel computed in the graph
             return self.lk_conv(x) + self.sk_conv(x) + (self.lk_bias + self.sk_bias).view(1, -1, 1, 1)
         return depthwise_conv(x, *self.reparameterize())
 
@@ -63,9 +63,9 @@ class ReparamLargeKernelConv(nn.Module):
 class DeploymentNorm(nn.Module):
     """``(x - running_mean) / sqrt(running_var + eps) * weight + bias``, per channel.
 
-    The statistics stand still, at 0 and 1 or at a loaded file's values: batch statistics hold back
+    The statistics stay fixed, at 0 and 1 or at a loaded file's values: batch statistics hold back
     super-resolution (EDSR, arxiv.org/abs/1707.02921). With ``batch`` set, training normalises over (N, H, W)
-    as BatchNorm does, but with the biased variance in its running average.
+    like BatchNorm, but keeps a running average of the biased variance.
     """
 
     eps = 1e-5
@@ -94,7 +94,7 @@ class DeploymentNorm(nn.Module):
         out, mean, invstd = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, self.eps)
         with torch.no_grad():
             var = invstd.pow(-2) - self.eps
-            finite = (mean + var).isfinite().all()  # a tensor: asking for its value would wait for the device
+            finite = (mean + var).isfinite().all()  # stays a tensor: reading its value would sync the device
             for running, value in ((self.running_mean, mean), (self.running_var, var)):
                 moved = running.lerp(value.to(running.dtype).view_as(running), self.momentum)
                 running.copy_(torch.where(finite, moved, running))
@@ -113,7 +113,7 @@ class GatedConvFFN(nn.Module):
         self.drop = nn.Dropout(drop)
 
     def reparameterize(self) -> Tuple[Tensor, Tensor]:
-        """Weight and bias of the gate with the temperature in them: cheaper than a pass over pixels."""
+        """Weight and bias of the gate, multiplied by the temperature: cheaper than multiplying pixels."""
         weight, bias = self.conv_gate.weight, self.conv_gate.bias
         return weight * self.temperature, bias * self.temperature  # type: ignore[operator]
 
@@ -123,7 +123,7 @@ class GatedConvFFN(nn.Module):
 
 
 def scaled(x: Tensor, weights: Tensor) -> Tensor:
-    """``x * weights``; in place where nobody else holds x: fresh memory takes as long as the product."""
+    """``x * weights``, in place if nothing else needs x: allocating memory takes as long as the product."""
     return x * weights if torch.is_grad_enabled() or _recorded() else x.mul_(weights)
 
 
@@ -141,7 +141,7 @@ class ChannelAttention(nn.Module):
 
 
 class SpatialAttention(nn.Module):
-    """Attention over pixels from the channels' maximum and mean. arxiv.org/abs/1807.06521"""
+    """Attention over pixels, from the maximum and mean over channels. arxiv.org/abs/1807.06521"""
 
     def __init__(self, kernel: int = 7) -> None:
         super().__init__()
@@ -153,7 +153,7 @@ class SpatialAttention(nn.Module):
 
 
 class QuantFusion(nn.Module):
-    """1x1 fusion of the stages' features with a learned offset: ``fusion_conv(x + error_comp)``."""
+    """1x1 fusion of the stages' features, with a learned offset: ``fusion_conv(x + error_comp)``."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -161,7 +161,7 @@ class QuantFusion(nn.Module):
         self.fusion_conv = nn.Conv2d(channels, channels, 1)
 
     def reparameterize(self) -> Tuple[Tensor, Tensor]:
-        """Weight and bias of the one 1x1 convolution that equals this layer."""
+        """Weight and bias of the 1x1 convolution that equals this layer."""
         weight, bias = self.fusion_conv.weight, self.fusion_conv.bias
         return weight, bias + weight.flatten(1) @ self.error_comp.flatten()  # type: ignore[operator]
 
@@ -192,7 +192,7 @@ class AdaptiveUpsample(nn.Module):
 class AetherBlock(nn.Module):
     """``x + drop_path(attention(ffn(norm(conv(x)))))``, (N, C, H, W) -> (N, C, H, W)."""
 
-    bound: Optional[float] = None  # limits the norm's output to [-bound, bound]
+    bound: Optional[float] = None  # clamps the norm's output to [-bound, bound]
 
     def __init__(self, options: Mapping[str, Any], drop_path: float) -> None:
         super().__init__()
@@ -205,7 +205,7 @@ class AetherBlock(nn.Module):
         self.drop_path = drop_path
 
     def reparameterize(self) -> Dict[str, Tensor]:
-        """State dict of the equal FusedAetherBlock: norm and temperature move into the convolutions."""
+        """State dict of the equivalent FusedAetherBlock: norm and temperature go into the convolutions."""
         weight, bias = self.conv.reparameterize()
         scale, shift = self.norm.scale_and_shift()
         weight, bias = weight * scale.view(-1, 1, 1, 1), bias * scale + shift
@@ -228,14 +228,14 @@ class AetherBlock(nn.Module):
 
 
 class AetherBase(nn.Module):
-    """Options, the change of form, and loading. Build an AetherNet or call a variant instead."""
+    """What all forms share: options, changing form, loading. To build one, use AetherNet or a variant."""
 
     _strict = True
     mean: Tensor
 
     @classmethod
     def layout(cls, names: Iterable[str]) -> Dict[str, Any]:
-        """Arguments besides the options, as tensor names tell them."""
+        """Constructor arguments besides the options, read from tensor names."""
         return {}
 
     def __init__(self, options: Mapping[str, Any]) -> None:
@@ -244,7 +244,7 @@ class AetherBase(nn.Module):
         self.options: Dict[str, Any] = {**defaults, **options}
         _check_options(self.options)
         if self.options.pop("batch_renorm"):
-            warnings.warn("AetherNet: batch_renorm is no more; norm='frozen' takes its place.", stacklevel=3)
+            warnings.warn("AetherNet: batch_renorm was removed; using norm='frozen' instead.", stacklevel=3)
             self.options["norm"] = self.options["norm"] or "frozen"
         self.scale: int = self.options["scale"]
         self.register_buffer("mean", torch.full((1, self.options["in_chans"], 1, 1), 0.5))
@@ -256,7 +256,7 @@ class AetherBase(nn.Module):
         self.fusion_convs = nn.ModuleList(nn.Conv2d(channels, channels // len(depths), 1) for _ in depths)
 
     def all_stages(self, out: Tensor) -> Tensor:
-        """What each stage leaves, (N, C, H, W), put through its 1x1 convolution and side by side again."""
+        """Every stage's output through its 1x1 convolution, concatenated: (N, C, H, W) -> (N, C, H, W)."""
         features = []
         for stage, fusion_conv in zip(self.stages, self.fusion_convs):
             out = stage(out)
@@ -264,12 +264,12 @@ class AetherBase(nn.Module):
         return torch.cat(features, 1)
 
     def fused(self) -> FusedAetherNet:
-        """A fused deep copy in evaluation mode; this network stays as it is."""
+        """A fused deep copy in evaluation mode; this network stays unchanged."""
         with torch.inference_mode(False):
             return copy.deepcopy(self).eval().fuse_model()
 
     def fuse_model(self) -> FusedAetherNet:
-        """Turn this network into a FusedAetherNet in place. An earlier optimizer holds the old parameters."""
+        """Turn this network into a FusedAetherNet in place. An earlier optimizer keeps the old parameters."""
         raise NotImplementedError
 
     def prepare_qat(self, *args: Any, **options: Any) -> AetherBase:
@@ -280,7 +280,7 @@ class AetherBase(nn.Module):
         raise ValueError("convert_to_quantized: call prepare_qat() first, and fine-tune.")
 
     def set_bound(self, bound: Optional[float]) -> None:
-        """Limit every block's norm to [-bound, bound], 1e-3 to 1e6 (else ValueError); None: no limit."""
+        """Clamp every block's norm to [-bound, bound], 1e-3 to 1e6 (else ValueError); None: no limit."""
         _check_options({**self.options, "bound": bound})
         self.options = {**self.options, "bound": bound}
         self._buffers.pop("bound", None)
@@ -291,7 +291,7 @@ class AetherBase(nn.Module):
                 block.bound = bound
 
     def become(self, other: AetherBase) -> None:
-        """Take the form and tensors of ``other`` in place; device, precision, layout and mode stay."""
+        """Take ``other``'s form and tensors in place, but keep device, precision, layout and mode."""
         weights = list(self.parameters())
         other.to(device=self.mean.device, dtype=self.mean.dtype).train(self.training)
         if any(value.dim() == 4 and not value.is_contiguous() for value in weights):
@@ -299,7 +299,7 @@ class AetherBase(nn.Module):
         if weights and not any(value.requires_grad for value in weights):
             other.requires_grad_(False)
         self.__class__ = type(other)  # as torch.nn.utils.parametrize does: forward belongs to the class
-        for name in ("keep_norm", "placement", "stored"):  # what a form knows besides the options
+        for name in ("keep_norm", "placement", "stored"):  # attributes that only some forms have
             self.__dict__.pop(name, None)
         self.__dict__.update({name: value for name, value in vars(other).items() if "_hooks" not in name})
 
@@ -309,23 +309,23 @@ class AetherBase(nn.Module):
         return state_dict
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, *args: Any, **options: Any) -> Any:
-        """As torch's, but the network takes the form of the file, or stays as it was where it can't."""
-        self._strict = strict  # torch gives _load_from_state_dict True, whatever was asked for
+        """As torch's, but the network takes the form of the file, or stays unchanged if that fails."""
+        self._strict = strict  # torch always passes True to _load_from_state_dict
         try:
             return super().load_state_dict(state_dict, strict, *args, **options)
         finally:
             self._strict = True
 
     def _load_from_state_dict(self, state_dict: Dict[str, Tensor], prefix: str, *args: Any) -> None:
-        """Called before a value is copied: a file is taken whole, or the network stays as it was."""
+        """Runs before any value is copied, so a file loads completely or the network stays unchanged."""
         self._take_form_of(state_dict, prefix, self._strict)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     @torch.inference_mode(False)
     @torch.random.fork_rng(devices=[])
     def _take_form_of(self, state_dict: Dict[str, Tensor], prefix: str, strict: bool) -> None:
-        """Take a state dict's form, bound and norms. RuntimeError, and no change, where it does not fit."""
-        # Without strict, BasicSR and traiNNer-redux add ".ignore" to the names of tensors of another shape.
+        """Take a state dict's form, bound and norms. RuntimeError, and no change, if it doesn't fit."""
+        # Without strict, BasicSR and traiNNer-redux append ".ignore" to names of tensors with other shapes.
         named = ((name[len(prefix) :], state_dict[name]) for name in state_dict if name.startswith(prefix))
         own = {name.split(".ignore")[0]: value for name, value in named}
         form, scale, other = form_of(own), scale_of(own), self
@@ -333,7 +333,7 @@ class AetherBase(nn.Module):
         if form and not (isinstance(self, form) and form.layout(own).items() <= vars(self).items()):
             other = form(**{**self.options, "bound": bound}, **form.layout(own))
         elif form is AetherNet and scale not in (None, self.scale) and not strict:
-            text = f"AetherNet x{self.scale} takes the body of x{scale} weights; its tail starts anew."
+            text = f"AetherNet x{self.scale} loads only the body of x{scale} weights; its tail is new."
             warnings.warn(text, stacklevel=4)
             for name in [name for name in own if name.startswith(("upsample.", "conv_last."))]:
                 state_dict.pop(prefix + name, own.pop(name))
@@ -361,15 +361,15 @@ class AetherNet(AetherBase):
         embed_dim: width C of the body; divisible by the number of stages.
         depths: blocks in each stage.
         mlp_ratio: a block's feed-forward layer has int(C * mlp_ratio) hidden channels.
-        lk_kernel, sk_kernel: the two depthwise kernels, odd, sk_kernel <= lk_kernel.
+        lk_kernel, sk_kernel: sizes of the two depthwise kernels, odd, sk_kernel <= lk_kernel.
         drop, drop_path_rate: dropout, and the last block's stochastic depth, both in [0, 1).
         img_range: the network works on (x - mean) * img_range.
         batch_renorm: from earlier versions; means norm="frozen".
-        bound: limit of every block's norm, so that no picture makes the network run away.
-        norm: "frozen" keeps the norms' statistics, "batch" takes each batch's. None: frozen, and batch once a
-            file with batch statistics is loaded, so that its training goes on.
+        bound: clamps every block's norm to [-bound, bound], so that no picture makes the network run away.
+        norm: "frozen" keeps the norms' statistics, "batch" uses each batch's. None: frozen, or batch after
+            loading a file trained with batch statistics, so that its training can continue.
 
-    Raises ValueError where an option is impossible; the message says what is allowed.
+    Raises ValueError if an option is impossible; the message says what is allowed.
     """
 
     def __init__(
@@ -404,14 +404,14 @@ class AetherNet(AetherBase):
         body = self.quant_fusion_layer(self.all_stages(shallow)) + shallow
         body = self.conv_after_body(self.norm(body)) + body
         out = self.conv_last(self.upsample(self.conv_before_upsample(body))) / self.img_range + self.mean
-        if out.requires_grad and not _recorded():  # a batch with a broken target must not ruin the weights
+        if out.requires_grad and not _recorded():  # so that a broken target doesn't ruin the weights
             out.register_hook(lambda grad: torch.nan_to_num(grad, 0.0, 0.0, 0.0))
         return out
 
     def train(self, mode: bool = True) -> AetherNet:
         count = 0 if mode else int(self.non_finite)
         if count:
-            warnings.warn(f"AetherNet: {count} batches held NaN or infinite pixels, made grey", stacklevel=2)
+            warnings.warn(f"AetherNet: {count} batches held NaN or infinite pixels, now grey", stacklevel=2)
             self.non_finite = 0
         return super().train(mode)
 
@@ -426,7 +426,7 @@ class AetherNet(AetherBase):
         return self  # type: ignore[return-value]
 
     def reparameterize(self) -> Dict[str, Tensor]:
-        """State dict of the FusedAetherNet that computes the same, in this network's precision."""
+        """State dict of the equivalent FusedAetherNet, in this network's precision."""
         state = {**dict(self.named_buffers(recurse=False)), **self.conv_first.state_dict(prefix="head.")}
         state["head.weight"] = self.conv_first.weight * self.img_range
         for name, block in self.stages.named_modules():
@@ -436,8 +436,8 @@ class AetherNet(AetherBase):
         state["fusion.weight"], state["fusion.bias"] = self.quant_fusion_layer.reparameterize()
         state.update(self.conv_after_body.state_dict(prefix="body_conv."))
         scale, shift = self.norm.scale_and_shift()
-        # conv(s * b + t) + b = conv'(b') + b' - t/s with b' = b + t/s. Where s is small beside t, that would
-        # drown b in rounding: then the norm stays, as a depthwise 1x1 convolution.
+        # conv(s * b + t) + b = conv'(b') + b' - t/s with b' = b + t/s. If s is small beside t, rounding would
+        # drown b; then the norm stays, as a depthwise 1x1 convolution.
         if bool((self.norm.bias.abs() <= 16 * self.norm.weight.abs()).all()):
             offset = torch.where(scale == 0, torch.zeros_like(shift), shift / scale)
             state["fusion.bias"] = state["fusion.bias"] + offset
@@ -455,7 +455,7 @@ class AetherNet(AetherBase):
 class FusedAetherBlock(nn.Module):
     """AetherBlock as plain convolutions: (N, C, H, W) -> (N, C, H, W)."""
 
-    STRIP = 1536  # pixels for each thread at once, see forward
+    STRIP = 1536  # pixels per thread, see forward
     bound: Optional[float] = None
 
     def __init__(self, options: Mapping[str, Any]) -> None:
@@ -470,7 +470,7 @@ class FusedAetherBlock(nn.Module):
         self.spatial_attn = SpatialAttention() if options["use_spatial_attn"] else nn.Identity()
 
     def feed_forward(self, x: Tensor) -> Tensor:
-        # In place where nobody else holds the tensor: fresh memory costs as much as the operation itself.
+        # In place, because allocating memory costs as much as the operation itself.
         if self.bound is not None:
             x.clamp_(-self.bound, self.bound)
         hidden = F.silu(self.gate_conv(x), inplace=True)
@@ -480,7 +480,7 @@ class FusedAetherBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out, rows = self.reparam_conv(x), 0
         if x.device.type == "cpu" and not torch.is_grad_enabled() and not _recorded():
-            # The hidden tensor is the widest: a strip of it at a time stays in each core's cache.
+            # The hidden tensor is the widest. Strip by strip, it stays in each core's cache.
             rows = max(1, self.STRIP * torch.get_num_threads() // max(1, x.shape[0] * x.shape[3]))
         if 0 < rows < x.shape[2]:
             for strip in out.split(rows, 2):
@@ -492,29 +492,29 @@ class FusedAetherBlock(nn.Module):
         return out
 
 
-# Where each correction of the tail's border lands, as (row, column): -1 the first, 1 the last, 0 all of them.
+# Where each border correction of the tail applies, as (row, column): -1 the first, 1 the last, 0 all.
 BORDERS = {
     "top": (-1, 0), "bottom": (1, 0), "left": (0, -1), "right": (0, 1),
     "top_left": (-1, -1), "top_right": (-1, 1), "bottom_left": (1, -1), "bottom_right": (1, 1),
 }  # fmt: skip
 EDGES = {"top": (2, -1), "bottom": (2, 1), "left": (3, -1), "right": (3, 1)}  # as (dimension, side)
-DEPTHS = {1: 1, 2: 1, 3: 1, 4: 2, 8: 2}  # lines of pixels that a correction sees, for each scale
-Masks = Dict[Tuple[int, int], List[Tensor]]  # of each edge
+DEPTHS = {1: 1, 2: 1, 3: 1, 4: 2, 8: 2}  # by scale: how many lines of pixels a correction sees
+Masks = Dict[Tuple[int, int], List[Tensor]]  # by edge
 
 
 def outermost(x: Tensor, edge: Tuple[int, int], k: int = 0) -> Tensor:
-    """View of the row or column of ``x`` that is the k-th from an edge."""
+    """View of ``x``'s k-th row or column from an edge."""
     return x.narrow(edge[0], k if edge[1] < 0 else x.shape[edge[0]] - 1 - k, 1)
 
 
 class CollapsedTail(nn.Module):
-    """Every layer after the LeakyReLU as one 5x5 convolution and one pixel shuffle.
+    """Every layer after the LeakyReLU, as one 5x5 convolution and one pixel shuffle.
 
     Features (N, C, H, W) and the network's input (N, c, H, W) -> (N, c, scale * H, scale * W). Upsampling
-    convolutions, shuffles and conv_last are linear: inside the image they are one convolution. At the border
-    they pad with zeros at a higher resolution, where the one convolution still sees something. That is linear
-    too and changes the outermost pixels only: the outermost line of features, convolved with the difference
-    of both kernels, is added there; under a mask in an exported graph, since several runtimes can't slice.
+    convolutions, shuffles and conv_last are linear, so inside the image they are one convolution. At the
+    border they pad with zeros at a higher resolution, where the one convolution still sees values. The
+    difference is linear too and affects only the outermost pixels. It is added there as a convolution of the
+    outermost line of features; in an exported graph under a mask, since several runtimes can't slice.
     """
 
     def __init__(self, channels: int, out_channels: int, scale: int) -> None:
@@ -535,10 +535,10 @@ class CollapsedTail(nn.Module):
         images = like.new_zeros(9, like.shape[1], 5, 5)
 
         def outputs(images: Tensor) -> Tensor:
-            return F.pixel_unshuffle(tail(images), scale)[:, :, ::2, ::2]  # (N, outputs, 3, 3): the 9 places
+            return F.pixel_unshuffle(tail(images), scale)[:, :, ::2, ::2]  # (N, outputs, 3, 3): 9 positions
 
         def own_places(images: Tensor) -> Tensor:
-            return outputs(images).flatten(2).diagonal(dim1=0, dim2=2).sum(1)  # an image for each place
+            return outputs(images).flatten(2).diagonal(dim1=0, dim2=2).sum(1)  # an image for each position
 
         # (output, its row, its column, channel, row, column)
         kernels = torch.autograd.functional.jacobian(own_places, images).unflatten(1, (3, 3))
@@ -546,7 +546,7 @@ class CollapsedTail(nn.Module):
 
         def seen_from(row: int, column: int) -> Tuple[Tensor, Tensor]:
             """Kernel over offsets -2..2 and bias of an output in the first (-1), middle or last (1) line."""
-            y, x = row + 1, column + 1  # the middle sees no border, the middle of an edge sees that edge only
+            y, x = row + 1, column + 1  # the middle sees no border, the middle of an edge only that edge
             return kernels[:, y, x, :, 2 * y : 2 * y + 5, 2 * x : 2 * x + 5], biases[:, y, x]
 
         # The offsets that a correction sees: the first lines, all, the last lines.
@@ -554,7 +554,7 @@ class CollapsedTail(nn.Module):
         state: Dict[str, Tensor] = dict(zip(("weight", "bias"), seen_from(0, 0)))
         for name, (row, column) in BORDERS.items():
             terms = [(1, row, column), (-1, 0, 0)]
-            if row and column:  # both edges act on a corner already
+            if row and column:  # both edges already correct a corner
                 terms = [(1, row, column), (-1, row, 0), (-1, 0, column), (1, 0, 0)]
             signed = [[k * part for part in seen_from(y, x)] for k, y, x in terms]
             weight, state[f"{name}_bias"] = (torch.stack(parts).sum(0) for parts in zip(*signed))
@@ -580,16 +580,16 @@ class CollapsedTail(nn.Module):
         return F.pixel_shuffle(out, self.scale)
 
     def masks(self, image: Tensor, dim: int, side: int) -> List[Tensor]:
-        """Masks of the ``depth`` outermost rows (dim 2, (N, 1, H, 1)) or columns (dim 3), outermost first."""
+        """Masks of the ``depth`` outermost rows (dim 2: (N, 1, H, 1)) or columns (dim 3), outermost first."""
         shape, padding = ((1, 1, 3, 1), (1, 0)) if dim == 2 else ((1, 1, 1, 3), (0, 1))
         shift = image.new_tensor([1, 0, 0] if side < 0 else [0, 0, 1]).view(shape)
         ones = [torch.ones_like(image.mean((1, 5 - dim), keepdim=True))]
-        for _ in range(self.depth):  # a zero comes in from outside
+        for _ in range(self.depth):  # each shift brings in a zero from outside
             ones.append(F.conv2d(ones[-1], shift, padding=padding))
         return [before - after for before, after in zip(ones, ones[1:])]
 
     def line(self, x: Tensor, edge: Tuple[int, int], masks: Masks) -> Tensor:
-        """The outermost rows (N, depth * C, 1, W) or columns (N, depth * C, H, 1), one after the other."""
+        """The outermost rows (N, depth * C, 1, W) or columns (N, depth * C, H, 1), as channels."""
         if masks:
             return torch.cat([(x * mask).sum(edge[0], keepdim=True) for mask in masks[edge]], 1)
         lines = [outermost(x, edge, k) for k in range(min(self.depth, x.shape[edge[0]]))]
@@ -597,13 +597,13 @@ class CollapsedTail(nn.Module):
         return torch.cat(lines + missing, 1)
 
     def correction(self, line: Tensor, name: str) -> Tensor:
-        """What an edge, or one of its corners, adds to the one convolution: a convolution along the line."""
+        """The correction of an edge, or of one of its corners: a convolution along the line."""
         (weight, bias), (row, column) = self.border(name), BORDERS[name]
         dim, side = (2, row) if row else (3, column)
-        lines = weight.unbind(dim)  # in the image's order; the line's parts are the outermost first
+        lines = weight.unbind(dim)  # in image order, while the line's channels have the outermost first
         weight = torch.cat(lines if side < 0 else lines[::-1], 1).unsqueeze(dim)
-        if row and column and self.depth > 1:  # a corner's kernel begins or ends there: centre it
-            # Not F.pad: the ONNX exporter does not know the shape of what it gives.
+        if row and column and self.depth > 1:  # a corner's kernel starts or ends at its pixel: centre it
+            # Not F.pad: the ONNX exporter doesn't know its output's shape.
             zeros = weight.new_zeros(*weight.shape[:3], self.depth - 1)
             weight = torch.cat([zeros, weight] if column < 0 else [weight, zeros], 3)
         return F.conv2d(line, weight, bias, padding=[weight.shape[2] // 2, weight.shape[3] // 2])
@@ -617,10 +617,10 @@ class CollapsedTail(nn.Module):
 
 
 class FusedAetherNet(AetherBase):
-    """AetherNet after fusing, the form to release: AetherNet's function in evaluation mode, in train() too.
+    """The form to release. Computes what AetherNet does in evaluation mode, even after train().
 
-    Its tensors have names of their own, so none is read as one of another form. The weights hold img_range.
-    Args: AetherNet's, and ``keep_norm`` where the last norm could not be merged.
+    Its tensors have their own names, so that none is mistaken for another form's. Weights hold img_range.
+    Args: AetherNet's, and ``keep_norm`` if the last norm could not be merged.
     """
 
     block: Type[FusedAetherBlock] = FusedAetherBlock
@@ -647,7 +647,7 @@ class FusedAetherNet(AetherBase):
     def forward(self, x: Tensor) -> Tensor:
         if self.training and self.warns_in_training and torch.is_grad_enabled():
             self.warns_in_training = False
-            warnings.warn("AetherNet: this trains the fused form; the training form is better.", stacklevel=2)
+            warnings.warn("AetherNet: this trains the fused form; use the training form.", stacklevel=2)
         shallow = self.head(x - self.mean)
         body = self.fusion(self.all_stages(shallow)) + shallow
         body = self.body_conv(self.body_norm(body)) + body
@@ -658,7 +658,7 @@ class FusedAetherNet(AetherBase):
 
 
 def form_of(names: Iterable[str]) -> Any:
-    """The class of network that has tensors of these names; None where it is no AetherNet."""
+    """The class of network that has these tensor names; None if they are not an AetherNet's."""
     names = list(names)
     if any(name.endswith(".lk_conv.weight") for name in names):
         return AetherNet
@@ -668,7 +668,7 @@ def form_of(names: Iterable[str]) -> Any:
 
 
 def scale_of(state: Mapping[str, Tensor]) -> Optional[int]:
-    """The scale that a state dict's tensors upsample to; None where that is none of SCALES."""
+    """The scale that a state dict's tensors upsample by; None if it is not in SCALES."""
     convs = [name for name in state if name.startswith("upsample.blocks.") and name.endswith(".weight")]
     tail = [name for name in ("tail.weight", "tail.conv.weight") if name in state]
     scale, shuffled = 2 ** len(convs), state.get("head.weight" if tail else "conv_last.weight")
@@ -678,7 +678,7 @@ def scale_of(state: Mapping[str, Tensor]) -> Optional[int]:
 
 
 def differences(net: nn.Module, state: Mapping[str, Tensor], strict: bool = True) -> str:
-    """What keeps ``net`` from loading ``state``: other shapes; if strict, missing and unexpected names."""
+    """Why ``net`` can't load ``state``: other shapes and, if strict, missing and unexpected names."""
     expected = {name: value.shape for name, value in net.state_dict().items() if name != "bound"}
     found = {name: value.shape for name, value in state.items() if name != "bound"}
     kinds = {"of another shape": [name for name in found if expected.get(name, found[name]) != found[name]]}
@@ -693,7 +693,7 @@ def differences(net: nn.Module, state: Mapping[str, Tensor], strict: bool = True
 
 
 def _other(module: str) -> Any:
-    """A module of another room: aether_quant lies beside this file, aethersr is installed."""
+    """Import aether_quant, which lies beside this file, or a module of aethersr, which is installed."""
     beside = module == "aether_quant"
     try:
         return importlib.import_module(f".{module}" if beside and __package__ else module, __package__)
@@ -705,7 +705,7 @@ def _other(module: str) -> Any:
 
 
 def __getattr__(name: str) -> Any:
-    """What is asked for here and lives in another room."""
+    """Names that can be imported from here but live in other modules."""
     rooms = {"export_onnx": "aethersr.onnx", "aether_from_state_dict": "aethersr.identify"}
     rooms.update(dict.fromkeys(("QuantAetherNet", "Quantizer", "PLACEMENTS", "TARGETS"), "aether_quant"))
     if name not in rooms:
@@ -714,13 +714,13 @@ def __getattr__(name: str) -> Any:
 
 
 def _recorded() -> bool:
-    """Whether an exporter or a compiler records the operations, instead of running them one by one."""
+    """Whether an exporter or a compiler is recording the operations instead of just running them."""
     compiling = getattr(getattr(torch, "compiler", None), "is_compiling", None)
     return torch.jit.is_tracing() or bool(compiling and compiling())
 
 
 def _check_options(options: Mapping[str, Any]) -> None:
-    """Raises ValueError for the first option that is impossible: its name, its value and what is allowed."""
+    """Raises ValueError for the first impossible option, with its name, its value and what is allowed."""
 
     def number(value: Any, low: float, high: float = math.inf, kind: Any = (int, float)) -> bool:
         return isinstance(value, kind) and not isinstance(value, bool) and low <= value < high
@@ -756,10 +756,11 @@ def _check_options(options: Mapping[str, Any]) -> None:
 
 @torch.no_grad()
 def _initialize(net: AetherNet) -> None:
-    """Start as an interpolation: blocks as identities, and the image in the first channels.
+    """Start as an interpolation: blocks are identities, and the first channels carry the image.
 
-    Kernels inside blocks keep the size of what they get: the gated product of small ones gives conv_out no
-    gradient. LeakyReLU passes a value as a pair: lrelu(v) - lrelu(-v) = 1.01 v. Too narrow: random alone.
+    Kernels inside blocks keep the size of their input: with small ones the gated product would leave conv_out
+    no gradient. A value passes LeakyReLU as a pair: lrelu(v) - lrelu(-v) = 1.01 v. A network too narrow for
+    that starts from random weights.
     """
     for conv in net.modules():
         if isinstance(conv, nn.Conv2d):
@@ -779,7 +780,7 @@ def _initialize(net: AetherNet) -> None:
         return
 
     def carry(conv: Any, kernels: Tensor) -> None:
-        """The first channels of ``conv`` become ``kernels`` (out, in, K, K), over the first ones before."""
+        """Set the first output channels of ``conv`` to ``kernels`` (out, in, K, K) of the first inputs."""
         kernels = F.pad(kernels, [(conv.kernel_size[0] - kernels.shape[-1]) // 2] * 4)
         conv.weight[: len(kernels)] = 0
         conv.weight[: len(kernels), : kernels.shape[1]] = kernels
@@ -800,7 +801,7 @@ def _initialize(net: AetherNet) -> None:
 
 
 def _variant(name: str, doc: str, width: int, depths: Tuple[int, ...], attention: bool) -> Any:
-    """A function that builds this AetherNet. Options: AetherNet's, and ``qat`` (true, or a placement)."""
+    """A function that builds this variant. Options: AetherNet's, and ``qat`` (true, or a placement)."""
     own = {"embed_dim": width, "depths": depths, "use_channel_attn": attention, "use_spatial_attn": attention}
     parameters = inspect.signature(AetherNet).parameters.values()
     options = [option.replace(default=own.get(option.name, option.default)) for option in parameters]
@@ -831,10 +832,10 @@ def _register(framework: str) -> None:
 
         @functools.wraps(variant)
         def build(*args: Any, _variant: Callable[..., AetherBase] = variant, **options: Any) -> AetherBase:
-            if framework == "neosr" and not args and "scale" not in options:  # neosr is asked for the scale
+            if framework == "neosr" and not args and "scale" not in options:  # neosr keeps the scale itself
                 options["scale"] = importlib.import_module("neosr.archs.arch_util").net_opt()[0]
             net = _variant(*args, **options)
-            if framework == "basicsr":  # its EMA copies no buffers: norm statistics would stay at their start
+            if framework == "basicsr":  # its EMA copies no buffers: norm statistics would never be updated
                 for norm in [module for module in net.modules() if isinstance(module, DeploymentNorm)]:
                     for name in ("running_mean", "running_var"):
                         value: Any = norm._buffers.pop(name)
