@@ -181,7 +181,7 @@ def test_another_scale_takes_the_body_where_strict_is_off_and_says_so(scales: An
     source, net = small_net(scales[0]), small_net(scales[1])
     randomize(net, 1)
     before = values(net)
-    with pytest.warns(UserWarning, match=f"x{scales[1]} takes the body of x{scales[0]} weights"):
+    with pytest.warns(UserWarning, match=f"x{scales[1]} loads only the body of x{scales[0]} weights"):
         net.load_state_dict(source.state_dict(), strict=False)
     for name, value in net.state_dict().items():
         tail = name.startswith(("upsample.", "conv_last."))
@@ -194,7 +194,7 @@ def test_traiNNer_redux_finds_the_names_it_compares_after_map_state_dict() -> No
     assert other.map_state_dict(state) is state
     assert state.keys() == other.state_dict().keys()
     body = dict(small_net(4).state_dict())
-    with pytest.warns(UserWarning, match="its tail starts anew"):
+    with pytest.warns(UserWarning, match="its tail is new"):
         AetherNet(**net.options).map_state_dict(body)
     assert not any(name.startswith(("upsample.", "conv_last.")) for name in body)
     with pytest.raises(RuntimeError, match="x4 does not fit"):
