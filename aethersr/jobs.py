@@ -52,10 +52,19 @@ def find_jobs(
         folder = name.parent
     if not os.path.isdir(folder):
         raise UserError(f"the folder {folder} does not exist; make it or pass another --output.")
+    inputs = {_place(job.source): job.source for job in jobs}
     for job in jobs:
         if os.path.isdir(job.target.parent):  # else nothing can be there
             check_output(job.target, [job.source], overwrite or skip_existing, "--output")
+            other = inputs.get(_place(job.target))
+            if other and overwrite:
+                raise UserError(f"{job.source} would replace {other}, an input too; pass another --output.")
     return [job for job in jobs if not (skip_existing and os.path.lexists(job.target))], skipped
+
+
+def _place(path: Path) -> str:
+    """The same for every way to write one path; a link stays itself."""
+    return os.path.join(os.path.realpath(path.parent), path.name)
 
 
 def _pictures(source: Path, target: Path, recursive: bool) -> Tuple[List[Job], List[str]]:
@@ -64,9 +73,10 @@ def _pictures(source: Path, target: Path, recursive: bool) -> Tuple[List[Job], L
     seen: Set[str] = {os.path.realpath(target)}  # an earlier run's results; a link may lead in a circle
     if os.path.realpath(source) in seen:
         seen.clear()
+    links: List[Path] = []
     folders = [source]
-    while folders:
-        folder = folders.pop()
+    while folders or links:  # links last: what they lead to has its own place, if it lies in the folder too
+        folder = folders.pop() if folders else links.pop()
         if os.path.realpath(folder) in seen:
             continue
         seen.add(os.path.realpath(folder))
@@ -91,7 +101,8 @@ def _pictures(source: Path, target: Path, recursive: bool) -> Tuple[List[Job], L
             else:
                 jobs.append(Job(path, target / path.relative_to(source)))
         if recursive:
-            folders += inner[::-1]
+            folders += [path for path in inner[::-1] if not path.is_symlink()]
+            links += [path for path in inner[::-1] if path.is_symlink()]
         else:
             others = (path for path in inner if os.path.realpath(path) not in seen)
             skipped += [f"{path} is a folder; pass --recursive to upscale what it holds." for path in others]

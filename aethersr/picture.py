@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
 import numpy as np
-from PIL import Image, ImageCms, TiffImagePlugin, features
+from PIL import Image, ImageCms, TiffImagePlugin, UnidentifiedImageError, features
 
 from aethersr.errors import UserError, first_line, missing_package
 
@@ -79,7 +79,7 @@ class Picture:
             content = path.read_bytes()  # once: the file may change
             if not content:
                 raise UserError(f"{path} is empty; expected a picture, so copy it again (--input).")
-            _refuse_other_numbers(path, content)
+            _refuse_other_tiffs(path, content)
             with Image.open(io.BytesIO(content), formats=sorted(set(FORMATS.values()))) as image:
                 frames = getattr(image, "n_frames", 1)
                 if frames > 1 and image.format != "MPO":  # a telephone's JPEG: the others are its previews
@@ -99,7 +99,8 @@ class Picture:
         except (UserError, MemoryError):
             raise
         except Exception as error:  # Pillow's readers raise many kinds
-            reason = first_line(error)
+            unknown = isinstance(error, UnidentifiedImageError)  # Pillow's words name an object of Python
+            reason = "of no kind that is known" if unknown else first_line(error)
             if path.suffix.lower() == ".avif" and not features.check("avif"):
                 reason = "this Pillow reads no AVIF: pip install --upgrade pillow"
             expected = f"expected one of {', '.join(FORMATS)} (--input)"
@@ -134,7 +135,12 @@ class Picture:
         if clear is not None and pixels.shape[2] in (1, 3):
             seen = (pixels != np.array(clear, np.uint16)).any(2, keepdims=True)
             pixels = np.concatenate([pixels, seen.astype(np.uint16) * 65535], 2)
-        if getattr(image, "tag_v2", {}).get(338) == (1,):  # TIFF's colours are multiplied by alpha then
+        tags = getattr(image, "tag_v2", {})  # of TIFF
+        if tags.get(262) == 0:  # white is 0 there
+            pixels = 65535 - pixels
+        if tags.get(338) == (0,):  # what comes after the colours is not alpha
+            pixels = pixels[..., :-1]
+        if tags.get(338) == (1,):  # the colours are multiplied by alpha
             alpha = pixels[..., -1:].astype(np.float32)
             colours = pixels[..., :-1] * (65535 / np.maximum(alpha, 1))
             pixels = np.concatenate([colours.clip(0, 65535).round().astype(np.uint16), pixels[..., -1:]], 2)
@@ -275,18 +281,23 @@ class Picture:
         return content
 
 
-def _refuse_other_numbers(path: Path, content: bytes) -> None:
-    """TIFF holds any number; Pillow says of most that it can't identify the file."""
-    if content[:4] not in (b"II*\0", b"MM\0*"):
+def _refuse_other_tiffs(path: Path, content: bytes) -> None:
+    """TIFF holds any number in any order; Pillow can't identify most such files, and reads others as noise."""
+    if content[:4] not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
         return
     try:
-        tags = TiffImagePlugin.ImageFileDirectory_v2(content[:8])
+        tags = TiffImagePlugin.ImageFileDirectory_v2(content[: 16 if b"+" in content[:4] else 8])
         stream = io.BytesIO(content)
         stream.seek(tags.next)
         tags.load(stream)
-        bits, kind = max(tags.get(258, (1,))), max(tags.get(339, (1,)))
+        of_each = tags.get(258, (1,))
+        bits, kind = max(of_each), max(tags.get(339, (1,)))
+        apart = tags.get(284) == 2 and len(of_each) > 1
     except Exception:
         return  # reading it will say what is wrong
+    if bits > 8 and apart:
+        remedy = "save it with the colours of a pixel side by side (--input)"
+        raise UserError(f"{path} holds {bits}-bit colours one after another, which is not read; {remedy}.")
     if bits > 16 or kind in (2, 3):
         found = f"{bits}-bit {({2: 'signed', 3: 'floating-point'}).get(kind, 'whole')} numbers"
         expected = "expected 8 or 16 bits a channel; save it as a 16-bit TIFF or PNG (--input)"
@@ -328,7 +339,7 @@ def _to_srgb(image: Image.Image, profile: Optional[bytes]) -> Image.Image:
                 image, source, ImageCms.createProfile("sRGB"), outputMode="RGB"
             )
             return converted or image
-        except ImageCms.PyCMSError:
+        except (ImageCms.PyCMSError, OSError):
             pass
     return image.convert("RGB")
 

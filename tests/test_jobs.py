@@ -65,6 +65,24 @@ def test_the_input_is_never_the_output(tmp_path: Path) -> None:
             find_jobs(given, tmp_path / name, False, True, False)
 
 
+def test_no_input_is_replaced_by_what_another_becomes(tmp_path: Path) -> None:
+    make(tmp_path, "pics/a.png", "pics/pics/a.png")
+    with pytest.raises(UserError, match="an input too"):
+        find_jobs(tmp_path / "pics", tmp_path / "pics" / "..", True, True, False)
+    jobs, _ = find_jobs(tmp_path / "pics", tmp_path, True, False, True)
+    assert names(jobs, tmp_path) == ["a.png"]
+
+
+def test_a_folder_keeps_its_name_where_a_link_leads_there_too(tmp_path: Path) -> None:
+    make(tmp_path / "in", "b/inner/1.png", "z/2.png")
+    make(tmp_path / "other", "3.png")
+    (tmp_path / "in" / "a").symlink_to(tmp_path / "in" / "b")
+    (tmp_path / "in" / "b" / "c").symlink_to(tmp_path / "in" / "z")
+    (tmp_path / "in" / "d").symlink_to(tmp_path / "other")
+    jobs, skipped = find_jobs(tmp_path / "in", tmp_path / "out", True, False, False)
+    assert (names(jobs, tmp_path / "out"), skipped) == (["b/inner/1.png", "z/2.png", "d/3.png"], [])
+
+
 def test_one_picture_may_go_into_a_folder_that_exists(tmp_path: Path) -> None:
     make(tmp_path, "a.png", "folder/other.png")
     ((job,), skipped) = find_jobs(tmp_path / "a.png", tmp_path / "folder", False, False, False)

@@ -177,6 +177,36 @@ def test_printing_colours_become_rgb(tmp_path: Path) -> None:
     assert back.profile is None
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "TIFF"])
+def test_printing_colours_with_a_broken_profile_become_rgb_too(tmp_path: Path, kind: str) -> None:
+    back = read(tmp_path, saved(Image.fromarray(waves(3)).convert("CMYK"), kind, icc_profile=b"broken"))
+    assert back.pixels.shape == (12, 20, 3)
+    assert back.profile is None
+
+
+def deep_tiff(pixels: np.ndarray, tags: Any) -> bytes:
+    """An uncompressed TIFF of 16 bits a channel, with ``tags`` besides those that it needs."""
+    (height, width, channels), size = pixels.shape, pixels.nbytes
+    own = {256: width, 257: height, 258: (16,) * channels, 259: 1, 262: 2 if channels > 2 else 1}
+    directory = ImageFileDirectory_v2()
+    for tag, value in {**own, 273: 0, 277: channels, 278: height, 279: size, **tags}.items():
+        directory[tag] = value
+    buffer = io.BytesIO()
+    directory.save(buffer)
+    return buffer.getvalue() + pixels.astype("<u2").tobytes()
+
+
+def test_16_bits_are_what_the_tiff_says_that_they_are(tmp_path: Path) -> None:
+    grey, colours = waves(1, np.uint16), waves(4, np.uint16)
+    assert np.array_equal(read(tmp_path, deep_tiff(grey, {}), "in.tif").pixels, grey)
+    assert np.array_equal(read(tmp_path, deep_tiff(grey, {262: 0}), "in.tif").pixels, 65535 - grey)
+    back = read(tmp_path, deep_tiff(colours, {338: 0}), "in.tif")
+    assert not back.alpha, "what is beside the colours is no alpha"
+    assert np.array_equal(back.pixels, colours[..., :3])
+    with pytest.raises(UserError, match="16-bit colours one after another"):  # would be read as noise
+        read(tmp_path, deep_tiff(colours[..., :3], {284: 2}), "in.tif")
+
+
 def test_a_telephones_jpeg_with_a_preview_in_it_is_one_picture(tmp_path: Path) -> None:
     image = Image.fromarray(waves(3))
     content = saved(image, "MPO", save_all=True, append_images=[image.resize((10, 6))])
@@ -210,7 +240,7 @@ def _float_tiff(channels: int, bits: int = 32) -> bytes:
         ("float.tif", _float_tiff(3), "32-bit floating-point"),
         ("half.tif", _float_tiff(3, 16), "16-bit floating-point"),
         ("empty.png", b"", "is empty"),
-        ("text.png", b"text", "not a readable picture"),
+        ("text.png", b"text", r"not a readable picture \(of no kind that is known\)"),
         ("moving.gif", None, "2 frames of an animation"),
         ("moving.png", None, "2 frames of an animation"),
         ("moving.webp", None, "2 frames of an animation"),
