@@ -1,8 +1,8 @@
 """AetherNet's quantised form: fake quantisation for training, calibration, and int8 weights.
 
-Quantisation-aware training (``qat: true``) and int8 files need it beside aether_arch.py. Needs only torch.
-``prepare_qat(net)`` turns any AetherNet into a QuantAetherNet; its ``convert_to_quantized()`` gives a network
-with weights as they are shipped.
+Needed beside aether_arch.py for quantisation-aware training (``qat: true``) and int8 files. Needs only torch.
+``prepare_qat(net)`` turns any AetherNet into a QuantAetherNet, whose ``convert_to_quantized()`` returns a
+network with int8 weights.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ if TYPE_CHECKING or not __package__:  # installed, or on the path
 else:  # copied into a framework
     from . import aether_arch as arch
 
-PLACEMENTS = ("default", "full")  # of quantisers, see QuantAetherNet
-TARGETS = ("onnxruntime", "tensorrt", "openvino")  # whom an int8 network is to be fast in, see for_target
+PLACEMENTS = ("default", "full")  # where quantisers go, see QuantAetherNet
+TARGETS = ("onnxruntime", "tensorrt", "openvino")  # runtimes to optimise for, see for_target
 
 
 def _bias(conv: nn.Conv2d) -> Tensor:
-    assert conv.bias is not None  # for the type checker: these convolutions have one
+    assert conv.bias is not None  # for the type checker
     return conv.bias
 
 
 def prepare_qat(
     net: arch.AetherBase, placement: str = "default", calibration: Optional[Iterable[Tensor]] = None
 ) -> QuantAetherNet:
-    """Fuse a network and insert fake quantisation, in place, for fine-tuning. Make the optimizer afterwards.
+    """Fuse a network and insert fake quantisation for fine-tuning, in place. Make the optimizer afterwards.
 
     Args:
         placement: "default" or "full", see QuantAetherNet.
-        calibration: pictures for the first ranges, each (N, in_chans, H, W) in [0, 1]. Else synthetic.
-            Training sets the ranges anew.
+        calibration: pictures for the initial ranges, each (N, in_chans, H, W) in [0, 1]. Default: synthetic
+            ones. Training replaces the ranges.
     """
     quantised = insert_quantizers(net, placement)
     quantised.calibrate(_test_pictures(net.options["in_chans"]) if calibration is None else calibration)
@@ -48,10 +48,10 @@ def prepare_qat(
 @torch.inference_mode(False)
 @torch.random.fork_rng(devices=[])
 def insert_quantizers(net: arch.AetherBase, placement: Union[bool, str] = "default") -> QuantAetherNet:
-    """prepare_qat without calibration: nothing is rounded before the first training batch sets the ranges.
+    """prepare_qat without calibration: nothing is rounded until the first training batch sets the ranges.
 
     Raises:
-        ValueError: no such placement; True means "default".
+        ValueError: unknown placement; True means "default".
     """
     if placement is not True and placement not in PLACEMENTS:
         allowed = f"true, false, {', '.join(PLACEMENTS)}"
@@ -61,7 +61,7 @@ def insert_quantizers(net: arch.AetherBase, placement: Union[bool, str] = "defau
 
 
 def _quantised(fused: arch.FusedAetherNet, placement: str) -> QuantAetherNet:
-    """A quantised network with a fused one's weights, and ranges unknown."""
+    """A quantised network with a fused one's weights and unknown ranges."""
     weights = fused.state_dict()
     if placement == "full":
         before = "conv_before_upsample.0."
@@ -76,27 +76,27 @@ def _quantised(fused: arch.FusedAetherNet, placement: str) -> QuantAetherNet:
 
 
 class Quantizer(nn.Module):
-    """Fake quantisation: rounds a tensor (N, ...) to the 256 values that 8 bits hold, on one scale.
+    """Fake quantisation: rounds a tensor (N, ...) to 256 values on one scale.
 
     Reference: https://arxiv.org/abs/1712.05877. The range follows the first ``WATCH`` training batches, then
-    stays. Before the first one nothing is rounded. The range is a moving average of the largest value in the
-    middle image of each batch: one image in ten may drive a layer a hundred times as far as the others, and a
-    range for that image leaves no steps for the rest.
+    stays fixed. Nothing is rounded before the first. The range is a moving average of the largest value in
+    each batch's median image: one image in ten may reach a hundred times as far as the others, and a range
+    for that image would leave no steps for the rest.
 
-    The state is float parameters without gradient: frameworks' EMA copies those, but not every buffer. It is
-    a sum beside its count, because the quotient of both averages is right even where they start at zero.
+    The state is float parameters without gradient, because frameworks' EMA copies those but not every buffer.
+    It is a sum and a count, because the quotient of their averages is right even if they start at zero.
 
     Args:
-        low: smallest value, where a function has one (sigmoid, SiLU). None: symmetric, as TensorRT wants it.
-        low_ratio: in place of ``low``, where it is a fraction of the largest value (LeakyReLU).
-        high: largest value, where it is known (a picture); else it is watched.
-        spread: images up to this many times the middle one are not clipped. More than 1 where the picture
-            itself runs through, and saturated colours count; elsewhere finer steps are worth more.
+        low: smallest value, if the function has one (sigmoid, SiLU). None: symmetric, as TensorRT needs it.
+        low_ratio: instead of ``low``, the smallest value as a fraction of the largest (LeakyReLU).
+        high: largest value, if known (a picture); otherwise it is observed.
+        spread: images up to this many times the median one are not clipped. More than 1 where the picture
+            itself passes through and saturated colours matter; elsewhere finer steps matter more.
     """
 
     WATCH = 100
-    limit: Optional[float] = None  # the network's bound; no range goes beyond it
-    margin = 1.2  # training's crops show less of what is largest than calibrate's pictures do
+    limit: Optional[float] = None  # the network's bound, which no range exceeds
+    margin = 1.2  # training crops reach fewer extremes than the pictures for calibrate
     enabled = True
     signed = False  # int8 about zero instead of uint8 about 128: the same values, faster in some runtimes
 
@@ -108,7 +108,7 @@ class Quantizer(nn.Module):
 
     @property
     def largest(self) -> Tensor:
-        """The largest value (in a symmetric range: magnitude) that is represented."""
+        """The largest value (in a symmetric range, magnitude) that can be represented."""
         return (self.range_sum / self.watched.clamp_min(1e-9)).clamp(max=self.limit or math.inf)
 
     @torch.no_grad()
@@ -117,15 +117,15 @@ class Quantizer(nn.Module):
         seen = (self.usual(largest) * self.margin).clamp(1e-6, self.limit)
         if self.high is not None:
             seen = torch.full_like(seen, self.high)
-        # In a small batch the middle one may be wild too: it counts as twice what is usual.
+        # In a small batch even the median image may be extreme: it counts as twice the range at most.
         later = self.largest.lerp(torch.minimum(seen, 2 * self.largest), 0.1)
         average = torch.where(self.watched > 0, later, seen)
-        counts = (self.watched < self.WATCH) & seen.isfinite()  # one infinite batch would spoil the range
+        counts = (self.watched < self.WATCH) & seen.isfinite()  # an infinite batch would ruin the range
         self.range_sum.copy_(torch.where(counts, average * (self.watched + 1), self.range_sum))
         self.watched.add_(counts)
 
     def usual(self, largest: Tensor) -> Tensor:
-        """Of the images' largest values (N,) the middle one, or the last within ``spread`` of it."""
+        """The median of the images' largest values (N,), or the largest within ``spread`` times it."""
         middle = largest.sort().values[len(largest) // 2]
         return torch.where(largest <= middle * self.spread, largest, middle).amax()
 
@@ -148,15 +148,15 @@ class Quantizer(nn.Module):
         scale, zero_point = self.scale_and_zero_point()
         low, high = (-128, 127) if self.signed else (0, 255)
         fake_quantize = torch.fake_quantize_per_tensor_affine
-        if torch.onnx.is_in_onnx_export():  # runtimes take constants for a quantiser, and nothing computed
+        if torch.onnx.is_in_onnx_export():  # runtimes accept only constants as scale and zero point
             return fake_quantize(x, float(scale), int(zero_point), low, high)
-        with torch.autocast(x.device.type, enabled=False):  # rounding to 256 values is exact in float32 only
+        with torch.autocast(x.device.type, enabled=False):  # rounding to 256 values needs float32
             rounded = fake_quantize(x.float(), scale.float().clamp_min(1e-12), zero_point, low, high)
         return torch.where(self.watched > 0, rounded.to(x.dtype), limited)
 
 
 class QuantConv2d(nn.Conv2d):
-    """Convolution with an 8-bit weight, a scale for each output channel, and quantisers before and after."""
+    """Convolution with an 8-bit weight, a scale per output channel, and quantisers before and after."""
 
     quant_in: nn.Module
     quant_out: nn.Module
@@ -183,10 +183,10 @@ class QuantConv2d(nn.Conv2d):
 
 
 class SplitConv2d(nn.Module):
-    """A 3x3 convolution in two: float 1x1 for the few large weights in its middle, 8-bit for the rest.
+    """A 3x3 convolution in two parts: float 1x1 for the few large central weights, 8-bit for the rest.
 
-    Where the image runs through a network some weights are near 1 and the rest near 1/50. One set of 8-bit
-    steps would round those away. See https://arxiv.org/abs/2208.07339. Float also spares the image rounding.
+    Where the image passes through the network, some weights are near 1 and the rest near 1/50. A shared 8-bit
+    scale would round the small ones away (arxiv.org/abs/2208.07339), and the image itself would be rounded.
     """
 
     def __init__(self, conv: nn.Conv2d) -> None:
@@ -216,7 +216,7 @@ class SplitConv2d(nn.Module):
 
 
 class StorableTail(arch.CollapsedTail):
-    """CollapsedTail whose border corrections can be held as int8: exact enough for a line of pixels."""
+    """CollapsedTail whose border corrections can be stored as int8: exact enough for a line of pixels."""
 
     def border(self, name: str) -> Tuple[Tensor, Tensor]:
         weight, bias = super().border(name)
@@ -227,7 +227,7 @@ class StorableTail(arch.CollapsedTail):
         return F.conv2d(x, self.weight.to(x.dtype), self.bias.to(x.dtype), padding=2)
 
     def store(self) -> None:
-        """Hold the corrections as int8, and the one convolution, where it lies here, in half precision."""
+        """Store the corrections as int8, and the convolution, if it is a float one, in half precision."""
         for name in arch.BORDERS:
             _store_int8(self, f"{name}_weight", getattr(self, f"{name}_weight"))
         for value in self.parameters(recurse=False):
@@ -235,12 +235,12 @@ class StorableTail(arch.CollapsedTail):
 
 
 class QuantTail(StorableTail):
-    """CollapsedTail with an 8-bit convolution that writes the picture in steps of 1/255. Borders: float."""
+    """CollapsedTail with an 8-bit convolution whose output has steps of 1/255. Its borders are float."""
 
     def __init__(self, channels: int, out_channels: int, scale: int) -> None:
         super().__init__(channels, out_channels, scale)
         del self.weight, self.bias
-        self.quant_in = Quantizer(low_ratio=-0.01, spread=1.25)  # what LeakyReLU leaves below zero
+        self.quant_in = Quantizer(low_ratio=-0.01, spread=1.25)  # LeakyReLU's slope below zero
         conv = nn.Conv2d(channels, out_channels * scale**2, 5, padding=2)
         self.conv = QuantConv2d.like(conv, quant_out=Quantizer(low=0.0, high=1.0))
 
@@ -252,7 +252,7 @@ class QuantTail(StorableTail):
 
 
 class StoredConv2d(nn.Module):
-    """A convolution as it is shipped: an int8 weight with its scales, or a half-precision weight."""
+    """A convolution as it is released: an int8 weight with its scales, or a half-precision weight."""
 
     bias: Tensor
     weight: Tensor
@@ -280,10 +280,10 @@ class StoredConv2d(nn.Module):
 
 
 class QuantAetherBlock(arch.FusedAetherBlock):
-    """FusedAetherBlock whose 1x1 convolutions, and all between them, are 8-bit: (N, C, H, W) -> (N, C, H, W).
+    """FusedAetherBlock with 8-bit 1x1 convolutions and everything between: (N, C, H, W) -> (N, C, H, W).
 
-    The depthwise convolution stays float: integer kernels of 11x11 are slower. In the default placement the
-    sum stays float too: rounding adds up in the stream that runs through all blocks.
+    The depthwise convolution stays float, because integer 11x11 kernels are slower. In the default placement
+    the sum stays float too, because rounding errors would add up from block to block.
     """
 
     def __init__(self, options: Mapping[str, Any]) -> None:
@@ -294,8 +294,8 @@ class QuantAetherBlock(arch.FusedAetherBlock):
         self.out_conv = QuantConv2d.like(self.out_conv, quant_in=Quantizer(), quant_out=Quantizer())
         self.quant_sigmoid = Quantizer(low=0.0)
         self.quant_silu = Quantizer(low=-0.2785)  # the minimum of SiLU
-        self.quant_start: nn.Module = nn.Identity()  # where the 8-bit stream begins and
-        self.quant_sum: nn.Module = nn.Identity()  # what each block adds up to, in full
+        self.quant_start: nn.Module = nn.Identity()  # in "full": the first block's input, and
+        self.quant_sum: nn.Module = nn.Identity()  # each block's sum
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.quant_start(x)
@@ -310,12 +310,13 @@ class QuantAetherNet(arch.FusedAetherNet):
     """FusedAetherNet with fake quantisation, for quantisation-aware training. Made by prepare_qat.
 
     Args: those of FusedAetherNet, and
-        placement: "default" quantises the blocks' 1x1 convolutions, all between them, and the 3x3 one after
-            the blocks. "full" leaves only the first and the depthwise convolutions float: faster, less exact.
-        stored: weights are held as int8, or half precision if not quantised: no training.
+        placement: "default" quantises the blocks' 1x1 convolutions, everything between them, and the 3x3 one
+            after the blocks. "full" leaves only the first and the depthwise convolutions float: faster, less
+            exact.
+        stored: weights are int8, or half precision if not quantised, and can't be trained.
     """
 
-    WILD = 20.0  # calibrate warns of an image this many times as far as the middle one
+    WILD = 20.0  # calibrate warns about an image that goes this many times as far as the median one
     block = QuantAetherBlock
     warns_in_training = False
 
@@ -362,7 +363,7 @@ class QuantAetherNet(arch.FusedAetherNet):
     @torch.inference_mode(False)
     @torch.random.fork_rng(devices=[])
     def _take_form_of(self, state_dict: Dict[str, Tensor], prefix: str, strict: bool) -> None:
-        """A float network's weights are taken in, with ranges unknown."""
+        """Also takes a float network's weights; the ranges are unknown then."""
         own = {name[len(prefix) :]: value for name, value in state_dict.items() if name.startswith(prefix)}
         form = arch.form_of(own)
         if form in (arch.AetherNet, arch.FusedAetherNet):
@@ -376,7 +377,7 @@ class QuantAetherNet(arch.FusedAetherNet):
         super()._take_form_of(state_dict, prefix, strict)
 
     def train(self, mode: bool = True) -> QuantAetherNet:
-        """As everywhere, but stored weights stay in evaluation mode: their ranges belong to them."""
+        """As torch's, but int8 weights stay in evaluation mode, since their ranges can't change."""
         return super().train(mode and not self.stored)
 
     def quantizers(self) -> Dict[str, Quantizer]:
@@ -384,13 +385,13 @@ class QuantAetherNet(arch.FusedAetherNet):
 
     @torch.no_grad()
     def calibrate(self, images: Iterable[Tensor]) -> None:
-        """Set every range from ``images``, each (N, in_chans, H, W) in [0, 1]. Takes no training.
+        """Set every range from ``images``, each (N, in_chans, H, W) in [0, 1], without training.
 
-        The range is the middle image's, see Quantizer.usual: what lies beyond is clipped. A range for the one
-        picture that drives a layer ten times as far would leave few steps for all others.
+        The range is the median image's, see Quantizer.usual; values beyond it are clipped. A range for the
+        one picture that drives a layer ten times as far would leave few steps for the others.
 
         Raises:
-            ValueError: no image, or none on which all values are finite; the ranges stay what they were.
+            ValueError: no image, or none on which all values are finite; the ranges stay as they were.
         """
         if self.stored:
             raise ValueError("calibrate: this network holds int8 weights already; calibrate the float one.")
@@ -412,20 +413,20 @@ class QuantAetherNet(arch.FusedAetherNet):
                 each.margin = Quantizer.margin
                 each.range_sum.copy_(range_sum)
                 each.watched.copy_(watched)
-        # Some weights run away on an extreme picture.
+        # Some networks run away on an extreme picture.
         finite = [values for values in largest if bool(values.isfinite().all())]
         if not finite:
-            raise ValueError("calibrate: there is no image on which the network's values are finite.")
+            raise ValueError("calibrate: on none of the images are all of the network's values finite.")
         values = torch.stack(finite, 1)  # (quantizers, images)
         ranges = torch.stack([each.usual(row) for each, row in zip(quantizers, values)])
         if len(finite) < len(largest):
-            passed = f"{len(largest) - len(finite)} of {len(largest)} images"
-            text = f"calibrate: values are not finite on {passed}, which were passed over."
+            skipped = f"{len(largest) - len(finite)} of {len(largest)} images"
+            text = f"calibrate: values are not finite on {skipped}, which were skipped."
             warnings.warn(text, stacklevel=2)
         beyond, worst = (values.amax(1) / ranges).max(0)
         if beyond > self.WILD:
-            far = f"{list(self.quantizers())[worst]} {beyond:.3g} times as far as the middle one does"
-            warnings.warn(f"calibrate: one image drives {far}, and is clipped there.", stacklevel=2)
+            far = f"{list(self.quantizers())[worst]} {beyond:.3g} times as far as the median one"
+            warnings.warn(f"calibrate: one image drives {far} does, and is clipped there.", stacklevel=2)
         for value, each in zip(ranges, quantizers):
             each.range_sum.fill_(float(value))
             each.watched.fill_(1)
@@ -433,7 +434,7 @@ class QuantAetherNet(arch.FusedAetherNet):
     def forward(self, x: Tensor) -> Tensor:
         out = super().forward(x)
         if self.training and torch.distributed.is_available() and torch.distributed.is_initialized():
-            with torch.no_grad():  # every process saw other images: one range for all
+            with torch.no_grad():  # every process saw different images; average their ranges
                 ranges: List[Tensor] = [quantizer.range_sum for quantizer in self.quantizers().values()]
                 mean = torch.cat(ranges)
                 torch.distributed.all_reduce(mean)
@@ -445,7 +446,7 @@ class QuantAetherNet(arch.FusedAetherNet):
     @torch.no_grad()
     @torch.random.fork_rng(devices=[])
     def fuse_model(self) -> arch.FusedAetherNet:
-        """Take the quantisers out again: a FusedAetherNet with these weights, in place."""
+        """Remove the quantisers: turn into a FusedAetherNet with these weights, in place."""
         weights = {name: value.float() for name, value in self.state_dict().items()}
         for name in [name for name in weights if name.endswith((".range_sum", ".watched"))]:
             del weights[name]
@@ -463,11 +464,11 @@ class QuantAetherNet(arch.FusedAetherNet):
         return self
 
     def for_target(self, target: str, reduce_range: bool = False) -> QuantAetherNet:
-        """A copy of a network with stored weights that is fast in one of TARGETS.
+        """A copy of a network with int8 weights, optimised for one of TARGETS.
 
-        ONNX Runtime on a CPU is fast in uint8, and only where a convolution's output is rounded as well.
-        TensorRT and OpenVINO fuse better with float in between, and want int8 about zero. ``reduce_range``
-        means weights of 7 bits: CPUs without VNNI add pairs of products in 16 bits, which overflow on 8.
+        ONNX Runtime on a CPU is fast in uint8, and only if a convolution's output is rounded as well.
+        TensorRT and OpenVINO fuse better with float in between, and need int8 about zero. ``reduce_range``
+        makes 7-bit weights: CPUs without VNNI add pairs of products in 16 bits, where 8-bit ones overflow.
         """
         other = copy.deepcopy(self)
         for conv in other.modules() if reduce_range else ():
@@ -482,7 +483,7 @@ class QuantAetherNet(arch.FusedAetherNet):
         return other
 
     def _sources(self) -> Iterator[Tuple[nn.Module, Any]]:
-        """The convolutions that may be 8-bit, each with the quantiser of its input, or what stands there."""
+        """The convolutions that may be 8-bit, each with its input's quantiser or the module in its place."""
         for stage, fusion_conv in zip(self.stages, self.fusion_convs):
             for block in stage.modules():
                 if isinstance(block, QuantAetherBlock):
@@ -500,10 +501,10 @@ class QuantAetherNet(arch.FusedAetherNet):
                 yield module.conv, module.quant_in
 
     def _round_biases(self) -> None:
-        """Round biases to what integer kernels hold: multiples of input scale times weight scale, in 32 bits.
+        """Round biases as integer kernels hold them: multiples of input scale times weight scale, in 32 bits.
 
-        Without it one value in two hundred rounds to another code than in the exported file, block by block.
-        32 bits are too few where weights are next to zero (a dead channel): those get a larger step.
+        Otherwise one value in two hundred, in every block, would round to another code than in the exported
+        file. If weights are nearly zero (a dead channel), 32 bits are too few and they get a larger step.
         """
         for conv, source in self._sources():
             if not (isinstance(conv, StoredConv2d) and isinstance(source, Quantizer)):
@@ -517,7 +518,7 @@ class QuantAetherNet(arch.FusedAetherNet):
                 conv.bias = (conv.bias / step).round() * step
 
     def store(self) -> None:
-        """Hold the weights as they are shipped: int8 with scales, or half precision where not quantised."""
+        """Store the weights as they are released: int8 with scales, or half precision if not quantised."""
         for path, conv in list(self.named_modules()):
             if isinstance(conv, nn.Conv2d) and "_attn." not in path:  # attention is small
                 parent, _, name = path.rpartition(".")
@@ -529,7 +530,7 @@ class QuantAetherNet(arch.FusedAetherNet):
         self.eval()
 
     def convert_to_quantized(self) -> QuantAetherNet:
-        """A copy in evaluation mode with int8 weights: a third of the float file, nothing left to train.
+        """A copy in evaluation mode with int8 weights: a third of the float file's size, not trainable.
 
         Raises:
             ValueError: ranges are unknown (no training, no calibrate), or weights are beyond half precision.
@@ -542,22 +543,22 @@ class QuantAetherNet(arch.FusedAetherNet):
             raise ValueError(f"convert_to_quantized: {text}")
         other = copy.deepcopy(self).eval().float()
         for quantizer in other.quantizers().values():
-            quantizer.range_sum.copy_(quantizer.largest)  # the sum of a hundred may be beyond half precision
+            quantizer.range_sum.copy_(quantizer.largest)  # a sum over a hundred may exceed half precision
             quantizer.watched.fill_(1)
         other.store()
         for name, value in other.state_dict().items():
             if value.is_floating_point() and not bool(value.isfinite().all()):
-                remedy = "fuse_aether.py scales float weights so that they are not."
+                remedy = "fuse_aether.py rescales float weights to prevent that."
                 raise ValueError(f"convert_to_quantized: {name} is beyond half precision; {remedy}")
         other._round_biases()
         return other
 
 
 def _to_int8(weight: Tensor) -> Tuple[Tensor, Tensor]:
-    """A weight's codes from -127 to 127, still float, and a step for each output channel, (outputs, 1, 1, 1).
+    """A weight's codes from -127 to 127, still float, and a step per output channel, (outputs, 1, 1, 1).
 
-    In a dense kernel each tap takes over what the taps before it lost (error diffusion), so that a flat area
-    keeps its value. Rounded one by one, the 25 taps of the last convolution shift areas by a picture's step.
+    In a dense kernel each tap takes over the rounding error of the taps before it (error diffusion), so that
+    a flat area keeps its value. Rounded separately, the last convolution's 25 taps shift flat areas by 1/255.
     """
     weight = weight.detach().float()
     scale = weight.abs().amax((1, 2, 3), keepdim=True).clamp_min(1e-12) / 127
@@ -565,7 +566,7 @@ def _to_int8(weight: Tensor) -> Tuple[Tensor, Tensor]:
 
 
 def _round_taps(codes: Tensor) -> Tensor:
-    if codes.shape[1] == 1:  # depthwise: 121 taps in a row cost a training step time
+    if codes.shape[1] == 1:  # depthwise: 121 taps in sequence would slow down training
         return codes.round()
     rounded, lost = [], torch.zeros_like(codes[:, :, 0, 0])
     for tap in codes.flatten(2).unbind(2):
@@ -575,7 +576,7 @@ def _round_taps(codes: Tensor) -> Tensor:
 
 
 def _store_int8(module: nn.Module, name: str, weight: Tensor) -> None:
-    """Give ``module`` the buffers ``name``, int8, and ``name``_scale."""
+    """Give ``module`` the buffers ``name`` (int8) and ``name``_scale."""
     codes, scale = _to_int8(weight)
     for key, value in ((name, codes.to(torch.int8)), (f"{name}_scale", scale)):
         module._parameters.pop(key, None)
