@@ -1,6 +1,6 @@
-"""The tools round AetherNet, the network in aether_arch: checkpoint files, export, upscaling, spandrel.
+"""Tools for AetherNet, the network in aether_arch: checkpoint files, export, upscaling, spandrel.
 
-What is named here is imported when it is used: ``import aethersr`` needs PyTorch alone.
+Names are imported on first use, so ``import aethersr`` needs only PyTorch.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""Pictures for the ranges of an int8 network, and what int8 costs on them. Needs numpy and Pillow when it is
-called."""
+"""Calibrates an int8 network's ranges on pictures, and measures what int8 costs. Needs numpy and Pillow."""
 
 from __future__ import annotations
 
@@ -16,15 +15,14 @@ from torch import Tensor
 
 from aethersr.errors import UserError, missing_package
 
-PICTURES, SIDE = 32, 128  # pictures at most, and low-resolution pixels of the middle of each
-SMALLEST = 8  # low-resolution pixels a side
+PICTURES, SIDE = 32, 128  # pictures at most, and the side of the centre crop in low-resolution pixels
+SMALLEST = 8  # least side of a crop
 
 Pairs = List[Tuple[Tensor, Tensor]]
 
 
 class Calibrated(NamedTuple):
-    """An int8 network, what there is to say of it, and its PSNR against the float network's in dB: mean and
-    worst."""
+    """An int8 network, its warnings, and the mean and worst change of PSNR from the float network in dB."""
 
     net: QuantAetherNet
     notes: List[str]
@@ -33,9 +31,9 @@ class Calibrated(NamedTuple):
 
 
 def calibration_pairs(folder: Path, net: AetherBase, flag: str = "--calibration") -> Pairs:
-    """(low resolution, high resolution) of the middle of each picture: (1, in_chans, H, W) in [0, 1].
+    """(low resolution, high resolution) of each picture's centre: (1, in_chans, H, W) in [0, 1].
 
-    Reduced with Pillow's bicubic. Files that are no pictures, broken or too small are passed over.
+    Reduced with Pillow's bicubic. Skips files that are not pictures, broken or too small.
     """
     try:
         import numpy as np
@@ -51,7 +49,7 @@ def calibration_pairs(folder: Path, net: AetherBase, flag: str = "--calibration"
             continue
         try:
             with Image.open(path) as opened:
-                if opened.mode.startswith("I"):  # 16 bits; Pillow would cut off all above 255
+                if opened.mode.startswith("I"):  # 16 bits; Pillow would clip everything above 255
                     deep = np.asarray(opened).clip(0, 65535)
                     image = Image.fromarray((deep // 257).astype(np.uint8)).convert(mode)
                 else:
@@ -82,12 +80,10 @@ def calibration_pairs(folder: Path, net: AetherBase, flag: str = "--calibration"
 def calibrated(
     net: FusedAetherNet, placement: str, pairs: Pairs, target: str, reduce_range: bool = False
 ) -> Calibrated:
-    """The fused network with int8 weights, its ranges from pictures, and what that costs on the same
-    pictures.
+    """The fused network with int8 weights and ranges from pictures, and what that costs on them.
 
     Raises:
-        ValueError: on none of the pictures are the network's values finite, or weights are beyond half
-            precision.
+        ValueError: the network's values are finite on none of the pictures, or weights exceed half precision.
     """
     fused = copy.deepcopy(net).cpu().float()
     with warnings.catch_warnings(record=True) as caught:
@@ -101,6 +97,6 @@ def calibrated(
 
 
 def psnr(output: Tensor, truth: Tensor) -> float:
-    """dB, of 8-bit pictures; 99 where they are equal."""
+    """PSNR of 8-bit pictures in dB; 99 if they are equal."""
     error = float((output.clamp(0, 1).mul(255).round() - truth.mul(255).round()).pow(2).mean())
     return 10 * math.log10(255**2 / error) if error else 99.0

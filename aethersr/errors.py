@@ -1,4 +1,4 @@
-"""What a user can mend: one line with the file, what was found, what was expected and the remedy."""
+"""Errors that a user can fix: one line with the file, what was found, what was expected and the remedy."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ import sys
 
 
 class UserError(Exception):
-    """Something that the user can mend; the message says how."""
+    """Something that the user can fix; the message says how."""
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of another library's message, short enough for one line of ours."""
+    """The first line of another library's message, cut to fit into a line of ours."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
 
 def missing_package(error: ImportError, why: str, extra: str) -> UserError:
-    """One line for a package that is not installed.
+    """One line about a package that is not installed.
 
     Args:
         error: what the import raised.
         why: what needs the package, such as "--onnx".
-        extra: the extra of this distribution that brings it, such as "onnx".
+        extra: our extra that installs it, such as "onnx".
     """
     name = (error.name or first_line(error)).split(".")[0]
     name = {"PIL": "pillow", "cv2": "opencv-python"}.get(name, name)
@@ -29,8 +29,8 @@ def missing_package(error: ImportError, why: str, extra: str) -> UserError:
     )
 
 
-# What the allocators of PyTorch and ONNX Runtime say when they get no memory. The word "memory" alone does
-# not mean it: an illegal memory access and an unknown memory format are other faults.
+# What the allocators of PyTorch and ONNX Runtime say when memory runs out. The word "memory" alone is not
+# enough: an illegal memory access and an unknown memory format are different errors.
 _ALLOCATORS = (
     "DefaultCPUAllocator: can't allocate memory",  # Linux, macOS
     "DefaultCPUAllocator: not enough memory",  # Windows
@@ -44,7 +44,7 @@ _ALLOCATORS = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocator got no memory."""
+    """Whether the error means that memory ran out."""
     if isinstance(error, MemoryError):
         return True
     torch = sys.modules.get("torch")

@@ -1,5 +1,4 @@
-"""Files that are written whole or not at all, and what is asked of an output path before anything is
-computed."""
+"""Atomic writing of one or several files, and checks of an output path before anything is computed."""
 
 from __future__ import annotations
 
@@ -17,11 +16,10 @@ os.umask(MASK)
 
 
 def check_output(path: Path, sources: Iterable[Path], overwrite: bool, flag: str) -> None:
-    """Refuse an output path that can't be written, is an input, or exists; ``flag`` is the option that names
-    it."""
+    """Raise UserError if an output path can't be written, is an input, or exists. ``flag``: its option."""
     if not os.path.isdir(path.parent):
         raise UserError(f"the folder {path.parent} does not exist; make it or pass another {flag}.")
-    exists = os.path.lexists(path)  # not path.exists(): a link to nothing is something too
+    exists = os.path.lexists(path)  # not path.exists(): a dangling link exists too
     for source in sources:
         if os.path.exists(path) and os.path.exists(source) and os.path.samefile(path, source):
             raise UserError(f"{path} is the input itself, which is never overwritten; pass another {flag}.")
@@ -34,24 +32,24 @@ def check_output(path: Path, sources: Iterable[Path], overwrite: bool, flag: str
 
 
 class Together:
-    """Files that appear together or not at all; until then, and after a failure, those that are there stay.
+    """Files that appear together or not at all. Until commit, and after a failure, existing files stay.
 
         with Together() as files:
             write(files.part("a.pth"))
             write(files.part("a.onnx"))
             files.commit()
 
-    Against a power cut or SIGKILL between two moves there is no protection: each single file is whole then.
+    A power cut or SIGKILL between two moves can leave some files old and some new, but each one complete.
     """
 
     def __init__(self) -> None:
         self._parts: Dict[Path, Path] = {}
-        self._kept: Dict[Path, Path] = {}  # by part: the old file, for the case that a later move fails
+        self._kept: Dict[Path, Path] = {}  # by part: the old file, in case a later move fails
 
     def part(self, target: Path) -> Path:
         """A temporary name beside ``target``, with its ending, to write to."""
         target = Path(target)
-        # Short: a longer name than the target's may be longer than the system allows.
+        # Short, because a name longer than the target's may exceed the system's limit.
         unique = f"{os.getpid()}.{threading.get_ident()}.{len(self._parts)}"
         part = target.with_name(f"{target.stem[:40]}.{unique}.part{target.suffix}")
         self._parts[part] = target
@@ -93,7 +91,7 @@ class Together:
     ) -> None:
         try:
             self._tidy()
-        except KeyboardInterrupt:  # once more: a user who presses twice wants no rest either
+        except KeyboardInterrupt:  # a second Ctrl+C must not leave temporary files either
             self._tidy()
             raise
 
@@ -103,10 +101,10 @@ class Together:
 
 
 def _keep(path: Path, other: Path) -> None:
-    """Give a file, or a link as such, a second name."""
+    """Give a file, or a link itself, a second name."""
     try:
         os.link(path, other, follow_symlinks=False)
-    except (OSError, NotImplementedError):  # not every disk knows links
+    except (OSError, NotImplementedError):  # not every file system has hard links
         shutil.copy2(path, other, follow_symlinks=False)
 
 

@@ -1,8 +1,7 @@
-"""Does half precision hold every value in the network? Each layer's headroom, and rescaling by powers of two
-where not.
+"""Can half precision hold every value in the network? Each layer's headroom, and rescaling where it can't.
 
-A fused network has values that can be scaled together: the convolution before gives 2^-k times as much, the
-one after takes 2^k times as much, and not a bit of the result changes in float32.
+Many values in a fused network can be rescaled: the convolution before them is multiplied by 2^-k and the one
+after by 2^k. In float32 not a bit of the result changes.
 """
 
 from __future__ import annotations
@@ -19,34 +18,33 @@ from aether_quant import QuantAetherNet, insert_quantizers
 from torch import Tensor
 
 HALF_MAX = torch.finfo(torch.float16).max
-SPARE_BITS = 3  # headroom below which is rescaled: a picture may drive a layer further than the hard ones do
-TINY = 2.0**-10  # where the largest value is below, most others are below fp16's smallest normal number
-RUNAWAY = 10.0  # times as large an output as for most pictures
+SPARE_BITS = 3  # rescale below this headroom: pictures may drive a layer further than the hard ones do
+TINY = 2.0**-10  # if the largest value is smaller, most others are below fp16's smallest normal number
+RUNAWAY = 10.0  # a picture runs away if its output is this many times as large as for most pictures
 
 
 class Group(NamedTuple):
-    """Values inside the network that are scaled together: by the tensors that make them, back by those that
-    use them."""
+    """Values inside the network that are scaled together, and the tensors that make and use them."""
 
-    values: List[str]  # as largest_values names them
+    values: List[str]  # names as in largest_values
     made_by: List[str]
     used_by: List[str]
 
 
 class Fit(NamedTuple):
-    """What fit_half_precision_ did and saw."""
+    """What fit_half_precision_ did and found."""
 
-    plain: FusedAetherNet  # float32, as it was
+    plain: FusedAetherNet  # float32, before rescaling
     rescaled: FusedAetherNet  # float32
     pictures: Dict[str, Tensor]  # on which the network does not run away
     lost: List[str]  # on which it does
-    powers: Dict[str, int]  # of two, by group
-    before: Dict[str, float]  # largest values; empty where no picture is left
+    powers: Dict[str, int]  # powers of two, by group
+    before: Dict[str, float]  # largest values; empty if no picture is left
     after: Dict[str, float]
-    problem: str  # what no rescaling helps; "" where half precision holds everything
+    problem: str  # what rescaling can't solve; "" if half precision holds everything
 
     def notes(self) -> List[str]:
-        """What a user should know in any case."""
+        """What the user should always be told."""
         lines = []
         if self.lost:
             first = ", ".join(self.lost[:3]) + (", ..." if len(self.lost) > 3 else "")
@@ -61,7 +59,7 @@ class Fit(NamedTuple):
         return lines
 
     def table(self) -> List[str]:
-        """Each layer's headroom, and how far the lower precisions agree with float32."""
+        """Each layer's headroom, and how well the lower precisions agree with float32."""
         if not self.pictures:
             return []
         lines = headroom(self.plain, "before rescaling", self.before) if self.powers else []
@@ -79,8 +77,8 @@ class Fit(NamedTuple):
 def fit_half_precision_(net: FusedAetherNet, device: str = "cpu") -> Fit:
     """Rescale the network, in place, until half precision holds every layer's values on hard pictures.
 
-    Pictures on which the network itself runs away, far from its training data, don't count: a scale that
-    suits them would drown the others. A network that needs nothing stays untouched.
+    Pictures on which the network runs away are ignored: a scale that fits them would make the others' values
+    too small. A network that needs no rescaling stays untouched.
     """
     pictures = {name: picture.to(device) for name, picture in hard_pictures(net.options["in_chans"]).items()}
     plain = rescaled = copy.deepcopy(net).float().to(device)
@@ -113,8 +111,7 @@ def fit_half_precision_(net: FusedAetherNet, device: str = "cpu") -> Fit:
 
 
 def hard_pictures(channels: int, side: int = 24) -> Dict[str, Tensor]:
-    """Pictures that drive a network far: flat, saturated, periodic, ramps, noise. (1, channels, H, W) in [0,
-    1]."""
+    """Pictures that cause extreme values: flat, saturated, periodic, ramps, noise. (1, C, H, W) in [0, 1]."""
     y, x = torch.arange(side).view(-1, 1), torch.arange(side)
     noise = torch.rand(channels, side, side, generator=torch.Generator().manual_seed(0))
     pictures = {
@@ -136,8 +133,7 @@ def hard_pictures(channels: int, side: int = 24) -> Dict[str, Tensor]:
 
 @torch.no_grad()
 def largest_values(net: AetherBase, picture: Tensor) -> Dict[str, float]:
-    """Largest magnitude that every module gets ("NAME.in") and gives ("NAME.out") for a picture; NaN counts
-    as infinity."""
+    """Largest magnitude of every module's input ("NAME.in") and output ("NAME.out"); NaN is infinity."""
     found: Dict[str, float] = {}
 
     def watch(name: str) -> Callable[[Any, Any, Any], None]:
@@ -164,7 +160,7 @@ def largest_of(measured: List[Dict[str, float]]) -> Dict[str, float]:
 
 @torch.no_grad()
 def changed_by_bound(bounded: FusedAetherNet, free: FusedAetherNet) -> Tuple[int, int, int]:
-    """Of the hard pictures: those that the bound changes, those not finite without it, and all."""
+    """Number of hard pictures that the bound changes, that are not finite without it, and in total."""
     pictures = list(hard_pictures(bounded.options["in_chans"]).values())
     bounded, free = (copy.deepcopy(net).float().cpu() for net in (bounded, free))
     expected = [free(picture) for picture in pictures]
@@ -176,7 +172,7 @@ def changed_by_bound(bounded: FusedAetherNet, free: FusedAetherNet) -> Tuple[int
 
 
 def headroom(net: FusedAetherNet, title: str, largest: Mapping[str, float]) -> List[str]:
-    """A line for every block and every other layer: its largest value, and how many times that may double."""
+    """A line for every block and other layer: its largest value, and how many times that may double."""
 
     def bits(value: float) -> float:
         return math.log2(HALF_MAX / max(value, 2.0**-24))
@@ -196,7 +192,7 @@ def headroom(net: FusedAetherNet, title: str, largest: Mapping[str, float]) -> L
 
 @torch.no_grad()
 def agreement(net: AetherBase, other: AetherBase, dtype: torch.dtype, pictures: List[Tensor]) -> str:
-    """PSNR of ``other`` computed in ``dtype`` against ``net`` in float32, in words; the peak is 1."""
+    """PSNR (peak 1) of ``other`` in ``dtype`` against ``net`` in float32, in words."""
     low = copy.deepcopy(other).to(dtype)
     expected = [net(picture) for picture in pictures]
     try:
@@ -213,18 +209,18 @@ def agreement(net: AetherBase, other: AetherBase, dtype: torch.dtype, pictures: 
     return f"{mean:.1f} dB over {len(pictures)} hard pictures, {worst:.1f} dB on the worst"
 
 
-# --------------------------------------------------------------------------------- what there is in a network
+# ------------------------------------------------------------------------------------ the values in a network
 
 
 def layers(net: FusedAetherNet) -> List[Tuple[str, str, str]]:
-    """(module, part, name in largest_values) of all that half precision must hold, in the order of the data.
+    """(module, part, name in largest_values) of all that half precision must hold, in data order.
 
-    Not what goes into a sigmoid: infinity there is as good as 20.
+    The input of a sigmoid is left out: infinity is as good as 20 there.
     """
     rows = [("head", "output", "head.out")]
     for name, block in net.named_modules():
         if isinstance(block, FusedAetherBlock):
-            # What is beyond a bound, infinity too, comes back to it.
+            # With a bound, even infinity is clamped to it.
             parts = {"depthwise": "reparam_conv.out" if block.bound is None else "gate_conv.in"}
             parts.update(
                 gate="gate_conv.out", main="main_conv.out", product="out_conv.in", output="out_conv.out"
@@ -243,10 +239,10 @@ def layers(net: FusedAetherNet) -> List[Tuple[str, str, str]]:
 
 
 def groups(net: FusedAetherNet) -> Dict[str, Group]:
-    """All that can be scaled, in the order of the data.
+    """All groups that can be rescaled, in data order.
 
-    The gate can't, SiLU(2x) is not 2 SiLU(x), nor can the output, which is the picture. The stream is what
-    the blocks add to: it keeps one scale from the first convolution to the last sum.
+    The gate can't, since SiLU(2x) is not 2 SiLU(x), nor can the output, which is the picture. The stream that
+    the blocks add to has one scale from the first convolution to the last sum.
     """
 
     def both(*convs: str) -> List[str]:
@@ -293,11 +289,10 @@ def groups(net: FusedAetherNet) -> Dict[str, Group]:
 
 @torch.no_grad()
 def rescale_(net: FusedAetherNet, largest: Mapping[str, float]) -> Dict[str, int]:
-    """Scale what half precision would not hold by powers of two, in place: the same function, bit for bit in
-    float32.
+    """Rescale by powers of two, in place, what half precision can't hold. In float32 no bit changes.
 
-    Down what comes near its largest number; up what it would drown in its smallest, and what makes up for
-    that with weights beyond it. Returns the powers by group; a network that needs nothing stays untouched.
+    Values near its largest number are scaled down. Tiny ones are scaled up, and so are those whose users have
+    weights beyond its largest. Returns the powers by group; a network that needs none stays untouched.
     """
     tensors, powers = dict(net.named_parameters()), {}
     for name, group in groups(net).items():
@@ -323,9 +318,9 @@ def rescale_(net: FusedAetherNet, largest: Mapping[str, float]) -> Dict[str, int
 
 @torch.no_grad()
 def with_ranges_of(net: FusedAetherNet, trained: QuantAetherNet, powers: Mapping[str, int]) -> QuantAetherNet:
-    """The rescaled ``net`` quantised, with the ranges of ``trained``, which it was before fusing.
+    """The rescaled ``net`` quantised, with the ranges of ``trained``, which is the network before fusing.
 
-    ``powers`` are those of the rescaling: a range is scaled as the values are that it is of.
+    ``powers`` are those of the rescaling; each range is scaled like its values.
     """
     power_of = {value: powers.get(name, 0) for name, group in groups(net).items() for value in group.values}
     quantised = insert_quantizers(copy.deepcopy(net).float(), trained.placement)

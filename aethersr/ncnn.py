@@ -27,12 +27,12 @@ def export_ncnn(model: AetherBase, scale: int, output_path: Optional[str] = None
     """Write the fused network as NCNN's two files and return their paths. The model stays as it was.
 
     Args:
-        scale: the model's scale, named again so that a mistaken export can't pass.
-        output_path: of the .param file, the .bin file comes beside it; default ``{scale}x_aether.param``.
-            Upscayl reads the scale in the name, see named_for_upscayl.
+        scale: the model's scale, repeated to catch mistakes.
+        output_path: of the .param file; the .bin file goes beside it. Default: ``{scale}x_aether.param``.
+            Upscayl reads the scale from the name, see named_for_upscayl.
 
     Raises:
-        UserError: see convert. Nothing new is at output_path then.
+        UserError: see convert. Nothing is written then.
     """
     if scale != model.scale:
         raise ValueError(f"export_ncnn: scale={scale} was asked for, the model has scale={model.scale}.")
@@ -47,10 +47,10 @@ def export_ncnn(model: AetherBase, scale: int, output_path: Optional[str] = None
 
 
 def convert(model: AetherBase) -> Tuple[bytes, bytes]:
-    """The .param and the .bin file of the fused network, after ncnn has run them on three odd sizes.
+    """The .param and the .bin file of the fused network, checked in ncnn on three odd sizes.
 
-    Blob ``data`` (in_chans, H, W) in [0, 1] goes in, ``output`` (in_chans, scale * H, scale * W) comes out:
-    the names that Upscayl and others look for. Any size, weights in half precision.
+    The input blob is ``data`` (in_chans, H, W) in [0, 1], the output blob ``output`` (in_chans, scale * H,
+    scale * W), as Upscayl and others expect. H and W can be any size; weights are in half precision.
 
     Raises:
         UserError: ncnn or pnnx is not installed, or ncnn's output differs from the network's by more than a
@@ -67,7 +67,7 @@ def convert(model: AetherBase) -> Tuple[bytes, bytes]:
         shapes = [
             f"inputshape=[1,{channels},19,23]",
             f"inputshape2=[1,{channels},34,26]",
-        ]  # so neither is fixed
+        ]  # two of them, so that the size isn't fixed
         done = subprocess.run([pnnx.EXEC_PATH, "net.pt", *shapes], cwd=folder, capture_output=True, text=True)
         param, weights = (Path(folder, f"net.ncnn.{ending}") for ending in ("param", "bin"))
         if not (param.is_file() and weights.is_file()):
@@ -79,7 +79,7 @@ def convert(model: AetherBase) -> Tuple[bytes, bytes]:
 
 
 def require() -> None:
-    """Raise UserError where the packages are missing."""
+    """Raise UserError if a package is missing."""
     try:
         import ncnn  # noqa: F401
         import pnnx  # noqa: F401
@@ -88,9 +88,9 @@ def require() -> None:
 
 
 def named_for_upscayl(stem: str, scale: int) -> str:
-    """A file name in which Upscayl finds the scale: ``2x_`` comes in front where it would read another.
+    """A file name from which Upscayl reads the right scale: ``2x_`` is put in front if it would read another.
 
-    It takes the first of 1, 2, 3, 4 and 8 that is anywhere in the name as ``2x`` or ``x2``.
+    Upscayl takes the first of 1, 2, 3, 4 and 8 that the name contains as ``2x`` or ``x2``.
     """
     found = [each for each in (1, 2, 3, 4, 8) if re.search(f"{each}x|x{each}", stem.lower())]
     return stem if found[:1] == [scale] else f"{scale}x_{stem}"
@@ -112,7 +112,7 @@ def _compare(param: Path, weights: Path, reference: AetherBase) -> None:
                 f"ncnn gives a picture of {shapes[0]} for {width}x{height}, expected {shapes[1]}; {WAY_OUT}"
             )
         difference = float((output - expected).abs().max())
-        # A step of 1/255. Weights whose output goes far beyond a picture's are rounded in proportion.
+        # One step of 1/255, or in proportion if the output goes far beyond a picture's range.
         allowed = max(1.0, float(expected.abs().max())) / 255
         if not difference <= allowed:
             raise UserError(

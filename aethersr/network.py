@@ -18,10 +18,9 @@ from aethersr.tiling import receptive_field
 
 
 class Network(Protocol):
-    """Takes (N, in_chans, H, W) and returns (N, in_chans, scale * H, scale * W), on the CPU or where it
-    computes.
+    """Takes (N, in_chans, H, W) on any device and returns (N, in_chans, scale * H, scale * W).
 
-    ``reach`` is the overlap that leaves no seams, ``size`` the only (height, width) that it takes, if any.
+    ``reach`` is the overlap that leaves no seams, ``size`` the only (height, width) that it takes, if fixed.
     """
 
     in_chans: int
@@ -65,8 +64,10 @@ class OnnxNetwork:
             )
         try:
             options = onnxruntime.SessionOptions()
-            options.log_severity_level = 4  # what fails is said once, by the command
-            self.session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
+            options.log_severity_level = 4  # the command reports what fails
+            # It would try again on the processor, and say so.
+            more = {"providers": [provider], "enable_fallback": 0}
+            self.session = onnxruntime.InferenceSession(str(path), options, **more)
             self.reach = _receptive_field(onnx.load(str(path)).graph)
         except Exception as error:
             raise UserError(f"{path} is not a readable ONNX file ({first_line(error)}); {again}.") from None
@@ -88,7 +89,7 @@ class OnnxNetwork:
         height, width = self.size or (8, 8)
         try:
             shape = self(torch.zeros(1, self.in_chans, height, width)).shape
-        except Exception as error:  # ONNX Runtime's are of many kinds
+        except Exception as error:  # ONNX Runtime raises many kinds
             raise UserError(f"{path} does not run ({first_line(error)}); {again}.") from None
         self.scale = shape[-1] // width if len(shape) == 4 else 0
         if self.scale < 1 or tuple(shape) != (1, self.in_chans, height * self.scale, width * self.scale):
@@ -104,12 +105,12 @@ class OnnxNetwork:
 
 
 def _receptive_field(graph: Any) -> int:
-    """Along the longest path: a convolution of size k sees k // 2 pixels round its own.
+    """The sum over the longest path: a convolution of size k sees k // 2 pixels round its own.
 
-    The pixel shuffle is at the very end.
+    The pixel shuffle comes last, so all of it is in input pixels.
     """
     reach: Dict[str, int] = {}
-    for node in graph.node:  # ONNX wants them sorted: inputs come first
+    for node in graph.node:  # in ONNX they are sorted: inputs come first
         kernel = next(
             (attribute.ints for attribute in node.attribute if attribute.name == "kernel_shape"), [1]
         )
@@ -119,10 +120,10 @@ def _receptive_field(graph: Any) -> int:
 
 
 def load_network(path: Path, device: str, fp16: bool) -> Network:
-    """The network in a file: weights of every form, fused on the way, or what was exported to ONNX.
+    """The network in a file: weights of any form, which are fused, or an exported ONNX file.
 
     Raises:
-        UserError: there is none, or the device or precision does not fit it.
+        UserError: the file holds no network, or device or precision don't fit it.
     """
     if path.suffix.lower() == ".onnx":
         if fp16:

@@ -1,4 +1,4 @@
-"""ONNX files: written from the fused or quantised network, run in ONNX Runtime, and only then kept."""
+"""ONNX files of the fused or quantised network, checked in ONNX Runtime before they are kept."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from aether_arch import AetherBase
 
 PRECISIONS = ("fp32", "fp16", "int8")
-# First and last opset. 11: the first with this pixel shuffle. 13: the first with a scale for each channel.
-# Last: what PyTorch's exporter writes; of int8, what ONNX Runtime 1.31 opens as well.
+# First and last opset. 11 is the first with this pixel shuffle, 13 the first with a scale per channel. The
+# last is what PyTorch's exporter can write and, for int8, what ONNX Runtime 1.31 can open.
 OPSETS = {
     "fp32": (11, 23),
     "fp16": (11, 23),
@@ -30,7 +30,7 @@ OPSETS = {
     "int8 tensorrt": (13, 20),
     "int8 openvino": (13, 20),
 }
-# How far ONNX Runtime's output may be from the network's, as a part of the largest value.
+# How far ONNX Runtime's output may be from the network's, relative to the largest value.
 TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "int8": 4e-3}
 
 
@@ -49,27 +49,27 @@ def export_onnx(
 ) -> str:
     """Write the fused network as one ONNX file and return its path. The model stays as it was.
 
-    Input ``input`` (N, in_chans, H, W) in [0, 1], output ``output`` (N, in_chans, scale * H, scale * W), both
-    in the precision named, float32 for "int8". Batch, height and width are dynamic. ONNX Runtime runs the
-    file on two odd sizes before it is kept. Needs the packages onnx and onnxruntime.
+    The input ``input`` is (N, in_chans, H, W) in [0, 1], the output ``output`` (N, in_chans, scale * H,
+    scale * W), both in the given precision, or float32 for "int8". Batch, height and width are dynamic. The
+    file is checked in ONNX Runtime on two odd sizes. Needs the packages onnx and onnxruntime.
 
     Args:
-        scale: the model's scale, named again so that a mistaken export can't pass.
+        scale: the model's scale, repeated to catch mistakes.
         precision: "fp32", "fp16", or "int8" for a network from prepare_qat. An int8 file has int8 weights,
             and QuantizeLinear and DequantizeLinear around the quantised convolutions.
         output_path: default ``aether_x{scale}_{precision}.onnx`` in the current folder.
-        target: for "int8", where the file is to be fast: "onnxruntime" (on a CPU: uint8, between convolutions
-            too), "tensorrt" or "openvino" (int8 about zero, only what goes into convolutions).
-        reduce_range: for "int8", weights of 7 bits. Integer kernels of CPUs without VNNI overflow on 8.
+        target: for "int8", the runtime to optimise for: "onnxruntime" (on a CPU: uint8, also between
+            convolutions), "tensorrt" or "openvino" (int8 about zero, only at the input of convolutions).
+        reduce_range: for "int8", 7-bit weights: integer kernels of CPUs without VNNI overflow with 8.
         static: (in_chans, height, width) for a file that takes one picture of this size; default: any size.
-        opset: see OPSETS. 17 is what ONNX Runtime, TensorRT 10 and 11, OpenVINO and most of DirectML take.
-        simplify: remove what is doubled or constant, with the package onnxslim. The function stays the same.
-        metadata: written into the file, for instance license and author; architecture, variant, scale and
-            precision are there without it.
+        opset: see OPSETS. ONNX Runtime, TensorRT 10 and 11, OpenVINO and most versions of DirectML take 17.
+        simplify: remove duplicates and constants with the package onnxslim. The function stays the same.
+        metadata: written into the file, for instance license and author. Architecture, variant, scale and
+            precision are always written.
 
     Raises:
-        ValueError: scale, precision, target, static or opset do not fit.
-        RuntimeError: ONNX Runtime's output differs from the network's. Nothing is left at output_path.
+        ValueError: scale, precision, target, static or opset don't fit.
+        RuntimeError: ONNX Runtime's output differs from the network's. Nothing is written then.
     """
     _check_arguments(model, scale, precision, target, static, opset)
     import onnx
@@ -80,7 +80,7 @@ def export_onnx(
         "scale": str(scale),
         "precision": precision,
     }
-    # The tracer can't follow inference tensors; new modules draw random numbers.
+    # The tracer can't follow inference tensors, and creating modules draws random numbers.
     with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
         if precision == "int8":
             quantised: Any = model.convert_to_quantized()
@@ -95,9 +95,9 @@ def export_onnx(
         if simplify:
             import onnxslim
 
-            # Larger constants are not computed beforehand (size in bytes): int8 weights stay int8.
+            # Don't fold larger constants (in bytes), so that int8 weights stay int8.
             file = onnxslim.slim(file, size_threshold=64)
-        del file.graph.value_info[:]  # shapes between layers: every reader infers them for its own size
+        del file.graph.value_info[:]  # shapes between layers; every runtime infers them for its own size
         onnx.helper.set_model_props(file, {**described, **(metadata or {})})
         onnx.checker.check_model(file, full_check=True)
         compare(file.SerializeToString(), reference, precision)
@@ -105,7 +105,7 @@ def export_onnx(
         fix_size(file, (1, *static), scale)
         onnx.checker.check_model(file, full_check=True)  # infers the output's size and compares
     path = output_path or f"aether_x{scale}_{precision}.onnx"
-    with Together() as files:  # written here: onnx and ONNX Runtime can't take every file name
+    with Together() as files:  # not written by onnx, which can't handle every file name
         files.part(Path(path)).write_bytes(file.SerializeToString())
         files.commit()
     return path
@@ -147,21 +147,21 @@ def _check_arguments(
 
 
 def picture(dtype: torch.dtype, *shape: int) -> Tensor:
-    """Noise in [0, 1], always the same, and the global random generator stays as it was."""
+    """Noise in [0, 1], always the same; the global random generator is not touched."""
     return torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
 def trace(network: AetherBase, opset: int, fold: bool) -> Any:
-    """The network as an ONNX model of any batch, height and width. ``fold``: compute constants beforehand."""
+    """The network as an ONNX model for any batch, height and width. ``fold``: fold constants."""
     import onnx
 
     dtype = next(network.parameters()).dtype
-    # The output has names of its own: DirectML and ONNX Runtime fix a size by its name, on both ends alike.
+    # The output's sizes have other names, because DirectML and ONNX Runtime fix all sizes of one name alike.
     axes = {
         "input": {0: "batch", 2: "height", 3: "width"},
         "output": {0: "batch", 2: "out_height", 3: "out_width"},
     }
-    # The tracing exporter is deprecated, but it writes one small file in every PyTorch from 1.13 on.
+    # The tracing exporter is deprecated, but in every PyTorch since 1.13 it writes one small file.
     takes_dynamo = "dynamo" in inspect.signature(torch.onnx.export).parameters
     more: Dict[str, Any] = {"dynamo": False} if takes_dynamo else {}
     written = io.BytesIO()
@@ -182,7 +182,7 @@ def trace(network: AetherBase, opset: int, fold: bool) -> Any:
 
 
 def compare(file: bytes, reference: AetherBase, precision: str) -> None:
-    """Run an ONNX file on two sizes. Raises RuntimeError where ONNX Runtime and the network do not agree."""
+    """Run an ONNX file on two sizes. Raises RuntimeError if ONNX Runtime and the network disagree."""
     import numpy as np
     import onnxruntime
 
@@ -193,7 +193,7 @@ def compare(file: bytes, reference: AetherBase, precision: str) -> None:
         expected = reference(image.float())
         output = torch.from_numpy(np.asarray(session.run(["output"], {"input": image.numpy()})[0])).float()
         error = (output - expected).abs()
-        # Integer kernels may round a value to the next code. They must not compute another function.
+        # Integer kernels may round a value to the next code, but the mean must agree.
         largest = float(error.mean() if precision == "int8" else error.max())
         allowed = TOLERANCE[precision] * max(1.0, float(expected.abs().max()))
         if not largest <= allowed:
@@ -204,7 +204,7 @@ def compare(file: bytes, reference: AetherBase, precision: str) -> None:
 
 
 def fix_size(file: Any, shape: Sequence[int], scale: int) -> None:
-    """Let an ONNX model take pictures of one shape only. No node of the graph holds a size, so it stays."""
+    """Make an ONNX model take pictures of one shape only. No node holds a size, so the nodes stay."""
     for value, factor in ((file.graph.input[0], 1), (file.graph.output[0], scale)):
         sizes = (*shape[:2], shape[2] * factor, shape[3] * factor)
         for dim, size in zip(value.type.tensor_type.shape.dim, sizes):

@@ -1,8 +1,8 @@
-"""The integer part of an int8 ONNX file: a traced graph rewritten into the patterns that runtimes look for.
+"""Rewrites a traced graph into the patterns from which runtimes make integer convolutions.
 
-As traced, an int8 weight is ``Cast(int8) * scale``. A runtime computes that once, when it loads the file. It
-makes an integer convolution only where input and weight both come from DequantizeLinear, the weight's of a
-constant.
+As traced, an int8 weight is ``Cast(int8) * scale``, which a runtime folds into a float constant on loading.
+It makes an integer convolution only if input and weight both come from DequantizeLinear, the weight's being
+of a constant.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ LARGEST_INT32 = 2**31 - 1
 def integer_convolutions(model: Any, target: str) -> None:
     """Rewrite an onnx.ModelProto in place for one of aether_quant.TARGETS.
 
-    Convolutions with a quantised input get integer weights. Depthwise ones stay float: integer kernels of
-    11x11 are slower. ONNX Runtime would make them integer all the same; LeakyRelu with a slope of 1, the
-    identity, keeps it from that and costs nothing. TensorRT takes no computed weights beside quantisers: it
-    gets float constants.
+    Convolutions with a quantised input get integer weights. Depthwise ones stay float, because integer 11x11
+    kernels are slower. ONNX Runtime would still make them integer; a LeakyRelu with slope 1, the identity,
+    prevents that at no cost. TensorRT accepts no computed weights next to quantisers, so it gets float
+    constants.
     """
     import numpy as np
     from onnx import helper, numpy_helper
@@ -78,7 +78,7 @@ def integer_convolutions(model: Any, target: str) -> None:
 
 
 def _constants(graph: Any) -> Dict[str, Any]:
-    """Name -> array of everything constant. Names that the tracer gave to equal tensors are put together."""
+    """Name -> array of every constant. Names that the tracer gave to the same tensor are merged."""
     from onnx import numpy_helper
 
     values = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
@@ -96,7 +96,7 @@ def _constants(graph: Any) -> Dict[str, Any]:
 
 
 def _replace(graph: Any, nodes: List[Any]) -> None:
-    """Give the graph these nodes, less those, and the constants, that nothing reads."""
+    """Give the graph these nodes, without unused nodes and constants."""
     used = {output.name for output in graph.output}
     kept: List[Any] = []
     for node in reversed(nodes):

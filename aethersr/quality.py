@@ -1,8 +1,8 @@
-"""How close a picture comes to the truth: PSNR and SSIM as papers on super-resolution report them.
+"""PSNR and SSIM as papers on super-resolution report them.
 
 Pictures are (H, W, 3) uint8 arrays. Papers reduce the high-resolution picture with MATLAB's ``imresize``
 (bicubic, antialiased), compare the luma of both pictures and leave out a border of ``scale`` pixels.
-Another reduction or another luma moves the figures by tenths of a dB, so both are written out here.
+Another reduction or luma changes the figures by tenths of a dB, so both are implemented here.
 Needs only NumPy.
 """
 
@@ -12,7 +12,7 @@ from typing import Tuple
 
 import numpy as np
 
-LUMA = np.array([65.481, 128.553, 24.966]) / 255  # of ITU-R BT.601, as MATLAB's rgb2ycbcr has it
+LUMA = np.array([65.481, 128.553, 24.966]) / 255  # ITU-R BT.601, as in MATLAB's rgb2ycbcr
 
 
 def luma(picture: np.ndarray) -> np.ndarray:
@@ -29,8 +29,8 @@ def crop_to_multiple(picture: np.ndarray, scale: int) -> np.ndarray:
 def resize(picture: np.ndarray, height: int, width: int) -> np.ndarray:
     """``picture`` in another size, as MATLAB's ``imresize(picture, [height, width], 'bicubic')`` computes it.
 
-    Rounds once, at the end. (MATLAB rounds between rows and columns too where the picture is uint8;
-    papers differ in this, and it changes 0.01 dB.)
+    Rounds once, at the end. (For uint8 pictures MATLAB also rounds between rows and columns; papers differ
+    in this, and it changes 0.01 dB.)
     """
     rows, columns = resize_matrix(picture.shape[0], height), resize_matrix(picture.shape[1], width)
     out = np.stack([rows @ plane @ columns.T for plane in np.moveaxis(picture.astype(np.float64), 2, 0)], 2)
@@ -38,7 +38,7 @@ def resize(picture: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def resize_matrix(size: int, target: int) -> np.ndarray:
-    """(target, size): how much of each pixel goes into each pixel of the other size. Borders are mirrored."""
+    """(target, size) matrix: the weight of each old pixel in each new pixel. Borders are mirrored."""
     scale = target / size
     stretch = min(scale, 1.0)  # a reduction widens the kernel: that is the antialiasing
     centres = (np.arange(target) + 0.5) / scale - 0.5
@@ -67,7 +67,7 @@ def psnr(truth: np.ndarray, output: np.ndarray, crop: int) -> float:
 
 
 def ssim(truth: np.ndarray, output: np.ndarray, crop: int) -> float:
-    """SSIM of the luma, without a border of ``crop`` pixels: Gaussian windows of 11x11 that lie inside.
+    """SSIM of the luma, without a border of ``crop`` pixels: 11x11 Gaussian windows inside the picture.
 
     Reference: https://doi.org/10.1109/TIP.2003.819861
     """

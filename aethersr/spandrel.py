@@ -1,4 +1,4 @@
-"""AetherNet for spandrel, the library that chaiNNer, ComfyUI and others open model files with.
+"""AetherNet for spandrel, the library with which chaiNNer, ComfyUI and others open model files.
 
     import aethersr.spandrel
     from spandrel import ModelLoader
@@ -6,8 +6,8 @@
     aethersr.spandrel.install()
     model = ModelLoader().load_from_file("2x_mine.safetensors")
 
-Opens the training, fused, older fused, quantised and int8 forms, in every wrapper that aethersr.checkpoint
-knows. Every option is read from the weights. Tested with spandrel 0.4.2.
+Opens the training, fused, older fused, quantised and int8 forms in every wrapper that aethersr.checkpoint
+knows. All options are read from the weights. Tested with spandrel 0.4.2.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ class AetherNetArch(Architecture[AetherBase]):
         super().__init__(id="AetherNet", detect=is_aether)
 
     def load(self, state_dict: StateDict) -> ImageModelDescriptor[AetherBase]:
-        """Build the network of a state dict. Raises ValueError where it is not a whole AetherNet."""
+        """Build the network of a state dict. Raises ValueError if it is not a complete AetherNet."""
         state = unwrap(state_dict).state
         model: Any = aether_from_state_dict(state)
         options, form = model.options, form_name(state)
-        model.hyperparameters = dict(options)  # every network of spandrel has it
+        model.hyperparameters = dict(options)  # every network in spandrel has these
         tags = [f"{options['embed_dim']}dim", f"{sum(options['depths'])}nb", form]
         variant = variant_name(options)
         if variant in [known.__name__ for known in VARIANTS]:
             tags.insert(0, variant)
-        float_only = form in ("quantised", "int8")  # 8-bit rounding, done in float32
+        float_only = form in ("quantised", "int8")  # 8-bit rounding needs float32
         return ImageModelDescriptor(
             model,
-            model.state_dict(),  # in the network's own form: the descriptor loads it once more
+            model.state_dict(),  # in the network's own form, because the descriptor loads it again
             architecture=self,
             purpose="Restoration" if options["scale"] == 1 else "SR",
             tags=tags,
@@ -51,7 +51,7 @@ class AetherNetArch(Architecture[AetherBase]):
 
 
 def is_aether(state_dict: Mapping[str, Any]) -> bool:
-    """Whether a state dict, or one inside it, is an AetherNet's."""
+    """Whether a state dict is, or contains, an AetherNet's."""
     try:
         return bool(form_name(unwrap(state_dict).state))
     except ValueError:

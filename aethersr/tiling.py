@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 LEVELS = {torch.uint8: 255, getattr(torch, "uint16", None): 65535}  # PyTorch before 2.3 has no uint16
-# Pixels round a tile of 512 that cost at most 1.25 times the work. Trained networks without channel attention
-# stay within half a step of 1/255 of one call with it (benchmarks/tiles.py).
+# With tiles of 512 it costs at most 1.25 times the work. Trained networks without channel attention stay
+# within half a step of 1/255 of a single call (benchmarks/tiles.py).
 SHORT_OVERLAP = 28
 Network = Callable[[Tensor], Tensor]
-Cut = Tuple[int, int, int, int]  # a part's begin and end, and those of what the network sees
+Cut = Tuple[int, int, int, int]  # begin and end of a tile, then of the part that the network sees
 
 
 def receptive_field(net: AetherBase) -> int:
@@ -27,7 +27,7 @@ def receptive_field(net: AetherBase) -> int:
 
 
 def _cuts(length: int, tile: int, overlap: int, wrap: bool = False) -> List[Cut]:
-    """Even parts of at most ``tile``. Unless it wraps, a picture's border stays a border."""
+    """Cut into equal parts of at most ``tile``. Unless it wraps, a picture's border stays a border."""
     count = math.ceil(length / tile)
     edges = [length * k // count for k in range(count + 1)]
     cuts = [(begin, end, begin - overlap, end + overlap) for begin, end in zip(edges, edges[1:])]
@@ -35,7 +35,7 @@ def _cuts(length: int, tile: int, overlap: int, wrap: bool = False) -> List[Cut]
 
 
 def _fixed_cuts(length: int, tile: int, overlap: int, wrap: bool = False) -> List[Cut]:
-    """The same for a network that takes ``tile`` pixels and no other number.
+    """The same for a network that takes exactly ``tile`` pixels.
 
     Unless it wraps, tiles lie inside the picture, so its borders stay borders.
     """
@@ -52,7 +52,7 @@ def _fixed_cuts(length: int, tile: int, overlap: int, wrap: bool = False) -> Lis
 
 
 def _part(image: Tensor, dim: int, begin: int, end: int) -> Tensor:
-    """A part along one axis; beyond the picture's ends it begins again."""
+    """A part along one axis; beyond its ends the picture repeats."""
     length = image.shape[dim]
     if begin >= 0 and end <= length:
         return image.narrow(dim, begin, end - begin)
@@ -72,25 +72,24 @@ def upscale_tiled(
 ) -> Tensor:
     """Upscale a picture of any size tile by tile: (N, C, H, W) -> (N, C, scale * H, scale * W).
 
-    With the default overlap there are no seams: the result is that of one call, rounding aside. Networks with
-    channel attention (aether_medium, aether_large) are the exception. It averages over what the network is
-    shown, so their tiles differ a little; the larger the tiles, the less. docs/speed.md has figures.
+    With the default overlap there are no seams: the result equals a single call, up to rounding. The exception
+    are networks with channel attention (aether_medium, aether_large), which averages over each tile: theirs
+    differs slightly, the less the larger the tiles. docs/upscale.md has figures.
 
     Args:
-        net: an AetherNet in any form and in evaluation mode, or any function from a batch to its upscaled
-            batch.
-        image: floating point in [0, 1], or uint8 or uint16 over their whole range. It may lie on another
+        net: an AetherNet of any form in evaluation mode, or any function from a batch to its upscaled batch.
+        image: floating point in [0, 1], or uint8 or uint16 over their whole range. It may be on another
             device than the network.
-        tile: largest height and width of a tile in input pixels, overlap not counted.
-        overlap: input pixels round a tile that the network sees too. Default: the receptive field of ``net``,
-            which must be an AetherNet then. A smaller one is faster and may leave seams; SHORT_OVERLAP leaves
-            none that can be seen.
-        out: written to and returned, such as a tensor over a numpy.memmap. Default: a new tensor. It has
-            image's dtype; integers are rounded.
-        progress: wraps the iterator over tiles, given their number.
-        size: (height, width) of the only input that the network takes; ``tile`` does not matter then. A
-            smaller picture is continued to the right and below with its last pixels.
-        wrap: "x", "y" or "xy": the picture is a texture that goes on at its other side along these axes.
+        tile: largest height and width of a tile in input pixels, without overlap.
+        overlap: margin round each tile that the network also sees, in input pixels. Default: the receptive
+            field of ``net``, which must be an AetherNet then. Less is faster and may leave seams; with
+            SHORT_OVERLAP they are invisible.
+        out: tensor to write to and return, for instance over a numpy.memmap, with image's dtype. Default: a
+            new one. Integers are rounded.
+        progress: wraps the iterator over tiles; its second argument is their number.
+        size: (height, width) of the only input that the network takes; ``tile`` is ignored then. Smaller
+            pictures are padded to the right and below with their edge pixels.
+        wrap: "x", "y" or "xy": the picture is a texture that repeats along these axes.
 
     Raises:
         ValueError: an argument is impossible, the network is in training mode, or its output is not finite.
@@ -145,7 +144,7 @@ def upscale_tiled(
         result = result[
             ..., (top - y0) * scale : (bottom - y0) * scale, (left - x0) * scale : (right - x0) * scale
         ]
-        if not all(bool(value.isfinite()) for value in torch.aminmax(result)):  # isfinite on all takes longer
+        if not all(bool(value.isfinite()) for value in torch.aminmax(result)):  # faster than isfinite on all
             raise ValueError(
                 "upscale_tiled: the network's output is not finite "
                 "(half precision is too coarse for it, or its weights are broken)."

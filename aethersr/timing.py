@@ -1,8 +1,8 @@
-"""The one definition of a measured time: candidates in turn, medians, and a spread beside each ratio.
+"""How all times here are measured: candidates take turns; medians, and a spread with each ratio.
 
-A machine's speed drifts by more than most differences one wants to see, and one run after the other compares
-two moments. Here every round calls each candidate once, in an order that changes, so that a drift meets all
-of them alike, and a ratio is taken inside each round. Needs Python alone.
+A machine's speed drifts by more than most differences of interest, so timing one candidate after the other
+compares two moments. Here every round calls each candidate once, in alternating order, and ratios are taken
+within a round, so drift affects all alike. Needs only Python.
 """
 
 from __future__ import annotations
@@ -22,14 +22,13 @@ class Ratio(NamedTuple):
 
     @property
     def measurable(self) -> bool:
-        """Whether the effect is larger than the spread: further from 1 than the middle half is wide."""
+        """Whether the ratio is further from 1 than its spread (the middle half) is wide."""
         if not all(math.isfinite(number) and number > 0 for number in self):
             return False
         return abs(math.log(self.value)) > math.log(self.high / self.low)
 
     def words(self, unit: str = "times") -> str:
-        """Such as "1.52 times as fast (1.50 to 1.55)"; where the spread is larger, "no measurable
-        difference"."""
+        """For instance "1.52 times as fast (1.50 to 1.55)", or "no measurable difference ..."."""
         if self.measurable:
             return f"{self.value:.2f} {unit} ({self.low:.2f} to {self.high:.2f})"
         return f"no measurable difference ({self.low:.2f} to {self.high:.2f} {unit})"
@@ -39,7 +38,7 @@ class Ratio(NamedTuple):
 
 
 class Comparison:
-    """Times in ms: round k of one candidate was measured beside round k of all others."""
+    """Times in ms. Round k of every candidate was measured at about the same moment."""
 
     def __init__(self, times: Mapping[str, List[float]]) -> None:
         self.times: Dict[str, List[float]] = dict(times)
@@ -49,11 +48,11 @@ class Comparison:
         return statistics.median(self.times[name])
 
     def spread(self, name: str) -> Tuple[float, float]:
-        """First and last time of the middle half, in ms."""
+        """Lowest and highest time of the middle half, in ms."""
         return _quartiles(self.times[name])
 
     def ratio(self, slow: str, fast: str) -> Ratio:
-        """How many times as long ``slow`` takes as ``fast``; ``str()`` of it says it in words."""
+        """How many times as long ``slow`` takes as ``fast``; ``str()`` puts it into words."""
         ratios = [one / other for one, other in zip(self.times[slow], self.times[fast]) if other > 0]
         if not ratios:
             return Ratio(math.nan, math.nan, math.nan)
@@ -71,12 +70,12 @@ def interleaved(
     """Time every candidate once a round.
 
     Args:
-        candidates: by name, what is called without arguments.
-        rounds: measured rounds at most; at least three are measured whatever they take.
-        seconds: no round begins later than this after the first.
-        warmup: rounds before, which are not counted.
-        wait: called before the clock is read, such as torch.cuda.synchronize, so that work in a queue counts.
-        clock: in seconds.
+        candidates: functions without arguments, by name.
+        rounds: at most this many rounds are measured, and at least three however long they take.
+        seconds: no round starts later than this after the first.
+        warmup: uncounted rounds before the first.
+        wait: called before the clock is read, such as torch.cuda.synchronize, so that queued work counts.
+        clock: returns seconds.
     """
     wait = wait or (lambda: None)
     names = list(candidates)

@@ -1,5 +1,4 @@
-"""Two networks that should be one function: how far they differ, and how many operations and how much time
-each takes."""
+"""Compares two networks that should compute the same: largest difference, operations and time."""
 
 from __future__ import annotations
 
@@ -17,10 +16,10 @@ ALLOWED_DIFFERENCE = 1e-3  # of one step of 1/255
 
 @torch.no_grad()
 def largest_difference(net: AetherBase, other: AetherBase, device: str = "cpu") -> float:
-    """Largest difference in float64, in steps of 1/255 (of the largest output, where that is above 1).
+    """Largest difference in float64, in steps of 1/255 (relative to the largest output if that is above 1).
 
-    Infinity where anything is not finite. Both networks are in float64 and evaluation mode on ``device``
-    afterwards.
+    Infinity if any value is not finite. Afterwards both networks are in float64 and evaluation mode on
+    ``device``.
     """
     chans = net.options["in_chans"]
     generator = torch.Generator().manual_seed(0)
@@ -41,7 +40,7 @@ def largest_difference(net: AetherBase, other: AetherBase, device: str = "cpu") 
 
 @torch.no_grad()
 def compare_times(nets: Mapping[str, AetherBase], device: str = "cpu", size: int = 64) -> Comparison:
-    """Times for one float32 picture of size x size. The networks are in float32 on ``device`` afterwards."""
+    """Times for one float32 picture of size x size. Afterwards the networks are in float32 on ``device``."""
     image = torch.rand(1, next(iter(nets.values())).options["in_chans"], size, size, device=device)
 
     def run(net: AetherBase) -> Callable[[], Any]:
@@ -53,7 +52,7 @@ def compare_times(nets: Mapping[str, AetherBase], device: str = "cpu", size: int
 
 
 class _Counter(TorchFunctionMode):
-    """Counts the operations that a forward pass calls; looking at a tensor or at a part of it is none."""
+    """Counts the operations that a forward pass calls, except those that only inspect or view a tensor."""
 
     LOOKS = ("__get__", "__getitem__", "dim", "size", "view", "view_as", "flatten", "reshape", "float", "to")
 
@@ -73,7 +72,7 @@ class _Counter(TorchFunctionMode):
 
 @torch.no_grad()
 def count_operations(net: AetherBase) -> Tuple[int, int]:
-    """Convolutions, and other operations, of one forward pass."""
+    """Number of convolutions and of other operations in one forward pass."""
     image = torch.rand(1, net.options["in_chans"], 8, 8, dtype=next(net.parameters()).dtype)
     with _Counter() as counter:
         net(image)
