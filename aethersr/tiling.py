@@ -72,9 +72,9 @@ def upscale_tiled(
 ) -> Tensor:
     """Upscale a picture of any size tile by tile: (N, C, H, W) -> (N, C, scale * H, scale * W).
 
-    With the default overlap there are no seams: the result equals a single call, up to rounding. The exception
-    are networks with channel attention (aether_medium, aether_large), which averages over each tile: theirs
-    differs slightly, the less the larger the tiles. docs/upscale.md has figures.
+    With the default overlap there are no seams: the result equals a single call, up to rounding. With channel
+    attention (aether_medium, aether_large), which averages over each tile, it differs slightly; the larger
+    the tiles, the less. docs/upscale.md has figures.
 
     Args:
         net: an AetherNet of any form in evaluation mode, or any function from a batch to its upscaled batch.

@@ -1,4 +1,4 @@
-"""The commands: arguments, messages and exit codes, nothing else. All of them end in exit_code."""
+"""The commands: only arguments, messages and exit codes. Each of them runs through exit_code."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from typing import Callable
 
 from aethersr.errors import UserError, is_out_of_memory
 
-# What PyTorch says when it is imported where numpy is not installed; no command needs it to hear that.
+# PyTorch's warning when numpy is not installed, which no user of a command needs to see.
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 
 
 def program_name(installed: str, script: str) -> str:
-    """The name that the user typed: of the installed command, or of the script in a checkout."""
+    """The name that the user typed: that of the installed command or of the script in a checkout."""
     return installed if Path(sys.argv[0]).stem == installed else script
 
 
 def exit_code(program: str, action: Callable[[], None], stopped: str) -> int:
-    """Run a command: 0, or 2 after one line for what the user can mend, or 130 where the user stopped it.
+    """Run a command and return 0, 2 after a line about what the user can fix, or 130 if the user stopped it.
 
     Args:
         program: the name before each line.
         action: the command; raises UserError.
-        stopped: what is true after an interruption, such as "nothing was written."
+        stopped: what to say after an interruption, such as "nothing was written."
     """
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a name that the terminal's encoding lacks is no reason to fail
+        if hasattr(stream, "reconfigure"):  # don't fail on names that the terminal's encoding lacks
             stream.reconfigure(errors="backslashreplace")
 
     def error_line(message: object) -> int:
@@ -39,8 +39,8 @@ def exit_code(program: str, action: Callable[[], None], stopped: str) -> int:
         return 2
 
     old = None
-    if threading.current_thread() is threading.main_thread():  # elsewhere Python allows none
-        # A polite kill leaves no temporary file either.
+    if threading.current_thread() is threading.main_thread():  # signal handlers work only there
+        # SIGTERM must not leave temporary files either.
         old = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         action()

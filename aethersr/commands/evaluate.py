@@ -1,12 +1,12 @@
-"""PSNR and SSIM of networks on your own pictures, beside bicubic interpolation.
+"""Measure PSNR and SSIM of networks on your own pictures, beside bicubic interpolation.
 
     aether-evaluate 2x_net.safetensors 2x_net_int8.onnx --hr Set5 Set14
     aether-evaluate 2x_net.pth --hr pictures/hr --lr pictures/lr --each
     aether-evaluate --scale 2 --hr Set5                       # bicubic alone
 
-Every form and file works: training and fused weights, half precision, int8, ONNX, NCNN (.param). With
-``--hr`` alone the low-resolution pictures are made as papers make them (MATLAB's bicubic reduction); with
-``--lr`` they are yours, of the same names. PSNR and SSIM are those of the luma, without a border of ``scale``
+Takes every form and file: training and fused weights, half precision, int8, ONNX, NCNN (.param). With
+``--hr`` alone the low-resolution pictures are made as in papers (MATLAB's bicubic reduction); with ``--lr``
+they are yours, with the same names. PSNR and SSIM are computed on the luma, without a border of ``scale``
 pixels.
 """
 
@@ -24,7 +24,7 @@ from aethersr.errors import UserError, first_line, missing_package
 
 KINDS = (".png", ".bmp", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")  # of Pillow, 8 bits
-TILE = 1024  # pixels of the low-resolution picture: larger ones go through in parts, with the same result
+TILE = 1024  # largest side of a low-resolution picture that is not cut into tiles; the result is the same
 Upscaler = Callable[[Any], Any]  # (H, W, 3) uint8 -> (scale * H, scale * W, 3) uint8
 Table = Dict[str, Dict[str, List[Tuple[float, float]]]]  # [row][folder] -> (PSNR, SSIM) of each picture
 
@@ -36,7 +36,7 @@ class Pair(NamedTuple):
 
 
 def find_pairs(folder: Path, low: Optional[Path], scale: int) -> List[Pair]:
-    """A folder's pictures, each with that of the other folder: of the same name or, as in DIV2K, NAMEx2."""
+    """A folder's pictures, each with its low-resolution version: the same name or, as in DIV2K, NAMEx2."""
     found = pictures(folder, "--hr")
     if low is None:
         return [Pair(path.name, path, None) for path in found]
@@ -76,7 +76,7 @@ def read(path: Path, flag: str) -> Any:
 
 
 def open_network(path: Path, device: str) -> Tuple[Upscaler, int]:
-    """The network in a file as a function from picture to picture, and its scale."""
+    """The network in a file as a function from pictures to pictures, and its scale."""
     from aethersr.network import load_network
     from aethersr.tiling import upscale_tiled
 
@@ -108,7 +108,7 @@ def ncnn_network(path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
         or net.load_model(str(weights))
     ):
         raise UserError(
-            f"{path} and {weights.name} are not the two files of a network in NCNN's format (FILE)."
+            f"{path} and {weights.name} are not the two files of an NCNN network; pass others (FILE)."
         )
     return lambda x: run(net, x)
 
@@ -116,7 +116,7 @@ def ncnn_network(path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
 def of_pictures(net: Callable[[torch.Tensor], torch.Tensor], channels: int) -> Upscaler:
     def upscale(picture: Any) -> Any:
         x = torch.from_numpy(picture.copy()).permute(2, 0, 1)[None].float() / 255
-        x = x.reshape(-1, channels, *x.shape[2:])  # a grey network sees each colour alone
+        x = x.reshape(-1, channels, *x.shape[2:])  # a greyscale network sees each colour separately
         out = net(x)
         out = out.reshape(3, *out.shape[2:]).permute(1, 2, 0)
         return (out.clamp(0, 1) * 255).round().to(torch.uint8).numpy()
@@ -127,7 +127,7 @@ def of_pictures(net: Callable[[torch.Tensor], torch.Tensor], channels: int) -> U
 def measure(
     upscalers: Dict[str, Upscaler], pairs: List[Pair], scale: int
 ) -> Dict[str, List[Tuple[float, float]]]:
-    """PSNR and SSIM of each picture by row, bicubic first."""
+    """PSNR and SSIM of each picture, by row of the table; bicubic comes first."""
     from aethersr.quality import crop_to_multiple, quality, resize
 
     found: Dict[str, List[Tuple[float, float]]] = {name: [] for name in ("bicubic", *upscalers)}
@@ -151,7 +151,7 @@ def measure(
 
 
 def markdown(table: Table, folders: Dict[str, List[Pair]], each: bool) -> str:
-    """A row for each network, a column for each folder; with ``each`` a row for each picture before."""
+    """A row for each network and a column for each folder; with ``each``, first a row for each picture."""
     lines = []
     if each:
         for folder, pairs in folders.items():
@@ -174,7 +174,7 @@ def figures(values: List[Tuple[float, float]]) -> str:
 
 
 def names(paths: List[Path]) -> Dict[str, Path]:
-    """Short names: the file's own, or the whole path where two share it."""
+    """Short names: the file's name, or the whole path if two files share it."""
     short = [path.name for path in paths]
     return {str(path) if short.count(path.name) > 1 else path.name: path for path in paths}
 
@@ -214,16 +214,21 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
         prog="aether-evaluate", description=(__doc__ or "").split("\n", 1)[0], allow_abbrev=False
     )
     parser.add_argument(
-        "files", nargs="*", type=Path, metavar="FILE", help=".safetensors, .pth, .onnx or .param"
+        "files", nargs="*", type=Path, metavar="FILE", help="networks: .safetensors, .pth, .onnx or .param"
     )
     parser.add_argument(
-        "--hr", nargs="+", type=Path, required=True, metavar="FOLDER", help="the true pictures"
+        "--hr", nargs="+", type=Path, required=True, metavar="FOLDER", help="folders with the ground truth"
     )
     parser.add_argument(
-        "--lr", nargs="+", type=Path, metavar="FOLDER", help="their reductions (default: made)"
+        "--lr",
+        nargs="+",
+        type=Path,
+        metavar="FOLDER",
+        help="low-resolution versions with the same names (default: made from --hr, bicubic)",
     )
-    parser.add_argument("--scale", type=int, choices=(1, 2, 3, 4, 8), help="without FILE: of bicubic alone")
-    parser.add_argument("--each", action="store_true", help="a row for each picture too")
+    text = "scale for bicubic alone, without FILE"
+    parser.add_argument("--scale", type=int, choices=(1, 2, 3, 4, 8), help=text)
+    parser.add_argument("--each", action="store_true", help="also print a row for each picture")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     return parser.parse_args(argv)
 

@@ -2,17 +2,17 @@
 
     python fuse_aether.py --model_path net_g_latest.pth --output_path 2x_MyModel_fused.safetensors
 
-Reads what neosr, traiNNer-redux, BasicSR and others write (EMA weights preferred), fuses in float64, writes
-float32, reads the written file back and compares it with the unfused network. Needs PyTorch alone;
-safetensors only where such a file is named.
+Reads checkpoints of neosr, traiNNer-redux, BasicSR and others (EMA weights preferred), fuses in float64,
+writes float32, reads the file back and compares it with the unfused network. Needs only PyTorch, and
+safetensors for .safetensors files.
 
-With ``--onnx fp32,fp16,int8`` ONNX files are written beside the weights (needs onnx, onnxruntime and
-onnxslim). int8 comes from a checkpoint of quantisation-aware training, or from any other with ``--calibration
-FOLDER`` (pictures as large as the network's output; needs Pillow). ``--ncnn`` writes NCNN's .param and .bin
-(needs ncnn and pnnx). With these --model_path may be fused weights too.
+``--onnx fp32,fp16,int8`` writes ONNX files beside the weights (needs onnx, onnxruntime and onnxslim). int8
+needs a checkpoint from quantisation-aware training, or ``--calibration FOLDER`` (pictures at the resolution
+of the network's output; needs Pillow). ``--ncnn`` writes NCNN's .param and .bin (needs ncnn and pnnx). With
+these, --model_path can also be fused weights.
 
-What half precision could not hold is rescaled inside the network, exactly. ``--check-fp16`` prints every
-layer's headroom, and fp16 and bf16 against fp32; alone, without --output_path, it writes nothing and takes
+Values that half precision can't hold are rescaled inside the network, exactly. ``--check-fp16`` prints every
+layer's headroom, and compares fp16 and bf16 with fp32. Without --output_path it writes nothing, and takes
 fused weights too:
 
     python fuse_aether.py --model_path 2x_MyModel_fused.safetensors --check-fp16
@@ -60,7 +60,7 @@ Say = Callable[[str], None]
 
 
 def build(path: Path, state: Mapping[str, Tensor], args: argparse.Namespace) -> AetherBase:
-    """The unfused network in float64, after the checks that it is what the user says it is."""
+    """The unfused network in float64, after checking that it is what the user says it is."""
     form = form_name(state)
     if form == "int8":
         found = f"{path} holds int8 weights already, expected a training checkpoint"
@@ -69,7 +69,7 @@ def build(path: Path, state: Mapping[str, Tensor], args: argparse.Namespace) -> 
     if (form == "fused" and nothing_to_do) or (form == "older fused" and not args.accept_older_fused):
         remedy = "it can be used as it is, and --onnx or --ncnn exports it"
         if form == "older fused":
-            remedy = "pass --accept_older_fused to bake the rest of it"
+            remedy = "pass --accept_older_fused to fuse the rest of it"
         found = f"{path} is fused already ({form} form), expected a training checkpoint"
         raise UserError(f"{found}; {remedy}, or pass another (--model_path).")
     if args.bound is not None:
@@ -99,8 +99,7 @@ def build(path: Path, state: Mapping[str, Tensor], args: argparse.Namespace) -> 
 
 
 def fit(net: FusedAetherNet, source: Path, args: argparse.Namespace, say: Say, asked: bool) -> Dict[str, int]:
-    """Rescale the fused network where half precision asks for it, report that, and return the powers of
-    two."""
+    """Rescale the fused network where half precision needs it, report that, and return the powers of two."""
     fitted = fit_half_precision_(net, args.device)
     for line in fitted.notes() + (fitted.table() if args.check_fp16 else []):
         say(line)
@@ -129,8 +128,7 @@ def quantise(
     args: argparse.Namespace,
     say: Say,
 ) -> QuantAetherNet:
-    """The fused network with int8 weights: ranges from quantisation-aware training, or calibrated on
-    pictures."""
+    """The fused network with int8 weights, its ranges from training or calibrated on pictures."""
     trained = unfused.placement if isinstance(unfused, QuantAetherNet) else None
     if args.calibration is None:
         assert isinstance(unfused, QuantAetherNet)  # check_int8
@@ -152,7 +150,7 @@ def quantise(
 
 
 def check_int8(unfused: AetherBase, source: Path, args: argparse.Namespace) -> None:
-    """Without pictures, ranges must come from training."""
+    """Raise UserError if there are neither pictures for the ranges nor ranges from training."""
     if args.calibration is not None:
         return
     remedy = "pass --calibration FOLDER"
@@ -177,7 +175,7 @@ def write_onnx(
     static: Optional[List[int]],
     metadata: Dict[str, str],
 ) -> None:
-    """Each network to a part of ``files``; ``nets`` are by target, with their precision."""
+    """Export networks to parts of ``files``. ``nets``: by target, each with its precision."""
     for target, (precision, net) in nets.items():
         try:
             export_onnx(
@@ -202,7 +200,7 @@ def write_onnx(
 
 
 def read_back(part: Path, target: Path) -> AetherBase:
-    """The network in the file that was written; "part" is its name until it is known to be right."""
+    """The network in the file just written; ``part`` is its name until it is known to be right."""
     try:
         return aether_from_state_dict(read_checkpoint(part, "--output_path").state)
     except (UserError, ValueError) as error:
@@ -212,12 +210,12 @@ def read_back(part: Path, target: Path) -> AetherBase:
 
 def check_finite(net: FusedAetherNet, source: Path) -> None:
     if not all(bool(value.float().isfinite().all()) for value in net.state_dict().values()):
-        found = f"{source}: the fused weights are not finite in float32, these are too extreme"
+        found = f"{source}: the fused weights are not finite in float32, because the weights are too extreme"
         raise UserError(f"{found}. Nothing was written; {OTHER_CHECKPOINT}.")
 
 
 def measure(unfused: AetherBase, fused: AetherBase, sizes: Tuple[int, int], device: str) -> List[str]:
-    """What fusing gained, as a table: both networks are in float32 afterwards."""
+    """A table of what fusing gained. Afterwards both networks are in float32."""
     before, after = (verify.count_operations(net.cpu()) for net in (unfused, fused))
     counts = [verify.count_parameters(net) for net in (unfused, fused)]
     times = verify.compare_times({"unfused": unfused, "fused": fused}, device)
@@ -234,7 +232,7 @@ def measure(unfused: AetherBase, fused: AetherBase, sizes: Tuple[int, int], devi
 
 
 def fuse(args: argparse.Namespace, say: Say = print) -> None:
-    """What the command does; raises UserError, and then no output exists."""
+    """What the command does. Raises UserError, and then writes nothing."""
     source = Path(args.model_path)
     check_numbers(args)
     wanted = precisions(args)
@@ -285,8 +283,7 @@ def fuse(args: argparse.Namespace, say: Say = print) -> None:
             write_state(net.state_dict(), part, described)
             say("Verifying: the written file against the unfused network, in float64")
             fused = read_back(part, target)
-            # What quantisation-aware training rounds, the float file does not: there the weights must be the
-            # same.
+            # The float file has no rounding, so compare it with the trained weights without rounding.
             like = unfused.fused() if isinstance(unfused, QuantAetherNet) else unfused
             difference = verify.largest_difference(like, fused, args.device)
             if not difference <= verify.ALLOWED_DIFFERENCE:
@@ -306,7 +303,7 @@ def fuse(args: argparse.Namespace, say: Say = print) -> None:
                 say("Converting for NCNN")
                 for path, content in zip(ncnn_files, ncnn.convert(plain)):
                     files.part(path).write_bytes(content)
-            for path in written:  # again: something else may have written them by now
+            for path in written:  # again, since another program may have written them by now
                 check_output(path, [source], args.overwrite, "--output_path")
             files.commit()
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What the fuse command is asked for: its options, what they mean together, and where its files go."""
+"""The fuse command's options, which of them go together, and the names of its files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from aethersr.errors import UserError, missing_package
 from aethersr.onnx import OPSETS, PRECISIONS
 
 PROGRAM = program_name("aether-fuse", "fuse_aether.py")
-LARGEST_STATIC = 16384  # pixels a side of a picture
+LARGEST_STATIC = 16384  # largest side of a picture in pixels
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
@@ -32,39 +32,40 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     add("--model_path", required=True, help="the checkpoint, .pth or .safetensors")
     add("--output_path", help="the fused weights to write, .pth or .safetensors")
     names = [variant.__name__ for variant in VARIANTS]
-    add("--model_type", choices=names, help="checked (default: read from the weights)")
-    add("--upscale", type=int, choices=SCALES, help="checked (default: read from the weights)")
+    text = "fail unless the weights are of this variant (default: read from the weights)"
+    add("--model_type", choices=names, help=text)
+    text = "fail unless the weights have this scale (default: read from the weights)"
+    add("--upscale", type=int, choices=SCALES, help=text)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", choices=("cuda", "cpu"), default=device, help="default: %(default)s")
-    text = "the training option of this name, which no checkpoint holds (default: 1.0)"
+    text = "where to verify and measure (default: %(default)s)"
+    add("--device", choices=("cuda", "cpu"), default=device, help=text)
+    text = "the training option of this name, which checkpoints don't record (default: 1.0)"
     add("--img_range", type=float, default=1.0, help=text)
-    text = (
-        "limit what each block's norm gives to -B..B, for weights that run away on some pictures, such as 1. "
-    )
-    add("--bound", type=float, metavar="B", help=text + "Fused weights are taken too")
-    text = "ONNX files to write beside --output_path: fp32, fp16, int8, with commas between"
+    text = "limit each block's norm to -B..B, for instance 1, if the weights run away on some pictures; "
+    add("--bound", type=float, metavar="B", help=text + "takes fused weights too")
+    text = "ONNX files to write beside --output_path: fp32, fp16, int8, separated by commas"
     add("--onnx", metavar="LIST", help=text)
     add("--int8", action="store_true", help="the same as int8 in --onnx")
     add("--calibration", metavar="FOLDER", help="pictures for int8 without quantisation-aware training")
-    text = f"quantisers of --calibration (default: as trained, else {PLACEMENTS[0]})"
+    text = f"what --calibration quantises (default: as trained, otherwise {PLACEMENTS[0]})"
     add("--placement", choices=PLACEMENTS, help=text)
-    text = "whom the int8 file is to be fast in (default: %(default)s)"
+    text = "runtime to optimise the int8 file for (default: %(default)s)"
     add("--target", choices=TARGETS, default=TARGETS[0], help=text)
-    text = "int8 weights of 7 bits, for CPUs without VNNI, which overflow on 8"
+    text = "7-bit weights in the int8 file, for CPUs without VNNI, which overflow with 8 bits"
     add("--reduce_range", action="store_true", help=text)
-    text = "NCNN files to write beside --output_path, .param and .bin, for Upscayl, chaiNNer and others"
+    text = "write NCNN files beside --output_path, .param and .bin, for Upscayl, chaiNNer and others"
     add("--ncnn", action="store_true", help=text)
-    text = "print each layer's headroom in half precision; needs no --output_path"
+    text = "print each layer's headroom in half precision; works without --output_path"
     add("--check-fp16", action="store_true", help=text)
     text = "ONNX files for pictures of one size only, for instance 3,256,256 (default: any size)"
     add("--static", metavar="C,H,W", help=text)
-    text = "ONNX opset of the files; 17 suits every runtime (default: %(default)s)"
+    text = "ONNX opset; 17 works in every runtime (default: %(default)s)"
     add("--opset", type=int, default=17, help=text)
-    add("--license", metavar="NAME", help="written into the ONNX files, for instance CC-BY-4.0")
-    add("--author", metavar="NAME", help="written into the ONNX files")
-    add("--overwrite", action="store_true", help="replace --output_path where it exists")
+    add("--license", metavar="NAME", help="licence to write into the ONNX files, for instance CC-BY-4.0")
+    add("--author", metavar="NAME", help="author to write into the ONNX files")
+    add("--overwrite", action="store_true", help="replace existing files")
     add("--version", action="version", version=f"AetherNet {__version__}")
-    text = "take a file whose kernels an older tool merged already"
+    text = "take a file whose kernels an older tool already merged"
     add("--accept_older_fused", action="store_true", help=text)
     args = parser.parse_args(argv)
     if args.output_path is None and (exports(args) or not args.check_fp16):
@@ -89,7 +90,7 @@ def check_numbers(args: argparse.Namespace) -> None:
 
 
 def precisions(args: argparse.Namespace) -> List[str]:
-    """The ONNX files that are asked for, after the checks that need no weights."""
+    """Precisions of the requested ONNX files, after all checks that need no weights."""
     wanted = [name.strip() for name in args.onnx.split(",")] if args.onnx else []
     unknown = [name for name in wanted if name not in PRECISIONS]
     if unknown:
@@ -120,7 +121,7 @@ def precisions(args: argparse.Namespace) -> List[str]:
 
 
 def static_shape(args: argparse.Namespace, net: AetherBase) -> Optional[List[int]]:
-    """--static as numbers: channels, height and width of the only picture that the ONNX files shall take."""
+    """--static as numbers: channels, height and width of the pictures that the ONNX files will take."""
     if args.static is None:
         return None
     chans = net.options["in_chans"]
@@ -146,14 +147,13 @@ def check_ending(path: Path) -> None:
 
 
 def onnx_path(target: Path, precision: str, static: Optional[List[int]]) -> Path:
-    """2x_NAME_fused.safetensors -> 2x_NAME_fp16.onnx, or 2x_NAME_fp16_3x48x64.onnx where the size is
-    fixed."""
+    """2x_NAME_fused.safetensors -> 2x_NAME_fp16.onnx, or 2x_NAME_fp16_3x48x64.onnx if the size is fixed."""
     size = "_" + "x".join(map(str, static)) if static else ""
     return target.with_name(f"{_stem(target)}_{precision}{size}.onnx")
 
 
 def ncnn_paths(target: Path, scale: int) -> Tuple[Path, Path]:
-    """2x_NAME_fused.safetensors -> 2x_NAME.param and 2x_NAME.bin; 2x_ comes in front where it is missing."""
+    """2x_NAME_fused.safetensors -> 2x_NAME.param and 2x_NAME.bin; 2x_ is added if it is missing."""
     stem = ncnn.named_for_upscayl(_stem(target), scale)
     return target.with_name(f"{stem}.param"), target.with_name(f"{stem}.bin")
 
@@ -163,8 +163,7 @@ def _stem(target: Path) -> str:
 
 
 def onnx_metadata(source: Path, args: argparse.Namespace) -> Dict[str, str]:
-    """What an ONNX file says of its origin. The date is the checkpoint's: the same input gives the same
-    bytes."""
+    """An ONNX file's metadata. The date is the checkpoint's, so that the same input gives the same bytes."""
     try:
         seconds = int(os.environ.get("SOURCE_DATE_EPOCH") or source.stat().st_mtime)
         date = datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc).date().isoformat()

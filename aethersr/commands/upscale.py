@@ -3,10 +3,10 @@
     python upscale.py --model 4x_MyModel_fused.safetensors --input photo.png --output photo_4x.png
     python upscale.py --model 4x_MyModel_fp16.onnx --input folder --output upscaled
 
-Takes weights of every form (.pth, .safetensors; int8 ones compute as they were calibrated) and every ONNX
-file of fuse_aether.py, those of one fixed size too. PNG, JPEG, WebP, TIFF, BMP, AVIF and still GIF; 16 bits,
-transparency, greyscale, colour profile, EXIF, XMP and dpi are kept. The network sees one tile at a time, so
-memory for it does not grow with the picture. From Python: ``aethersr.upscale_tiled(net, image)``.
+Takes weights of every form (.pth, .safetensors) and every ONNX file that fuse_aether.py writes, also those of
+fixed size. Reads and writes PNG, JPEG, WebP, TIFF, BMP, AVIF and still GIF, and keeps 16 bits, transparency,
+greyscale, colour profile, EXIF, XMP and dpi. The network sees one tile at a time, so its memory doesn't grow
+with the picture. From Python: ``aethersr.upscale_tiled(net, image)``.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PROGRAM = program_name("aether-upscale", "upscale.py")
 
 
 class Progress:
-    """Pictures, megapixels a second and the time left, where the standard error is a terminal."""
+    """Shows pictures, megapixels a second and the time left, if the standard error is a terminal."""
 
     FORMAT = "{percentage:3.0f}% |{bar}| {desc}{remaining} left"
 
@@ -41,7 +41,7 @@ class Progress:
         self.tick(0)
 
     def tick(self, part: float) -> None:
-        """``part`` of a picture more is done."""
+        """Another ``part`` of a picture is done."""
         speed = self.pixels / 1e6 / max(time.monotonic() - self.begin, 1e-3)
         words = f"{self.done} of {self.count} pictures, {speed:.2f} megapixels/s, "
         self.bar.set_description_str(words, refresh=False)
@@ -49,19 +49,19 @@ class Progress:
         self.bar.update(0)
 
     def finish(self, size: Tuple[int, int]) -> None:
-        """A picture of this size is written, or given up."""
+        """A picture of this size was written or skipped."""
         self.done += 1
         self.pixels += size[0] * size[1]
         self.tick(0)
 
     def say(self, line: str) -> None:
-        """A line on the standard output that leaves the bar alone."""
+        """Print a line to the standard output without breaking the bar."""
         print(line) if self.bar.disable else self.bar.write(line)
 
 
 @contextmanager
 def large_pictures_allowed() -> Iterator[None]:
-    """Pillow's own limit is for pictures sent by strangers, and it warns of much that is read well."""
+    """Lift Pillow's limit, which is for untrusted pictures, and hide its warnings about harmless defects."""
     from PIL import Image
 
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, 2**29  # it refuses twice as many
@@ -74,13 +74,13 @@ def large_pictures_allowed() -> Iterator[None]:
 
 
 def choose_overlap(network: Any, wanted: Union[int, str, None]) -> int:
-    """The pixels round a tile; says so where a network of one size leaves too little room for them."""
+    """The overlap of tiles in pixels. Says so if a network of fixed size has too little room for it."""
     from aethersr.tiling import SHORT_OVERLAP
 
     if isinstance(wanted, int):
         return wanted
     overlap = network.reach if wanted == "exact" else min(network.reach, SHORT_OVERLAP)
-    # More would be over a dozen times the picture's own work.
+    # A larger one would take over a dozen times the work of the picture itself.
     if network.size is not None and 8 * overlap > 3 * min(network.size):
         overlap = min(network.size) // 4
         few = f"The network takes {network.size[1]}x{network.size[0]} pixels, too few for tiles without seams"
@@ -134,7 +134,7 @@ def upscale(args: argparse.Namespace) -> None:
             count = len(problems)
             problems.append(
                 f"{count} of {count + written} files were skipped, for the reasons above; "
-                f"the others are written. Mend them and pass --skip-existing."
+                f"the others are written. Fix them and pass --skip-existing."
             )
         raise UserError(f"\n{PROGRAM}: error: ".join(problems))
     if not jobs:
@@ -153,30 +153,30 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
         required=True,
         help="weights (.pth, .safetensors; fused or not) or an exported network (.onnx)",
     )
-    add("--input", required=True, help="a picture, or a folder whose pictures are all upscaled")
-    add("--output", required=True, help="the picture to write, or a folder: names and formats stay the same")
-    add("--recursive", action="store_true", help="the pictures of folders in the folder, too")
+    add("--input", required=True, help="a picture, or a folder of pictures")
+    add("--output", required=True, help="the picture to write, or a folder (names and formats stay the same)")
+    add("--recursive", action="store_true", help="also upscale the pictures in subfolders")
     add(
         "--skip-existing",
         action="store_true",
-        help="leave out pictures whose output exists, to go on with a folder",
+        help="skip pictures whose output exists, to continue a folder",
     )
-    add("--overwrite", action="store_true", help="replace files that exist")
+    add("--overwrite", action="store_true", help="replace existing files")
     add("--wrap", nargs="?", choices=("x", "y", "xy"), const="xy", default="",
-        help="the picture is a texture that goes on at its other side: from left to right (x), from top to "
-        "bottom (y), or both (default of --wrap alone)")  # fmt: skip
-    add("--tile", type=int, default=512, help="largest side of a tile in input pixels; smaller takes less "
-        "memory (default: 512). An ONNX file of fixed size has its own")  # fmt: skip
-    add("--overlap", type=_overlap, metavar="PIXELS", help="pixels round a tile that the network sees too, "
-        "or 'exact' for all that can change it (default: fewer, and less than half a step of 1/255 "
-        "off)")  # fmt: skip
+        help="the picture is a tileable texture: horizontally (x), vertically (y), or both "
+        "(xy, the default of --wrap alone)")  # fmt: skip
+    add("--tile", type=int, default=512, help="largest side of a tile in input pixels; smaller tiles need "
+        "less memory (default: 512). Ignored for an ONNX file of fixed size")  # fmt: skip
+    add("--overlap", type=_overlap, metavar="PIXELS", help="margin round each tile that the network also "
+        "sees; 'exact' makes tiles equal to the whole picture (default: less, and within half a step of "
+        "1/255)")  # fmt: skip
     add("--device", choices=("cuda", "cpu"), default="cuda" if cuda else "cpu", help="default: %(default)s")
     add("--fp16", action="store_true", help="half precision, on CUDA only")
     args = parser.parse_args(argv)
     if args.overwrite and args.skip_existing:
-        parser.error("--overwrite and --skip-existing exclude each other")
+        parser.error("--overwrite and --skip-existing exclude each other; pass one of them")
     return args
 
 
 def main(argv: Optional[List[str]] = None) -> int:
-    return exit_code(PROGRAM, lambda: upscale(parse_args(argv)), "the pictures in work were not written.")
+    return exit_code(PROGRAM, lambda: upscale(parse_args(argv)), "unfinished pictures were not written.")
