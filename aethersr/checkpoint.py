@@ -1,6 +1,6 @@
-"""Checkpoint files in and out: whatever wrapped the weights, without running code from a file.
+"""Read weights from any checkpoint, without running code from it, and write them.
 
-Needs PyTorch alone, and the package safetensors for files that end so.
+Needs only PyTorch, and the package safetensors for .safetensors files.
 """
 
 from __future__ import annotations
@@ -32,23 +32,22 @@ from torch import Tensor
 
 from aethersr.errors import UserError, first_line
 
-ENDINGS = (".pth", ".safetensors")  # that are written
+ENDINGS = (".pth", ".safetensors")  # for writing
 READ_ENDINGS = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-# The common wrappers in order of preference. Any other name is looked into as well, up to DEPTH inside one
-# another.
+# Common wrappers in order of preference. Those of any other name are searched as well, up to DEPTH levels.
 WRAPPERS = ("params", "state_dict", "model_state_dict", "model", "net_g", "generator", "state")
 DEPTH = 3
 _BETWEEN = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # DDP, compile, ...
-_NOISE = re.compile(rf"(?<![^.])({'|'.join(_BETWEEN)})\.")  # no layer is called so
-_COUNTERS = ("n_averaged", "initted", "step")  # beside the weights: of AveragedModel and of ema-pytorch
+_NOISE = re.compile(rf"(?<![^.])({'|'.join(_BETWEEN)})\.")  # no layer has such a name
+_COUNTERS = ("n_averaged", "initted", "step")  # what AveragedModel and ema-pytorch save beside the weights
 _AVERAGED = re.compile(r"(?<![a-z])(ema|swa|avg|averaged?|averaging|shadow)(?![a-z])")
 _ONLINE = re.compile(r"(?<![a-z])online(?![a-z])")
-_OPTIMIZER = re.compile(r"optim|sched")  # its tensors may bear the names of the weights
+_OPTIMIZER = re.compile(r"optim|sched")  # its tensors may have the names of the weights
 
-# What every AetherNet has: a block's large kernel, or, in a damaged or unknown one, at least a block.
-# Prefixes end here.
+# What every AetherNet has: a block's large kernel or, in a damaged or unknown one, at least a block.
+# The prefix is whatever comes before it.
 _KERNEL = re.compile(r"(?<![^.])stages\.\d+\.\d+\.(conv\.lk_conv|conv\.fused_conv|reparam_conv)\.weight$")
 _BLOCK = re.compile(r"(?<![^.])stages\.\d+\.\d+\.")
 
@@ -67,12 +66,12 @@ class _Candidate(NamedTuple):
     """A network in a checkpoint."""
 
     wrappers: Tuple[str, ...]
-    prefix: str  # before every name, those of _NOISE aside
+    prefix: str  # of every name, without _NOISE
     state: Dict[str, Tensor]
     averaged: bool
 
     def rank(self) -> Tuple[bool, List[int]]:
-        """The smaller, the better."""
+        """Smaller is better."""
         words = [*self.wrappers, *self.prefix.split(".")[:-1]]
         return not self.averaged, [[*WRAPPERS, word].index(word) for word in words]
 
@@ -82,12 +81,12 @@ class _Candidate(NamedTuple):
 
 
 def unwrap(content: Mapping[Any, Any]) -> Checkpoint:
-    """The network in what a checkpoint holds, without wrappers, prefixes and what stands beside it.
+    """The network in a checkpoint's content, without wrappers, prefixes and anything else.
 
     Averaged weights (EMA) are preferred, then the wrappers in the order of WRAPPERS.
 
     Raises:
-        ValueError: there is none; the message names the keys that were seen and the wrappers that are known.
+        ValueError: there is none; the message lists the keys found and the known wrappers.
     """
 
     def found(anchor: Pattern[str]) -> List[_Candidate]:
@@ -114,7 +113,7 @@ def unwrap(content: Mapping[Any, Any]) -> Checkpoint:
 def _mappings(
     content: Mapping[Any, Any], path: Tuple[str, ...] = ()
 ) -> Iterator[Tuple[Tuple[str, ...], Mapping[Any, Any]]]:
-    """Every mapping in a checkpoint, optimizers aside, each with the keys that lead to it."""
+    """Every mapping in a checkpoint except optimizers, each with the keys that lead to it."""
     yield path, content
     for key, value in content.items() if len(path) < DEPTH else ():
         if isinstance(key, str) and isinstance(value, Mapping) and not _OPTIMIZER.search(key):
@@ -124,7 +123,7 @@ def _mappings(
 def _networks(
     path: Tuple[str, ...], mapping: Mapping[Any, Any], anchor: Pattern[str]
 ) -> Iterator[_Candidate]:
-    """The networks whose tensors stand side by side in one mapping, one for each prefix of an anchor."""
+    """The networks whose tensors share one mapping: one for each prefix of an anchor."""
     tensors = {_NOISE.sub("", name): value for name, value in mapping.items() if _is_weight(name, value)}
     matches = ((name, anchor.search(name)) for name in tensors)
     prefixes = {name[: match.start()] for name, match in matches if match}
@@ -148,7 +147,7 @@ def _is_weight(name: Any, value: Any) -> bool:
 
 
 def _foreign(content: Mapping[Any, Any]) -> str:
-    """What to say of a file without an AetherNet."""
+    """What to say about a file without an AetherNet."""
     names = [
         name
         for _, mapping in _mappings(content)
@@ -171,8 +170,7 @@ def _is_statistic(name: str) -> bool:
 
 
 def _never_updated(state: Mapping[str, Tensor]) -> bool:
-    """Whether the norms' statistics are those of a new network: an averaging that passes over buffers leaves
-    them so."""
+    """Whether the norms' statistics are still a new network's, as when averaging left out the buffers."""
     found = [(name, value) for name, value in state.items() if _is_statistic(name)]
     return bool(found) and all(bool((value == float(name.endswith("var"))).all()) for name, value in found)
 
@@ -184,8 +182,8 @@ def read_checkpoint(path: Union[str, Path], flag: str = "--model_path") -> Check
     """The network's weights in a file. Runs no code from it.
 
     Args:
-        path: a file that ends in one of READ_ENDINGS.
-        flag: the option that error messages name.
+        path: a file with one of READ_ENDINGS.
+        flag: the option to name in error messages.
 
     Raises:
         UserError: there is no such file, or no network of plain finite tensors in it.
@@ -233,7 +231,7 @@ def _read_safetensors(path: Path, flag: str) -> Any:
 
 def _read_pickled(path: Path, flag: str) -> Any:
     try:
-        with path.open("rb") as file:  # at once, so that what was looked at is what is loaded
+        with path.open("rb") as file:  # read once, so that what was checked is what is loaded
             content = io.BytesIO(file.read())
         _check_pickles(path, content, flag)
         with warnings.catch_warnings():
@@ -242,33 +240,33 @@ def _read_pickled(path: Path, flag: str) -> Any:
     except (UserError, MemoryError):
         raise
     except Exception as error:
-        # Not PyTorch's own words: they speak of its inside, and advise to let the code run.
+        # Not PyTorch's own message, which is about its internals and advises running the code.
         reason = error.strerror if isinstance(error, OSError) else "it is damaged, or something else"
         remedy = f"copy it again or pass another ({flag})"
         raise UserError(f"{path} is not a readable checkpoint: {reason}; {remedy}.") from None
 
 
-# What a file may name: the parts of tensors, and what optimizers and schedulers keep. None makes more than it
-# is given.
+# What a pickle may name: the parts of tensors, and what optimizers and schedulers store. None of these can
+# create more than the file holds.
 _GLOBALS = re.compile(
     r"|collections (OrderedDict|Counter|defaultdict)|torch\._utils _rebuild_(tensor_v2|parameter)"
     r"|torch (\w+Storage|Size|device|u?int\d+|b?float\d+\w*|bool|complex\d+)"
 )
-_LARGEST_PICKLE = 2**20  # bytes; of a checkpoint with optimizers it takes a tenth
+_LARGEST_PICKLE = 2**20  # bytes; a checkpoint with optimizers needs a tenth of it
 
 
 def _check_pickles(path: Path, content: io.BytesIO, flag: str) -> None:
-    """Refuse what is no plain checkpoint before PyTorch sees it.
+    """Refuse anything but a plain checkpoint before PyTorch sees it.
 
-    Without running code, PyTorch still makes what a pickle asks for: bytearray(2**40), a text encoded over
-    and over, a set for every byte.
+    Even without running code, PyTorch creates whatever a pickle asks for: bytearray(2**40), a text encoded
+    over and over, a set for every byte.
     """
     refused = f"{path} is not a readable checkpoint: it"
     streams = [content] * 5  # before PyTorch 1.6: five pickles, one after another, then the raw weights
     if zipfile.is_zipfile(content):
         with zipfile.ZipFile(content) as archive:
             entries = archive.infolist()
-            # PyTorch stores, it does not compress: more inside than outside is no checkpoint.
+            # PyTorch doesn't compress, so a file that holds more than its size is not a checkpoint.
             if sum(max(entry.file_size, entry.compress_size) for entry in entries) > len(content.getbuffer()):
                 expected = f"expected a checkpoint as torch.save writes it ({flag})"
                 raise UserError(f"{path} is a compressed archive, {expected}.")
@@ -288,7 +286,7 @@ def _check_pickles(path: Path, content: io.BytesIO, flag: str) -> None:
 
 
 def _names_of(stream: BinaryIO) -> Iterator[str]:
-    """What each step of a pickle asks for, as "module name", or ""."""
+    """What each opcode of a pickle asks for, as "module name", or ""."""
     texts = [""]
     memo: Dict[Any, str] = {}
     for opcode, argument, _ in pickletools.genops(stream):
@@ -303,7 +301,7 @@ def _names_of(stream: BinaryIO) -> Iterator[str]:
 
 
 def _check_tensors(path: Path, state: Mapping[str, Tensor], flag: str) -> None:
-    """Plain finite numbers, and no more of them than the file has room for."""
+    """Raise UserError unless all tensors are plain, finite, and no larger than the file in total."""
     room = path.stat().st_size
     for name, value in state.items():
         described = f"{path}: tensor {name[:80]!r}"
@@ -327,8 +325,8 @@ def _check_tensors(path: Path, state: Mapping[str, Tensor], flag: str) -> None:
 def write_state(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
     """Write a flat float32 state dict, .safetensors or .pth by the ending of ``path``.
 
-    The same tensors give the same bytes; ``metadata`` goes into .safetensors files only. The file is on the
-    disk when this returns.
+    The same tensors give the same bytes. ``metadata`` is written into .safetensors files only. When this
+    returns, the file is on disk.
     """
     plain = OrderedDict(
         (name, value.detach().float().cpu().clone().contiguous()) for name, value in state.items()
@@ -337,14 +335,14 @@ def write_state(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, 
         from safetensors.torch import save
 
         content = save(plain, dict(metadata))
-        # The library writes the header's metadata in an order of chance.
+        # The library writes the header's metadata in random order.
         size = int.from_bytes(content[:8], "little")
         header = json.loads(content[8 : 8 + size])
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
         ordered = json.dumps(header, separators=(",", ":")).encode().ljust(size)
         content = content[:8] + ordered + content[8 + size :]
     else:
-        # To memory first: to a path, torch.save writes that path's name into the file, and a full disk is no
+        # To memory first: given a path, torch.save writes its name into the file, and a full disk raises no
         # OSError.
         buffer = io.BytesIO()
         torch.save(plain, buffer)

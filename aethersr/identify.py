@@ -1,4 +1,4 @@
-"""Which network a state dict belongs to: variant, scale and form, read from the tensors' names and shapes."""
+"""Reads variant, scale and form of a network from the names and shapes in its state dict."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from torch import Tensor
 
 from aethersr.checkpoint import unwrap
 
-OLDER_KERNEL = ".conv.fused_conv.weight"  # of older tools, which merged nothing but the kernels
+OLDER_KERNEL = ".conv.fused_conv.weight"  # from older tools, which merged only the kernels
 OLDER_NORM = re.compile(r"(stages\.\d+\.\d+\.)?norm\.weight")
-# Tensors of the same names that compute something else, and whose they are.
+# Tensors that only other versions have. Their networks share the other names but compute something else.
 OTHER_VERSIONS = {"num_batches_tracked": "v3 or v4", "scale": "1.1.0", "scale_tensor": "3.x"}
-# Options that every variant may have, whatever it is called.
+# Options that don't decide which variant a network is.
 FREE = re.compile(r"scale|in_chans|sk_kernel|drop|drop_path_rate|img_range|norm|batch_renorm|bound|qat")
 
 
@@ -44,13 +44,13 @@ def form_name(state: Mapping[str, Any]) -> str:
 def aether_from_state_dict(state_dict: Mapping[str, Any], img_range: float = 1.0) -> AetherBase:
     """Build the network that a state dict belongs to and load it: any form, in evaluation mode, float32.
 
-    Variant, scale, kernels and attention come from names and shapes; what a framework wrapped round the
-    tensors is taken off (see aethersr.checkpoint.unwrap). Not readable from a training form: img_range
-    (assumed as given here), and drop and drop_path_rate, which change nothing in evaluation (assumed 0). A
-    fused form holds img_range in its weights; its sk_kernel no longer matters.
+    Variant, scale, kernels and attention come from names and shapes, after a framework's wrappers are removed
+    (see aethersr.checkpoint.unwrap). A training form does not tell img_range, which is taken from the
+    argument, nor drop and drop_path_rate, which don't matter in evaluation and become 0. A fused form has
+    img_range in its weights and needs no sk_kernel.
 
     Raises:
-        ValueError: not an AetherNet of a known layout; the message says what is missing or does not fit.
+        ValueError: not an AetherNet of a known layout; the message says what is missing or doesn't fit.
     """
     state = unwrap(state_dict).state
     options = read_options(state)
@@ -67,7 +67,7 @@ def aether_from_state_dict(state_dict: Mapping[str, Any], img_range: float = 1.0
             raise ValueError(f"not a whole AetherNet; tensors {wrong}.")
         return net
 
-    if hasattr(torch.device, "__enter__"):  # PyTorch 2: compare shapes before any memory is taken for them
+    if hasattr(torch.device, "__enter__"):  # PyTorch 2: compare shapes before allocating memory
         with torch.device("meta"):
             checked()
     net = checked().eval()
@@ -144,7 +144,7 @@ def _depths(state: Mapping[str, Tensor]) -> List[int]:
     """Blocks in each stage, from the names ``stages.i.j``."""
     matches = map(re.compile(r"stages\.(\d{1,4})\.(\d{1,4})\.").match, state)
     blocks = {(int(match.group(1)), int(match.group(2))) for match in matches if match}
-    if len(state) < 8 * len(blocks):  # before modules are made for them
+    if len(state) < 8 * len(blocks):  # before creating modules for them
         raise ValueError(f"not a whole AetherNet: {len(state)} tensors for {len(blocks)} blocks.")
     found = Counter(stage for stage, _ in blocks)
     depths = [found[stage] for stage in range(len(found))]
@@ -154,10 +154,10 @@ def _depths(state: Mapping[str, Tensor]) -> List[int]:
 
 
 def older_fused_to_training(state: Mapping[str, Tensor], sk_kernel: int) -> Dict[str, Tensor]:
-    """An older fused form as the training form of the same function.
+    """An older fused form as the equivalent training form.
 
-    Its norms hold scale and shift already; running statistics beside them are stale and would normalise a
-    second time.
+    Its norms already hold scale and shift. The running statistics beside them are stale and would normalise
+    twice.
     """
     state = dict(state)
     for name in [name for name in state if name.endswith(OLDER_KERNEL)]:
@@ -176,7 +176,7 @@ def older_fused_to_training(state: Mapping[str, Tensor], sk_kernel: int) -> Dict
 
 
 def variant_name(options: Mapping[str, Any]) -> str:
-    """The variant that has these options (training options aside), or a description of the network."""
+    """The variant with these options (ignoring training options), or a description of the network."""
     own = {**options, "depths": tuple(options["depths"])}
     for variant in VARIANTS:
         defaults = {name: value.default for name, value in inspect.signature(variant).parameters.items()}

@@ -1,4 +1,4 @@
-"""Which pictures there are to upscale, what each becomes, and why others are left out."""
+"""Finds the pictures to upscale, the file that each becomes, and why other files are skipped."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from aethersr.files import check_output
 from aethersr.picture import FORMATS
 
 _KINDS = ", ".join(FORMATS)
-_OF_THE_SYSTEM = ("thumbs.db", "desktop.ini")  # and names that begin with a dot: not worth a word
+_OF_THE_SYSTEM = ("thumbs.db", "desktop.ini")  # skipped silently, like names that begin with a dot
 
 
 class Job(NamedTuple):
@@ -24,14 +24,14 @@ class Job(NamedTuple):
 def find_jobs(
     source: Path, target: Path, recursive: bool, overwrite: bool, skip_existing: bool
 ) -> Tuple[List[Job], List[str]]:
-    """The jobs, all checked, and a line for every file in the folder that is none.
+    """The jobs, all checked, and a line for every other file in the folder.
 
-    With ``skip_existing``, jobs whose target is there are left out and aren't worth a line.
+    With ``skip_existing``, jobs whose target exists are left out without a line.
 
     Raises:
         UserError: there is no picture, or a target can't be written.
     """
-    # Not source.exists(): before Python 3.14 that raises for a name that is too long.
+    # Not source.exists(): before Python 3.14 it raises for a name that is too long.
     if not os.path.exists(source):
         raise UserError(f"{source} does not exist; pass a picture or a folder with --input.")
     if not (source.is_dir() or source.is_file()):

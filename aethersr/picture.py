@@ -1,6 +1,6 @@
-"""Pictures in and out: bits, transparency, colour profile, EXIF, XMP and dpi, and what is refused.
+"""Reads and writes pictures: bits, transparency, colour profile, EXIF, XMP and dpi, and what is refused.
 
-Needs numpy and Pillow; OpenCV too for reading 16 bits, which Pillow has in grey only.
+Needs numpy and Pillow, and OpenCV to read 16 bits, which Pillow supports only in grey.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ SAVE_OPTIONS: Dict[str, Dict[str, Any]] = {
 }
 _MODES = ("L", "LA", "RGB", "RGBA", "1", "P", "PA", "CMYK", "YCbCr")
 _ORIENTATION, _SUB_IFDS, _SIZES = 0x0112, (0x8769, 0x8825, 0xA005), (0xA002, 0xA003)
-# EXIF in a TIFF stands among what describes its own pixels: size, bits, strips, resolution, XMP, profile.
+# In a TIFF, EXIF tags are mixed with those about its pixels: size, bits, strips, resolution, XMP, profile.
 _OF_PIXELS = {*range(254, 260), 262, 266, *range(273, 280), 282, 283, 284, 296, 317, *range(318, 348),
               *range(512, 533), 700, 34675}  # fmt: skip
 
 
 @dataclass
 class Picture:
-    """Upright pixels (H, W, C) in uint8 or uint16, and what is kept beside them.
+    """Upright pixels (H, W, C) in uint8 or uint16, and the metadata to keep.
 
-    ``alpha``: the last channel is transparency. ``exif`` holds EXIF tags, those of directories inside it as
+    ``alpha``: the last channel is transparency. ``exif`` holds EXIF tags, with nested directories as
     dictionaries.
     """
 
@@ -58,7 +58,7 @@ class Picture:
     dpi: Optional[Tuple[float, float]] = None
 
     def with_pixels(self, pixels: np.ndarray) -> Picture:
-        """The same picture with other pixels; EXIF that tells its size follows."""
+        """The same picture with other pixels; the size in EXIF is updated."""
         exif = dict(self.exif or {})
         if isinstance(exif.get(_SUB_IFDS[0]), dict):
             sizes = dict(zip(_SIZES, (pixels.shape[1], pixels.shape[0])))
@@ -73,21 +73,21 @@ class Picture:
         """The picture in a file.
 
         Raises:
-            UserError: it can't be read, or is no still picture of 8 or 16 bits a channel.
+            UserError: it can't be read, or is not a still picture with 8 or 16 bits a channel.
         """
         try:
-            content = path.read_bytes()  # once: the file may change
+            content = path.read_bytes()  # read once, since the file may change
             if not content:
                 raise UserError(f"{path} is empty; expected a picture, so copy it again (--input).")
             _refuse_other_tiffs(path, content)
             with Image.open(io.BytesIO(content), formats=sorted(set(FORMATS.values()))) as image:
                 frames = getattr(image, "n_frames", 1)
-                if frames > 1 and image.format != "MPO":  # a telephone's JPEG: the others are its previews
+                if frames > 1 and image.format != "MPO":  # a phone's JPEG, whose other frames are previews
                     kind = "pages" if image.format == "TIFF" else "frames of an animation"
                     raise UserError(
                         f"{path} holds {frames} {kind}, expected one picture; split it (--input)."
                     )
-                tile = str(image.tile)  # what the file stores, whatever Pillow would make of it
+                tile = str(image.tile)  # what the file stores, before Pillow converts it
                 _, turn = _exif(image)
                 done = image.format == "TIFF" and _ORIENTATION in image.tag_v2  # by who reads it
                 image.load()  # raises where the file is cut or damaged, which OpenCV fills with black
@@ -98,7 +98,7 @@ class Picture:
             return picture._with_notes_of(image, 1 if done else turn)
         except (UserError, MemoryError):
             raise
-        except Exception as error:  # Pillow's readers raise many kinds
+        except Exception as error:  # Pillow raises many kinds
             unknown = isinstance(error, UnidentifiedImageError)  # Pillow's words name an object of Python
             reason = "of no kind that is known" if unknown else first_line(error)
             if path.suffix.lower() == ".avif" and not features.check("avif"):
@@ -114,7 +114,7 @@ class Picture:
         profile = image.info.get("icc_profile")
         grey = image.mode in ("1", "L", "LA")
         mode = ("L" if grey else "RGB") + ("A" if image.has_transparency_data else "")
-        if image.mode in ("CMYK", "YCbCr"):  # the profile describes other colours than RGB then
+        if image.mode in ("CMYK", "YCbCr"):  # the profile is not one for RGB
             image, profile = _to_srgb(image, profile), None
         pixels = np.array(image.convert(mode))
         return cls(pixels.reshape(*pixels.shape[:2], -1), mode.endswith("A"), profile)
@@ -131,7 +131,7 @@ class Picture:
             pixels = pixels[..., [2, 1, 0, 3][: pixels.shape[2]]]  # OpenCV has blue first
         if "LA;16" in tile and pixels.shape[2] == 4:
             pixels = pixels[..., [0, 3]]
-        clear = image.info.get("transparency")  # of PNG: one colour that is transparent
+        clear = image.info.get("transparency")  # in PNG: one colour that is transparent
         if clear is not None and pixels.shape[2] in (1, 3):
             seen = (pixels != np.array(clear, np.uint16)).any(2, keepdims=True)
             pixels = np.concatenate([pixels, seen.astype(np.uint16) * 65535], 2)
@@ -148,7 +148,7 @@ class Picture:
         return cls(np.ascontiguousarray(pixels), pixels.shape[2] in (2, 4), profile)
 
     def _with_notes_of(self, image: Image.Image, turn: int) -> Picture:
-        """Turned upright, with EXIF, XMP and dpi."""
+        """Turn upright, and add EXIF, XMP and dpi."""
         self.exif, _ = _exif(image)
         pixels = self.pixels.swapaxes(0, 1) if turn >= 5 else self.pixels
         pixels = pixels[:: -1 if turn in (3, 4, 7, 8) else 1, :: -1 if turn in (2, 3, 6, 7) else 1]
@@ -161,14 +161,14 @@ class Picture:
         try:
             across, down = (float(value) for value in image.info["dpi"])
             self.dpi = (across, down) if 0 < across < 1e6 and 0 < down < 1e6 else None
-        except Exception:  # none, or not numbers
+        except Exception:  # missing, or not numbers
             self.dpi = None
         return self
 
     # ------------------------------------------------------------------------------------------------ writing
 
     def check_fits(self, source: Path, target: Path) -> None:
-        """Refuse a format that can't hold what the picture has."""
+        """Raise UserError if the format can't hold the picture."""
         kind = FORMATS[target.suffix.lower()]
         if kind == "AVIF" and not features.check("avif"):
             remedy = "pip install --upgrade pillow, or pass another --output"
@@ -181,14 +181,14 @@ class Picture:
             raise UserError(f"{source} has transparency, which {target.name} can't hold; {remedy}.")
 
     def encode(self, kind: str) -> bytes:
-        """The file's content; ``kind`` is one of FORMATS' values."""
+        """The content of a file of this ``kind``, one of FORMATS' values."""
         if kind == "PNG":
             return self._png()
         if kind == "TIFF":
             return self._tiff()
         image = Image.fromarray(self.pixels[..., 0] if self.pixels.shape[2] == 1 else self.pixels)
         notes = {"icc_profile": self.profile, "exif": self._exif_bytes(), "xmp": self.xmp, "dpi": self.dpi}
-        if kind == "JPEG":  # a longer segment is none
+        if kind == "JPEG":  # a segment can't be longer
             notes = {
                 name: value
                 for name, value in notes.items()
@@ -231,7 +231,7 @@ class Picture:
             .reshape(height, -1)
         )
         filtered = np.empty((height, rows.shape[1] + 1), np.uint8)
-        filtered[:, 0] = 2  # each row less the one above
+        filtered[:, 0] = 2  # filter "up": each row minus the one above
         filtered[0, 1:] = rows[0]
         np.subtract(rows[1:], rows[:-1], out=filtered[1:, 1:])
         chunk(b"IDAT", zlib.compress(filtered.data, 1))
@@ -239,9 +239,9 @@ class Picture:
         return content
 
     def _tiff(self) -> bytes:
-        """8 or 16 bits, deflated; Pillow writes no 16-bit colours, OpenCV no profile."""
+        """8 or 16 bits, deflated. Pillow can't write 16-bit colours, OpenCV can't write a profile."""
         pixels = self.pixels
-        if pixels.shape[2] == 2 and pixels.itemsize == 2:  # else few programs read it
+        if pixels.shape[2] == 2 and pixels.itemsize == 2:  # few programs read 16-bit grey with alpha
             pixels = pixels[..., [0, 0, 0, 1]]
         height, width, channels = pixels.shape
         tags = TiffImagePlugin.ImageFileDirectory_v2()
@@ -260,11 +260,11 @@ class Picture:
             277: channels,
             278: step,
             279: tuple(sizes),
-            317: 2,  # each pixel less the one to its left
+            317: 2,  # predictor: each pixel minus the one to its left
         }
-        tags.tagtype[273] = 4  # LONG: Pillow adds what lies before
+        tags.tagtype[273] = 4  # LONG: Pillow adds the offset of the strips
         if self.alpha:
-            own[338] = (2,)  # colours are not multiplied by alpha
+            own[338] = (2,)  # alpha is not premultiplied
         if self.dpi:
             own.update({282: self.dpi[0], 283: self.dpi[1], 296: 2})
         for tag, value, kind in ((700, self.xmp, 1), (34675, self.profile, 7)):
@@ -282,7 +282,7 @@ class Picture:
 
 
 def _refuse_other_tiffs(path: Path, content: bytes) -> None:
-    """TIFF holds any number in any order; Pillow can't identify most such files, and reads others as noise."""
+    """TIFF holds any number in any order; Pillow can't identify most of them, and reads others as noise."""
     if content[:4] not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
         return
     try:
@@ -294,7 +294,7 @@ def _refuse_other_tiffs(path: Path, content: bytes) -> None:
         bits, kind = max(of_each), max(tags.get(339, (1,)))
         apart = tags.get(284) == 2 and len(of_each) > 1
     except Exception:
-        return  # reading it will say what is wrong
+        return  # reading it will report what is wrong
     if bits > 8 and apart:
         remedy = "save it with the colours of a pixel side by side (--input)"
         raise UserError(f"{path} holds {bits}-bit colours one after another, which is not read; {remedy}.")
@@ -305,7 +305,7 @@ def _refuse_other_tiffs(path: Path, content: bytes) -> None:
 
 
 def _exif(image: Image.Image) -> Tuple[Dict[int, Any], int]:
-    """EXIF's tags without the orientation, and the orientation. What can't be written again is left out."""
+    """EXIF's tags without the orientation, and the orientation. Leaves out tags that can't be written."""
 
     def writable(tag: int, value: Any) -> bool:
         try:
@@ -325,13 +325,13 @@ def _exif(image: Image.Image) -> Tuple[Dict[int, Any], int]:
                 value = {key: inner for key, inner in exif.get_ifd(tag).items() if writable(key, inner)}
             if tag != _ORIENTATION and tag not in _OF_PIXELS and writable(tag, value):
                 kept[tag] = value
-    except Exception:  # Pillow reads broken ones, but not all
+    except Exception:  # some broken EXIF is too broken for Pillow
         return kept, 1
     return kept, turn if turn in range(1, 9) else 1
 
 
 def _to_srgb(image: Image.Image, profile: Optional[bytes]) -> Image.Image:
-    """Printing colours by their profile, where there is a good one."""
+    """Convert printing colours to sRGB, with their profile if it is valid."""
     if image.mode == "CMYK" and profile:
         try:
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
@@ -345,7 +345,7 @@ def _to_srgb(image: Image.Image, profile: Optional[bytes]) -> Image.Image:
 
 
 def _of_256_colours(image: Image.Image) -> Image.Image:
-    """As GIF wants it: 255 colours, and one that is transparent below half."""
+    """For GIF: 256 colours, or 255 and a transparent one where alpha is below half."""
     if image.mode in ("L", "RGB"):
         return image if image.mode == "L" else image.quantize(256, Image.Quantize.MEDIANCUT)
     hidden = np.asarray(image)[..., -1] < 128
@@ -362,7 +362,7 @@ def _opencv() -> Any:
     try:
         import cv2
 
-        cv2.utils.logging.setLogLevel(0)  # else it writes about files, valid ones too, to the standard error
+        cv2.utils.logging.setLogLevel(0)  # it prints messages even about valid files
     except ImportError as error:
         raise missing_package(error, "a 16-bit picture", "upscale") from None
     return cv2

@@ -1,4 +1,4 @@
-"""Whole pictures, and many of them: transparency, textures, too little memory, reading and writing.
+"""Upscales picture files: transparency, textures, low memory, reading and writing.
 
 While the network computes one picture, others are read and written.
 """
@@ -26,10 +26,10 @@ from aethersr.picture import FORMATS, Picture
 from aethersr.tiling import upscale_tiled
 
 _RADII = (1, 2, 4, 8, 16, 32, 64)
-_FAINT = 8 / 255  # colours of a lower alpha are not trusted, up to twice as much not wholly
+_FAINT = 8 / 255  # colours below this alpha are not trusted; trust grows up to twice this alpha
 _SMALLEST_TILE = 32
-WORKERS = 4  # pictures at once, of which the network computes one
-_LARGE = 2**24  # values; of larger pictures no more than two are upscaled and written at once
+WORKERS = 4  # pictures in progress at once; the network computes one of them
+_LARGE = 2**24  # values; at most two larger pictures are upscaled and written at once
 
 
 def _planes(pixels: np.ndarray) -> Tensor:
@@ -37,10 +37,10 @@ def _planes(pixels: np.ndarray) -> Tensor:
 
 
 def _spread(image: Tensor) -> Tensor:
-    """Colours of what is hidden become those of what is visible near by; alpha, the last channel, stays.
+    """Give hidden pixels the colours of visible ones nearby; alpha, the last channel, stays the same.
 
-    Else what lies under transparency, most often black, would bleed into the visible edge. Every step is the
-    same at each pixel, so tiles and wrapped pictures come out alike.
+    Otherwise the hidden colour, usually black, would bleed into the visible edge. Every step treats all
+    pixels alike, so tiling and wrapping don't change the result.
     """
     colours, alpha = image[:, :-1], image[:, -1:]
     trust = (alpha / _FAINT - 1).clamp(0, 1)
@@ -59,12 +59,12 @@ def _spread(image: Tensor) -> Tensor:
 
 
 def spread_colours(pixels: np.ndarray, wrap: str = "") -> np.ndarray:
-    """Pixels (H, W, C) whose last channel is alpha, with colours for what is fully or nearly transparent."""
+    """Pixels (H, W, C), the last channel alpha, with colours filled in where they are hardly visible."""
     return upscale_tiled(_spread, _planes(pixels), 1024, sum(_RADII), wrap=wrap)[0].permute(1, 2, 0).numpy()
 
 
 def _range(x: Tensor, scale: int) -> Tuple[Tensor, Tensor]:
-    """The lowest and highest of the 5x5 pixels round each, ``scale`` times as large."""
+    """The lowest and highest of the 5x5 pixels round each pixel, enlarged by ``scale``."""
     lowest, highest = -F.max_pool2d(-x, 5, 1, 2), F.max_pool2d(x, 5, 1, 2)
     return F.interpolate(lowest, scale_factor=float(scale)), F.interpolate(highest, scale_factor=float(scale))
 
@@ -76,22 +76,22 @@ def _within(x: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
 def through_transparency(net: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """``net`` for pictures (N, C + 1, H, W) whose last channel is alpha.
 
-    The picture goes through over black and over white. What differs between the two is what one sees through;
-    colours and alpha follow, so that over any background the result looks as if the network had seen the
-    picture on it (Smith and Blinn, Blue Screen Matting, 1996). Rings along a hard edge are the exception: no
-    alpha makes a background darker or brighter by a part of its own difference from what is cut out.
+    The network sees the picture over black and over white. The difference between the two gives alpha, and
+    then the colours, so that over any background the result looks as if the network had seen the picture on
+    it (Smith and Blinn, Blue Screen Matting, 1996). The exception are rings along a hard edge: no alpha can
+    darken or brighten a background by a part of its difference from the object.
     """
 
     def run(image: Tensor) -> Tensor:
         colours, clear = image[:, :-1] * image[:, -1:], 1 - image[:, -1:]
         black, white = (net(colours + shade * clear).float() for shade in (0, 1))
-        checked = 0 * (black + white)  # NaN where one is not finite: limits would hide that
+        checked = 0 * (black + white)  # NaN where an output is not finite, which clamping would hide
         black, white, image = black.clamp(0, 1), white.clamp(0, 1), image.to(black)
         scale = black.shape[-1] // image.shape[-1]
         lowest, highest = _range(image, scale)
         least = lowest[:, -1:]
         alpha = _within(1 - (white - black).mean(1, keepdim=True), least, highest[:, -1:])
-        # Where alpha is small, an error of the network would become a large one of the colour.
+        # Where alpha is small, a small error of the network would become a large error of the colour.
         given = (black + white - 1 + alpha) / (2 * alpha).clamp(min=1e-4)
         given = _within(given, lowest[:, :-1] - least, highest[:, :-1] + least)
         return torch.cat([given + checked, alpha], 1)
@@ -100,7 +100,7 @@ def through_transparency(net: Callable[[Tensor], Tensor]) -> Callable[[Tensor], 
 
 
 def of_any_channels(net: Callable[[Tensor], Tensor], in_chans: int) -> Callable[[Tensor], Tensor]:
-    """``net`` for pictures with other channels: each of those goes through alone, as a grey picture."""
+    """``net`` for pictures with another number of channels: each goes through alone, as a grey picture."""
 
     def run(x: Tensor) -> Tensor:
         if x.shape[1] == in_chans:
@@ -120,7 +120,7 @@ def upscale_picture(
     wrap: str = "",
     progress: Callable[[Iterator[Any], int], Iterator[Any]] = lambda tiles, count: tiles,
 ) -> Picture:
-    """A picture of any size and channels, upscaled. Opaque ones cost no work for their transparency."""
+    """A picture of any size and channels, upscaled. Constant alpha costs no extra work."""
     pixels, even = picture.pixels, None
     if picture.alpha and pixels[..., -1].min() == pixels[..., -1].max():
         pixels, even = pixels[..., :-1], pixels[0, 0, -1]
@@ -141,7 +141,7 @@ def upscale_picture(
 
 
 class Result(NamedTuple):
-    """What became of a job: the upscaled (width, height), or why there is none."""
+    """A job's result: the upscaled (width, height), or why there is none."""
 
     job: Job
     size: Tuple[int, int]
@@ -149,10 +149,9 @@ class Result(NamedTuple):
 
 
 class _InTurn:
-    """A network in a thread of its own, where one batch waits for the other, until it is stopped.
+    """A network in its own thread, which computes one batch after the other until it is stopped.
 
-    Not a lock: which thread comes next is decided late where processors are busy, and the network would stand
-    still until then.
+    Not a lock: on busy processors, handing a lock to the next thread takes time in which the network is idle.
     """
 
     def __init__(self, network: Network, thread: Executor) -> None:
@@ -170,7 +169,7 @@ class _InTurn:
 
 
 class Upscaler:
-    """Upscales files. ``tile`` becomes smaller where memory runs out."""
+    """Upscales files. Makes ``tile`` smaller when memory runs out."""
 
     def __init__(
         self,
@@ -187,10 +186,10 @@ class Upscaler:
         self._large = threading.Semaphore(2)
 
     def run(self, jobs: Iterable[Job], tick: Callable[[float], None] = lambda part: None) -> Iterator[Result]:
-        """The jobs' results in their order.
+        """The jobs' results, in order.
 
-        ``tick`` is told each part of a picture that is done. When the caller stops early, a tile in work and
-        a file that is being written are finished first.
+        ``tick`` is called with each part of a picture that is done. If the caller stops early, tiles and
+        files in progress are finished first.
         """
         waiting = iter(jobs)
         working: Deque[Tuple[Job, Future[Tuple[int, int]]]] = deque()
@@ -219,7 +218,7 @@ class Upscaler:
         return picture.pixels.shape[1], picture.pixels.shape[0]
 
     def _upscale(self, picture: Picture, network: Network, tick: Callable[[float], None]) -> Picture:
-        """Halves the tile and tries again while memory is short and that may help."""
+        """Halve the tile and try again as long as memory runs out and that may help."""
 
         done = 0.0
 
@@ -243,12 +242,12 @@ class Upscaler:
             with self._lock:
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
-                if smaller < self.tile:  # else another thread was here
+                if smaller < self.tile:  # otherwise another thread has done it
                     self.say(f"Not enough memory for tiles of {tile} pixels; going on with {smaller}.")
                     self.tile = smaller
 
     def _result(self, job: Job, future: Future[Tuple[int, int]]) -> Result:
-        """Errors that concern one picture are told, others raised."""
+        """Report an error that concerns one picture, raise any other."""
         try:
             return Result(job, future.result())
         except Exception as error:
@@ -271,7 +270,7 @@ def _write(job: Job, picture: Picture, overwrite: bool) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         with Together() as files:
             files.part(target).write_bytes(content)
-            if os.path.lexists(target) and not overwrite:  # since the start
+            if os.path.lexists(target) and not overwrite:  # appeared since the start
                 raise UserError(f"{target} exists; pass --overwrite to replace it, or another --output.")
             files.commit()
     except OSError as error:
