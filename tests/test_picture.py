@@ -9,8 +9,8 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import strategies as st
+from damage import DAMAGE, FUZZ, damaged
+from hypothesis import given, settings
 from PIL import Image, ImageCms, ImageOps
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
@@ -302,34 +302,10 @@ def test_a_cut_picture_is_refused_or_whole(tmp_path: Path, ending: str, deep: bo
     assert refused > 50
 
 
-PLACES = st.one_of(st.floats(0, 1), st.floats(0, 0.1), st.floats(0.9, 1))  # structure lies at head and tail
-CHANGES = ("flip", "cut", "remove", "repeat", "ones")
-DAMAGE = st.lists(st.tuples(PLACES, st.sampled_from(CHANGES), st.integers(0, 63)), min_size=1, max_size=6)
-# The same examples every time, and a failing one as it was found: making it smaller would take minutes.
-FUZZ = settings(
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-    phases=[Phase.explicit, Phase.generate],
-)
-
-
 def read_damaged(tmp_path: Path, ending: str, deep: bool, damage: Any) -> None:
-    content = bytearray(encoded(ending, deep))
-    for where, change, count in damage:
-        place = int(where * (len(content) - 1))
-        if change == "flip":
-            content[place : place + 1] = bytes(value ^ 1 << count % 8 for value in content[place : place + 1])
-        elif change == "cut":
-            del content[max(1, place) :]
-        elif change == "remove":
-            del content[max(1, place) : place + count]
-        elif change == "repeat":
-            content[place:place] = content[place : place + count]
-        else:
-            content[place : place + count] = b"\xff" * len(content[place : place + count])
+    content = damaged(encoded(ending, deep), damage)
     try:
-        pixels = read(tmp_path, bytes(content), f"in{ending}").pixels
+        pixels = read(tmp_path, content, f"in{ending}").pixels
     except UserError as error:
         assert f"in{ending}" in str(error)  # noqa: PT017
         assert "--" in str(error), f"no remedy: {error}"  # noqa: PT017

@@ -20,6 +20,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, AsNobody, small_net
+from damage import DAMAGE, FUZZ, damaged
+from hypothesis import given, settings
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -56,7 +58,8 @@ def upscaled(model: Any, source: Any, target: Any, *more: str) -> int:
 
 
 def one_line(capfd: Any) -> str:
-    error = capfd.readouterr().err  # of the file descriptor: libraries write there too
+    out, error = capfd.readouterr()  # of the file descriptors: libraries write there too
+    assert "Error" not in out, out
     assert error.count("\n") == 1, error
     assert error.startswith("upscale.py: error: ")
     assert error[:-1].isprintable(), ascii(error)
@@ -95,7 +98,7 @@ def test_cut_or_hostile_weights_are_refused(folder: Path, net: Any, capfd: Any) 
     assert "tail.bias" in refuses_model(folder / "net.pth", capfd)
 
 
-def test_a_cut_or_flipped_onnx_file_is_refused_or_upscales(folder: Path, net: Any, capfd: Any) -> None:
+def test_a_cut_onnx_file_is_refused(folder: Path, net: Any, capfd: Any) -> None:
     onnx = pytest.importorskip("onnx")
     model = folder / "net.onnx"
     onnx_file = Path(export_onnx(net, 2, output_path=str(model))).read_bytes()
@@ -107,20 +110,28 @@ def test_a_cut_or_flipped_onnx_file_is_refused_or_upscales(folder: Path, net: An
     ):
         model.write_bytes(onnx_file[:place])
         refuses_model(model, capfd)
-    rng, outcomes = np.random.default_rng(0), set()
-    for k in range(40):
-        content = bytearray(onnx_file)
-        # The head, where names and shapes lie, or anywhere.
-        for place in rng.integers(0, len(content) if k % 2 else 400, 1 + k % 5):
-            content[place] ^= 1 << rng.integers(0, 8)
-        model.write_bytes(content)
+
+
+@pytest.mark.parametrize("count", [60, pytest.param(2000, marks=pytest.mark.slow)])
+def test_a_damaged_onnx_file_is_refused_or_upscales(folder: Path, net: Any, capfd: Any, count: int) -> None:
+    pytest.importorskip("onnx")
+    model, outcomes = folder / "net.onnx", []
+    whole = Path(export_onnx(net, 2, output_path=str(model))).read_bytes()
+
+    @settings(FUZZ, max_examples=count)
+    @given(damage=DAMAGE)
+    def run(damage: Any) -> None:
+        model.write_bytes(damaged(whole, damage))
         code = upscaled(model, folder / "in.png", folder / "out.png", "--overwrite")
         assert code in (0, 2)
         if code == 2:
             one_line(capfd)
         capfd.readouterr()
-        outcomes.add(code)
-    assert outcomes == {0, 2}
+        outcomes.append(code)
+
+    run()
+    assert len(outcomes) >= count
+    assert set(outcomes) == {0, 2}
 
 
 def test_onnx_files_of_other_networks_are_refused(folder: Path, capfd: Any) -> None:
