@@ -344,7 +344,7 @@ class AetherBase(nn.Module):
             raise RuntimeError(f"{me}: {found} fuse_aether.py reads other layouts.")
         if other is not self:
             self.become(other)
-        elif bound != self.options["bound"]:
+        elif form and bound != self.options["bound"]:
             self.set_bound(bound)
         if form is AetherNet and self.options["norm"] is None:
             moved = any(name.endswith(".running_mean") and bool(value.any()) for name, value in own.items())
@@ -376,7 +376,7 @@ class AetherNet(AetherBase):
         self, scale: int = 4, in_chans: int = 3, embed_dim: int = 128, depths: Sequence[int] = (6, 6, 6, 6),
         mlp_ratio: float = 2.0, lk_kernel: int = 11, sk_kernel: int = 3, drop: float = 0.0,
         drop_path_rate: float = 0.1, img_range: float = 1.0, use_channel_attn: bool = True,
-        use_spatial_attn: bool = True, batch_renorm: bool = False, bound: Optional[float] = None,
+        use_spatial_attn: bool = True, batch_renorm: bool = False, bound: Optional[float] = 1.0,
         norm: Optional[str] = None,
     ) -> None:  # fmt: skip
         super().__init__({k: option for k, option in locals().items() if k not in ("self", "__class__")})

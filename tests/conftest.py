@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -44,8 +45,8 @@ def randomize(net: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 
 
 def small_net(scale: int = 2, **options: Any) -> aether_arch.AetherNet:
-    """A small network of every part, with random statistics, in float64 and evaluation mode."""
-    options = {"embed_dim": 24, "depths": (1, 2), **options}
+    """A small network of every part, with random statistics and no bound, in float64 and evaluation mode."""
+    options = {"embed_dim": 24, "depths": (1, 2), "bound": None, **options}
     return randomize(aether_arch.AetherNet(scale=scale, **options)).double().eval()
 
 
@@ -56,6 +57,28 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def no_timing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fuse command measures no speed, which takes most of a run's time."""
+    from aethersr import verify
+    from aethersr.timing import Comparison
+
+    times = Comparison({"unfused": [2.0], "fused": [1.0]})
+    monkeypatch.setattr(verify, "compare_times", lambda *networks: times)
+
+
+def one_line(error: str, program: str = "fuse_aether.py") -> str:
+    """The line that a command's error consists of: readable, with its remedy, in the command's own words."""
+    assert error.count("\n") == 1, error
+    assert error.startswith(f"{program}: error: ")
+    line = error[:-1]
+    assert line.isprintable(), ascii(line)
+    assert re.search(r"--\w+", line), f"no remedy: {line}"
+    for words in ("Traceback", "torch.load", "Weights only load failed"):
+        assert words not in line, f"PyTorch's words, with its advice to let the code run: {line}"
+    return line
 
 
 class AsNobody:

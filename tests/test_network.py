@@ -10,7 +10,7 @@ import inspect
 import json
 import pickle
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any, Dict, Optional
 
 import aether_arch
 import pytest
@@ -30,9 +30,9 @@ BOUND = 0.75  # small enough that random networks reach it
 
 
 @torch.no_grad()
-def runaway(**options: Any) -> AetherNet:
+def runaway(bound: Optional[float] = None) -> AetherNet:
     """A network whose products square what they are given, block by block."""
-    net = AetherNet(scale=2, embed_dim=16, depths=(4, 4), **NEITHER, **options)
+    net = AetherNet(scale=2, embed_dim=16, depths=(4, 4), **NEITHER, bound=bound)
     randomize(net)
     for name, value in net.named_parameters():
         if "ffn.conv_out.weight" in name:
@@ -282,6 +282,21 @@ def test_a_bound_keeps_every_form_of_a_runaway_network_finite(tmp_path: Path) ->
     forms["int8"] = forms["quantised"].eval().convert_to_quantized()
     for name, form in forms.items():
         assert float(form.eval()(image).abs().max()) < 100, name
+
+
+def test_a_new_network_is_bounded_and_a_file_without_a_bound_takes_it_away() -> None:
+    net, published = (
+        AetherNet(embed_dim=8, depths=(1,), **NEITHER),
+        small_net(2, embed_dim=8, depths=(1,), **NEITHER),
+    )
+    assert net.options["bound"] == 1.0
+    net.load_state_dict({}, strict=False)
+    assert net.options["bound"] == 1.0
+    other = AetherNet(scale=2, embed_dim=8, depths=(1,), **NEITHER).double().eval()
+    other.load_state_dict(published.state_dict())
+    x = 9 * torch.rand(1, 3, 8, 8, dtype=torch.float64)
+    assert other.options["bound"] is None
+    assert torch.equal(other(x), published(x))
 
 
 def test_layout_copy_and_pickle_change_nothing() -> None:
