@@ -1,10 +1,10 @@
 """Write the option templates of AetherNet for traiNNer-redux, neosr and BasicSR.
 
     python options/generate_options.py          # write them all
-    python options/generate_options.py --check  # write nothing; exit 1 and name the files to renew
+    python options/generate_options.py --check  # write nothing; exit 1 and list outdated files
 
-skeletons/ holds the texts, one for each kind of file. values.yml holds what differs from file to file.
-Edit these, never a template.
+skeletons/ holds a text for each kind of file, values.yml what differs from file to file. Edit these, never a
+template.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ HERE = Path(__file__).resolve().parent
 
 
 def cases(values: Dict[str, Any]) -> Iterator[Dict[str, Any]]:
-    """What a skeleton can name, for every size, stage and scale."""
+    """The variables of the skeletons, for every size, stage and scale."""
     for size, of_size in values["sizes"].items():
         for stage, of_stage in values["stages"].items():
             kind = {
@@ -36,7 +36,7 @@ def cases(values: Dict[str, Any]) -> Iterator[Dict[str, Any]]:
 
 
 def templates() -> Dict[Path, str]:
-    """Every template: its path below options/ and its text."""
+    """Every template's path below options/, and its text."""
     values = yaml.safe_load((HERE / "values.yml").read_text(encoding="utf-8"))
     blocks: Dict[str, Any] = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
     skeletons = Environment(loader=FileSystemLoader(HERE / "skeletons"), undefined=StrictUndefined, **blocks)
@@ -50,14 +50,14 @@ def templates() -> Dict[Path, str]:
 
 
 def leftover(wanted: Dict[Path, str]) -> List[Path]:
-    """Files in the templates' folders that no skeleton writes."""
+    """Files in the templates' folders that don't come from a skeleton."""
     folders = {(HERE / path).parent for path in wanted}
     found = (file.relative_to(HERE) for folder in folders for file in folder.glob("*.*"))
     return sorted(path for path in found if path not in wanted)
 
 
 def outdated(wanted: Dict[Path, str]) -> List[Path]:
-    """Templates that are missing on disk or differ from what their skeleton gives."""
+    """Templates that are missing on disk or differ from their skeleton's output."""
     return [path for path, text in wanted.items() if not same(HERE / path, text)]
 
 
