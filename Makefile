@@ -1,7 +1,7 @@
 # Each command sets up its own virtual environment, .venv. README.md has the plain commands for Windows.
 PYTHON ?= python3
 BIN := .venv/bin
-# One thread a process and two processes: the networks of the tests are too small for more.
+# Two processes with one thread each: the networks in the tests are too small for more.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 FAST := network fusion loading registration checkpoint* identify errors files fuse_command upscale_command
 RUNTIMES := runtimes exported onnx onnx_int8 ncnn tensorrt spandrel comfyui
@@ -23,7 +23,7 @@ test: .venv/.installed
 test-fast: .venv/.installed
 	$(PYTEST) $(call tests_of,$(FAST))
 
-# Our files in other runtimes, spandrel and ComfyUI. What requirements-runtimes.txt names is installed first.
+# Our files in other runtimes, spandrel and ComfyUI. Installs requirements-runtimes.txt first.
 test-runtimes: .venv/.installed
 	$(BIN)/pip install --disable-pip-version-check --no-deps --require-hashes -r requirements-runtimes.txt
 	$(PYTEST) $(call tests_of,$(RUNTIMES))
@@ -48,7 +48,7 @@ bench: .venv/.installed
 	$(BIN)/pip install --disable-pip-version-check -q -r benchmarks/requirements.txt
 	$(BIN)/python benchmarks/benchmark.py $(ARGS)
 
-# What a card can do, in four minutes. Install the PyTorch of your card first.
+# What a GPU can do, in four minutes. Install the PyTorch build for your GPU first.
 gpu: .venv/.installed
 	$(BIN)/pip install --disable-pip-version-check -q -r benchmarks/requirements.txt
 	$(BIN)/python benchmarks/gpu.py $(ARGS)
@@ -60,7 +60,7 @@ gpu: .venv/.installed
 	$(BIN)/pip install --disable-pip-version-check --no-deps --require-hashes --no-build-isolation -r requirements-basicsr.txt
 	touch $@
 
-# After a change of a requirements*.in; what is pinned already stays unless UPGRADE=--upgrade.
+# After changing a requirements*.in. Pinned versions stay unless UPGRADE=--upgrade.
 COMPILE = $(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes $(UPGRADE) \
 	--custom-compile-command "make requirements"
 requirements: .venv/.installed

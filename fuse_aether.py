@@ -1,4 +1,4 @@
-"""Turn a training checkpoint of AetherNet into fused release weights: python fuse_aether.py --help.
+"""Turn an AetherNet training checkpoint into fused release weights: python fuse_aether.py --help.
 
 The command is in aethersr/commands/fuse.py. AetherNet by Philip Hofmann, https://github.com/phhofm. MIT.
 """

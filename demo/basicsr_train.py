@@ -1,4 +1,4 @@
-"""Train an AetherNet with BasicSR as pip installed it, without changing anything in BasicSR.
+"""Train an AetherNet in an unmodified BasicSR, as installed by pip.
 
 Usage:
     python demo/basicsr_train.py [--root DIR] -opt options/basicsr/X.yml [BasicSR's own flags]
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import List, Optional
 
 ROOT = Path(__file__).resolve().parents[1]
-_declared: list = []  # a torch.library.Library takes its operators away when it is collected
+_declared: list = []  # a torch.library.Library removes its operators when it is garbage-collected
 
 
 def import_torchvision() -> types.ModuleType:
@@ -55,7 +55,7 @@ def register_aether() -> types.ModuleType:
         sys.modules[name] = shim = types.ModuleType(name)
         shim.rgb_to_grayscale = functional.rgb_to_grayscale  # type: ignore[attr-defined]
     package = importlib.import_module("basicsr.archs")
-    if str(ROOT / "archs") not in package.__path__:  # looked at last: a copy inside BasicSR comes first
+    if str(ROOT / "archs") not in package.__path__:  # searched last: a copy inside BasicSR comes first
         package.__path__.append(str(ROOT / "archs"))
     return importlib.import_module("basicsr.archs.aether_arch")
 
@@ -75,7 +75,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     importlib.import_module("cpu_speed").speed_up_on_cpu()
     os.makedirs(args.root, exist_ok=True)
     os.chdir(args.root)
-    sys.argv = [sys.argv[0], "-opt", options, *flags]  # where BasicSR looks for its arguments
+    sys.argv = [sys.argv[0], "-opt", options, *flags]  # where BasicSR reads its arguments
     importlib.import_module("basicsr.train").train_pipeline(os.getcwd())
 
 

@@ -1,16 +1,16 @@
-"""From photographs to a finished network in one run: train, fuse, export, upscale, compare.
+"""Go from photographs to a finished network in one run: train, fuse, export, upscale, compare.
 
 Usage:
     python demo/demo.py [--output DIR] [--quick]
 
-1. cuts a small data set out of photographs that scikit-image ships, all but one;
+1. crops a small data set from scikit-image's photographs, all but one;
 2. trains aether_small x2 with BasicSR and options/basicsr/demo_aether_small_x2.yml, on a GPU if there is one;
 3. fuses the checkpoint with fuse_aether.py and exports it to ONNX;
-4. upscales the photograph that was kept back: bicubic, network unfused, fused and in ONNX Runtime;
+4. upscales the remaining photograph: bicubic, network unfused, fused and in ONNX Runtime;
 5. writes comparison.png.
 
 Exit code 1: the three networks disagree, or bicubic is better. Low-resolution pictures are Pillow's bicubic
-reductions of whole photographs, cut afterwards, so that no cut has a border of its own.
+reductions of whole photographs, cropped afterwards, so that crops have no borders of their own.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from aethersr.timing import interleaved  # noqa: E402
 SCALE = 2
 OPTIONS = ROOT / "options" / "basicsr" / "demo_aether_small_x2.yml"
 EXPERIMENT = "demo_aether_small_x2"
-MARKER = ".aether_demo"  # only a folder that holds it is ever emptied
+MARKER = ".aether_demo"  # only folders with this file are ever emptied
 HELD_OUT = "astronaut"
 # Part of the package, so nothing is downloaded. All are CC0, public domain or without known restrictions.
 TRAINING = (
@@ -74,9 +74,9 @@ def reduced(image: Image.Image) -> Image.Image:
 
 
 def prepare_data(folder: Path, names: Sequence[str] = TRAINING, size: int = 96) -> int:
-    """Write pairs of cuts to ``folder``/gt and ``folder``/lq and return how many.
+    """Write pairs of crops to ``folder``/gt and ``folder``/lq and return how many.
 
-    Flat ones, such as sky and black borders, teach nothing and stay out.
+    Flat ones, such as sky and black borders, are left out, because they teach nothing.
     """
     for sub in ("gt", "lq"):
         (folder / sub).mkdir(parents=True)
@@ -97,7 +97,7 @@ def prepare_data(folder: Path, names: Sequence[str] = TRAINING, size: int = 96) 
 
 
 def run(command: Sequence[str], show: Callable[[str], bool] = lambda line: True) -> None:
-    """Run a Python script of this repository and print the lines that ``show`` picks.
+    """Run a Python script of this repository and print the lines that ``show`` selects.
 
     If it fails, print its last lines and exit.
     """
@@ -128,7 +128,7 @@ def train(root: Path, iterations: Optional[int]) -> Path:
     if iterations:
         values.update({"train:total_iter": iterations, "logger:print_freq": 1})
     flags = ["--force_yml", *(f"{name}={value}" for name, value in values.items())]
-    # BasicSR also prints every layer of the network; all of it is in its log file.
+    # BasicSR also prints every layer of the network; its log file has everything.
     run(
         [str(ROOT / "demo" / "basicsr_train.py"), "--root", str(root), "-opt", str(OPTIONS), *flags],
         show=lambda line: "[epoch:" in line,
@@ -153,7 +153,7 @@ def to_image(array: np.ndarray) -> Image.Image:
 
 
 def compare(unfused: AetherBase, fused: AetherBase, onnx_path: Path, truth: Image.Image) -> List[Result]:
-    """Picture, quality and median time of each way to upscale ``truth`` from its reduction."""
+    """Picture, quality and median time of each way to upscale ``truth`` from its low-resolution version."""
     import onnxruntime
 
     lq = reduced(truth)
@@ -208,7 +208,7 @@ def side_by_side(
     size: int = CROP_SIZE,
     zoom: int = 4,
 ) -> Image.Image:
-    """One column an image: the whole of it over enlarged details, with frames where these are."""
+    """A column for each image: the whole, with frames, above the enlarged details in these frames."""
     width, header, gap = size * zoom, 28, 8
     first = next(iter(columns.values()))
     boxes = [box for box in boxes if box[0] + size <= first.width and box[1] + size <= first.height]

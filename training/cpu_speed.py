@@ -1,6 +1,6 @@
-"""Training on a CPU, several times as fast: a weight gradient for depthwise kernels, and its layout.
+"""Speeds up training on a CPU several times: a weight gradient for depthwise kernels, and channels_last.
 
-Call ``speed_up_on_cpu()`` once, after aether_arch was imported. What is computed stays the same.
+Call ``speed_up_on_cpu()`` once, after importing aether_arch. The results stay the same.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from torch.nn import functional as F
 
 
 class _DepthwiseConv(torch.autograd.Function):
-    """F.conv2d(x, weight, bias, padding="same", groups=channels) with a fast gradient of the weight.
+    """F.conv2d(x, weight, bias, padding="same", groups=channels) with a fast weight gradient.
 
     oneDNN has none for depthwise convolutions, and PyTorch's own takes most of a training step. But that
-    gradient is itself a depthwise convolution, of every input channel with its output gradient as the kernel,
+    gradient is itself a depthwise convolution, of each input channel with its output gradient as kernel,
     summed over the batch.
     """
 
@@ -28,7 +28,7 @@ class _DepthwiseConv(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        # In float32 at least, whatever autocast computed in: bfloat16 is slower on planes, one by one.
+        # At least float32, whatever autocast chose: bfloat16 is slower for single planes.
         given, wide = ctx.saved_tensors, torch.promote_types(grad.dtype, torch.float32)
         (x, weight), grad = (value.to(wide) for value in given), grad.to(wide)
         (batch, channels, height, width), padding = x.shape, weight.shape[-1] // 2
@@ -42,7 +42,7 @@ class _DepthwiseConv(torch.autograd.Function):
 
 
 def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """aether_arch.depthwise_conv, faster where a large kernel is trained on a CPU."""
+    """aether_arch.depthwise_conv, faster when training a large kernel on a CPU."""
     if x.device.type == "cpu" and torch.is_grad_enabled() and weight.requires_grad and weight.shape[-1] > 3:
         return _DepthwiseConv.apply(x, weight, bias)
     return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=len(weight))
@@ -55,7 +55,7 @@ def _call(net: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
 
 
 def speed_up_on_cpu() -> int:
-    """Let every loaded copy of aether_arch, a framework's too, train fast on a CPU. Returns how many."""
+    """Speed up every loaded copy of aether_arch, including frameworks'. Returns the number of copies."""
     copies: Any = [module for name, module in sys.modules.items() if name.split(".")[-1] == "aether_arch"]
     for module in copies:
         module.depthwise_conv = depthwise_conv

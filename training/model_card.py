@@ -1,12 +1,12 @@
-"""A model card in OpenModelDB's schema, filled from the release files.
+"""Write a model card in OpenModelDB's schema, filled in from the release files.
 
     python training/model_card.py 2x_MyModel.safetensors 2x_MyModel_fp16.onnx \\
         --author my-id --date 2026-11-22 --tags photo,restoration
 
-Writes 2x-MyModel.json beside the first file, under the name that OpenModelDB's data/models/ wants. Scale,
-channels and size tags are read from the weights, size and sha256 from every file; the rest are options, so
-the same options give the same bytes on any day. OpenModelDB takes a card once its files have addresses
-(--url), and its author and the architecture "aethernet" are in its lists.
+Writes 2x-MyModel.json beside the first file, named as in OpenModelDB's data/models/. Scale, channels and size
+tags are read from the weights, size and sha256 from each file, and the rest from options, so the same options
+always give the same bytes. OpenModelDB accepts a card once its files have addresses (--url) and its lists
+contain the author and the architecture "aethernet".
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ TRAINING = {  # option: property of the schema
 
 
 def facts(path: Path) -> dict[str, Any]:
-    """What a card says about the network itself."""
+    """The card's entries about the network itself."""
     try:
         net = aether_from_state_dict(read_checkpoint(path, "FILE").state)
     except ValueError as error:
@@ -64,7 +64,7 @@ def resource(path: Path, url: str) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{path} can't be read: {error.strerror}; pass release files (FILE).") from None
     if not content:
-        raise UserError(f"{path} is no file, or empty; pass release files (FILE).")
+        raise UserError(f"{path} is not a file, or is empty; pass release files (FILE).")
     ending = path.suffix.lower()
     urls = [f"{url.rstrip('/')}/{quote(path.name)}"] if url else []
     return {
@@ -82,7 +82,7 @@ def model_name(path: Path) -> str:
 
 
 def model_id(name: str, scale: int) -> str:
-    """The file's name in OpenModelDB: the scale in front, then letters and digits with dashes between."""
+    """The id in OpenModelDB: the scale, then letters and digits separated by dashes."""
     words = re.sub("[^a-zA-Z0-9]+", "-", name).strip("-")
     words = re.sub(rf"^({scale}x|x{scale})-?|-({scale}x|x{scale})$", "", words, flags=re.IGNORECASE)
     if not words:
@@ -151,7 +151,7 @@ def ids(text: str) -> list[str]:
     words = [word.strip() for word in text.split(",")]
     if not all(re.fullmatch("[a-z0-9]+(-[a-z0-9]+)*", word) for word in words):
         raise argparse.ArgumentTypeError(
-            f"{text!r}: expected ids of small letters, digits and dashes, with commas between"
+            f"{text!r}: expected ids of lower-case letters, digits and dashes, separated by commas"
         )
     return words
 
@@ -172,27 +172,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="release files of one network, .safetensors, .pth and .onnx",
     )
     parser.add_argument(
-        "--author", type=ids, required=True, help="id in OpenModelDB, or several with commas between"
+        "--author", type=ids, required=True, help="id in OpenModelDB, or several separated by commas"
     )
     parser.add_argument(
-        "--date", type=datetime.date.fromisoformat, required=True, help="of publication, YYYY-MM-DD"
+        "--date", type=datetime.date.fromisoformat, required=True, help="publication date, YYYY-MM-DD"
     )
     parser.add_argument(
-        "--tags", type=ids, required=True, help="ids from OpenModelDB's data/tags.json, with commas between"
+        "--tags", type=ids, required=True, help="ids from OpenModelDB's data/tags.json, separated by commas"
     )
     parser.add_argument("--license", help="SPDX id, such as CC-BY-4.0 (default: none)")
-    parser.add_argument("--name", help="default: the first file's, without scale and precision")
-    parser.add_argument("--description", default="", help="Markdown")
-    parser.add_argument(
-        "--url", default="", help="address of the folder that the files can be downloaded from"
-    )
+    parser.add_argument("--name", help="default: the first file's name, without scale and precision")
+    parser.add_argument("--description", default="", help="text in Markdown")
+    parser.add_argument("--url", default="", help="address of the folder from which to download the files")
     for option in TRAINING:
         parser.add_argument(
             f"--{option}",
             type=str if option == "dataset" else positive,
-            help=f"of the training: {TRAINING[option]} of the schema",
+            help=f"about the training: the schema's {TRAINING[option]}",
         )
-    parser.add_argument("--overwrite", action="store_true", help="replace the card where it exists")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing card")
     return parser.parse_args(argv)
 
 

@@ -1,9 +1,9 @@
-"""Pictures to validate on: scikit-image's photographs, which no training here reads.
+"""Write scikit-image's photographs to a folder, to validate on; no training here uses them.
 
     python training/photographs.py FOLDER
 
-Writes a PNG each. Choose recipes and compare weights on these, or on pictures of your own; keep Set5,
-Set14 and the like for the last measurement.
+Writes a PNG for each. Choose recipes and compare weights on these, or on your own pictures; keep Set5, Set14
+and the like for the final measurement.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL import Image
 from skimage import data
 
-# All are in the public domain or CC0, see skimage/data/README.txt.
+# All are public domain or CC0, see skimage/data/README.txt.
 NAMES = ("astronaut", "camera", "chelsea", "coffee", "coins", "grass", "gravel", "rocket")
 
 

@@ -1,13 +1,13 @@
-"""Training pairs from free pictures that Debian packages carry, or from your own: fetch, reduce, cut.
+"""Make training pairs from free pictures in Debian packages or from your own pictures.
 
     python training/prepare_pictures.py FOLDER [--scale 2] [--packages DIR]
     python training/prepare_pictures.py FOLDER --pictures MINE [--reductions 1 2]
 
-Writes FOLDER/gt and FOLDER/lq (PNG pairs of one name), FOLDER/sources.csv (the picture, its reduction
-and bicubic's PSNR-Y for every pair) and, of the packages, FOLDER/copyright (what each says about authors
-and licences; several of these licences ask for attribution). The packages need Debian or Ubuntu: apt-get
-downloads them into FOLDER/packages, dpkg-deb unpacks them, nothing is installed. With ``--packages`` they
-are taken from there. ``--pictures`` takes a folder of yours instead, with its subfolders.
+Writes FOLDER/gt and FOLDER/lq (PNG pairs with the same names), FOLDER/sources.csv (source, reduction and
+bicubic PSNR-Y of every pair) and, for the packages, FOLDER/copyright (their authors and licences; several
+licences require attribution). The packages need Debian or Ubuntu: apt-get downloads them into FOLDER/packages
+and dpkg-deb unpacks them; nothing is installed. ``--packages`` names a folder that already has them.
+``--pictures`` uses your own folder instead, with its subfolders.
 
 ===========================  ============================================  ==========================
 package                      authors                                       licence
@@ -20,10 +20,10 @@ plasma-workspace-wallpapers  KDE Visual Design Group and those it names    GPL-2
 ukui-wallpapers              Ubuntu Kylin community                        CC-BY-SA-3.0
 ===========================  ============================================  ==========================
 
-Wallpapers are large and soft, and a soft cut teaches nothing: bicubic reproduces it. So pictures are
-reduced to 1/2, 1/3, 1/4 and 1/6 first (``--reductions``; 1 leaves sharp pictures as they are), and only
-those cuts are kept on which bicubic interpolation reaches 20 to 37 dB. A low-resolution picture is
-Pillow's bicubic reduction of the whole picture, cut afterwards: no cut has a border of its own.
+Wallpapers are large and soft, and a soft crop teaches nothing, because bicubic reproduces it. So pictures are
+first reduced to 1/2, 1/3, 1/4 and 1/6 (``--reductions``; 1 leaves sharp pictures as they are), and only crops
+on which bicubic interpolation reaches 20 to 37 dB are kept. Low-resolution pictures are Pillow's bicubic
+reductions of whole pictures, cropped afterwards, so that crops have no borders of their own.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ PACKAGES = (
     "ukui-wallpapers",
 )
 KINDS = {".jpg", ".jpeg", ".png", ".webp"}
-SHORTEST = 1000  # below are thumbnails of the same pictures
+SHORTEST = 1000  # smaller ones are thumbnails of the same pictures
 REDUCTIONS = (2, 3, 4, 6)
-SIZE = 192  # of a cut, high-resolution pixels
+SIZE = 192  # of a crop in high-resolution pixels
 PER_PICTURE = 60
 BICUBIC_DB = (20.0, 37.0)  # PSNR-Y of bicubic interpolation: below is noise, above nothing to learn
 BICUBIC = Image.Resampling.BICUBIC
@@ -66,7 +66,7 @@ class Cut(NamedTuple):
 
 
 def unpack(packages: Path, folder: Path) -> None:
-    """Unpack each of PACKAGES from ``packages`` into ``folder``/NAME; what is missing there is downloaded."""
+    """Unpack each of PACKAGES from ``packages`` into ``folder``/NAME; download those that are missing."""
     packages.mkdir(parents=True, exist_ok=True)
     missing = [name for name in PACKAGES if not list(packages.glob(f"{name}_*.deb"))]
     if missing:
@@ -82,7 +82,7 @@ def unpack(packages: Path, folder: Path) -> None:
 
 
 def pictures(folder: Path, shortest: int, packages: bool) -> List[Path]:
-    """Every picture once: no links, and of a package's picture in several sizes the largest."""
+    """Every picture once: no links, and only the largest if a package has it in several sizes."""
     best: Dict[Path, Tuple[int, Path]] = {}
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() not in KINDS or path.is_symlink():
@@ -92,7 +92,7 @@ def pictures(folder: Path, shortest: int, packages: bool) -> List[Path]:
         if min(width, height) < shortest:
             continue
         key = path
-        if packages:  # Plasma keeps the sizes of a picture in one folder; others have the size in the name
+        if packages:  # Plasma has a picture's sizes in one folder, others have the size in the name
             alone = not path.parent.name.startswith("images")
             key = path.with_name(re.sub(r"_\d+x\d+$", "", path.stem)) if alone else path.parent
         if key not in best or width > best[key][0]:
@@ -101,7 +101,7 @@ def pictures(folder: Path, shortest: int, packages: bool) -> List[Path]:
 
 
 def luma(image: Image.Image) -> np.ndarray:
-    """Y of YCbCr as JPEG has it, (H, W) float, 0 to 255."""
+    """Y of JPEG's YCbCr, (H, W) float, 0 to 255."""
     return np.asarray(image.convert("L"), dtype=np.float64)
 
 
@@ -122,7 +122,7 @@ def cuts_of_reduction(picture: Image.Image, reduction: int, scale: int) -> Itera
 
 
 def cuts(path: Path, scale: int, reductions: Sequence[int]) -> List[Cut]:
-    """At most PER_PICTURE cuts of a picture, those on which bicubic interpolation does worst."""
+    """At most PER_PICTURE crops of a picture: those on which bicubic interpolation does worst."""
     with Image.open(path) as opened:
         picture = opened.convert("RGB")
     found = [cut for reduction in reductions for cut in cuts_of_reduction(picture, reduction, scale)]
@@ -134,12 +134,12 @@ def main(argv: Optional[List[str]] = None) -> None:
     parser.add_argument("folder", type=Path, help="where gt/, lq/, sources.csv and copyright/ go")
     parser.add_argument("--scale", type=int, choices=(2, 3, 4), default=2)
     parser.add_argument("--packages", type=Path, help="folder with .deb files (default: FOLDER/packages)")
-    parser.add_argument("--pictures", type=Path, help="your own pictures, in place of the packages'")
-    text = "sizes to cut from: 1/2, 1/3, ... (default: %(default)s)"
+    parser.add_argument("--pictures", type=Path, help="folder with your own pictures, instead of packages")
+    text = "reduce pictures to 1/N before cropping (default: %(default)s)"
     parser.add_argument("--reductions", type=int, nargs="+", default=REDUCTIONS, metavar="N", help=text)
     args = parser.parse_args(argv)
     if (args.folder / "gt").exists():
-        sys.exit(f"prepare_pictures: {args.folder / 'gt'} exists; remove it, or name another folder")
+        sys.exit(f"prepare_pictures: {args.folder / 'gt'} exists; remove it or name another folder")
     if args.pictures and not args.pictures.is_dir():
         sys.exit(f"prepare_pictures: there is no folder {args.pictures} (--pictures)")
     unpacked = args.folder / "unpacked"
@@ -164,13 +164,13 @@ def main(argv: Optional[List[str]] = None) -> None:
             cut.lq.save(args.folder / "lq.partial" / name, compress_level=1)
             rows.append((name, str(path.relative_to(source)), cut.reduction, f"{cut.bicubic_db:.2f}"))
     if not rows:
-        sys.exit(f"prepare_pictures: no cut of {source} is sharp enough; try other --reductions")
+        sys.exit(f"prepare_pictures: no crop of {source} is sharp enough; try other --reductions")
     with open(args.folder / "sources.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("cut", "picture", "reduction", "bicubic_db"), *rows])
-    for sub in ("lq", "gt"):  # gt last: it says that all is there
+    for sub in ("lq", "gt"):  # gt last: once it exists, all is complete
         (args.folder / f"{sub}.partial").rename(args.folder / sub)
     shutil.rmtree(unpacked)
-    print(f"{len(rows)} pairs of {len({row[1] for row in rows})} pictures in {args.folder}")
+    print(f"{len(rows)} pairs from {len({row[1] for row in rows})} pictures in {args.folder}")
     print(f"bicubic x{args.scale}: median {np.median([float(row[3]) for row in rows]):.1f} dB")
 
 

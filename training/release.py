@@ -1,10 +1,9 @@
-"""Fused weights in half precision, to release: half the size, the same picture.
+"""Write fused weights in half precision: half the size, the same picture.
 
     python training/release.py CHECKPOINT weights/2x_MyModel_fp16.safetensors
 
-CHECKPOINT is a training checkpoint or fused weights. Values that half precision could not hold are rescaled
-inside the network, exactly. ONNX files come from fuse_aether.py, the table of a model's page from
-aether-evaluate.
+CHECKPOINT is a training checkpoint or fused weights. Values that half precision can't hold are rescaled
+inside the network, exactly. For ONNX files use fuse_aether.py, for a table of quality aether-evaluate.
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ def release(checkpoint: Path, target: Path, bound: Optional[float]) -> None:
 def main(argv: Optional[List[str]] = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
-    parser.add_argument("target", type=Path, metavar="TARGET", help=".safetensors; replaced where it exists")
+    parser.add_argument("target", type=Path, metavar="TARGET", help=".safetensors; replaced if it exists")
     parser.add_argument("--bound", type=float, help="as in fuse_aether.py")
     args = parser.parse_args(argv)
     run = (args.checkpoint, args.target, args.bound)

@@ -5,15 +5,15 @@
     python training/train.py --traiNNer-redux CHECKOUT --keep          # newest averaged weights to weights/
     python training/train.py --traiNNer-redux CHECKOUT --data FOLDER_X4 --scale 4 --pretrained X2_WEIGHTS
 
-FOLDER is what training/prepare_pictures.py wrote. AETHER_TRAINNER_REDUX, AETHER_TRAINING_DATA and
-AETHER_TRAINING_PYTHON stand in for ``--traiNNer-redux``, ``--data`` and ``--python``, as ``make train``
-needs them.
+FOLDER is what training/prepare_pictures.py wrote. The environment variables AETHER_TRAINNER_REDUX,
+AETHER_TRAINING_DATA and AETHER_TRAINING_PYTHON replace ``--traiNNer-redux``, ``--data`` and ``--python``, for
+``make train``.
 
-The options are those of the template in options/ with CHANGES. A training goes on from its newest state;
-where there is none, from the weights that ``--keep`` wrote, with a short warm-up and the learning rate of
-that iteration; without those it starts anew. It runs in one thread at the lowest priority. In CHECKOUT lie
-NAME.yml, NAME.log, NAME.pid and experiments/NAME. Without CUDA traiNNer-redux is started through
-tests/launchers/trainner_redux_cpu.py, which is all that a CPU needs.
+The options are those of the template in options/ with CHANGES. A training continues from its newest state. If
+there is none, it continues from the weights that ``--keep`` wrote, with a short warm-up and the learning rate
+of that iteration; without those it starts from scratch. It runs in one thread at the lowest priority and
+writes NAME.yml, NAME.log, NAME.pid and experiments/NAME in CHECKOUT. Without CUDA it starts traiNNer-redux
+through tests/launchers/trainner_redux_cpu.py.
 """
 
 from __future__ import annotations
@@ -47,15 +47,15 @@ from aethersr.files import Together  # noqa: E402
 
 TEMPLATES = ROOT / "options" / "traiNNer-redux" / "train" / "AetherNet"
 KEPT = "weights/{scale}x_AetherNet_small{stage}_training_fp16.safetensors"
-# What one CPU core needs different from a card.
+# What to change for one CPU core.
 CHANGES: Dict[str, Any] = {"lq_size": 32, "batch_size_per_gpu": 8, "num_worker_per_gpu": 1}
-CPU: Dict[str, Any] = {"num_gpu": 0, "amp_bf16": True}  # fast with AVX512-BF16 or AMX; fp16 is fast on no CPU
+CPU: Dict[str, Any] = {"num_gpu": 0, "amp_bf16": True}  # fast with AVX512-BF16 or AMX, unlike fp16
 STAGES = {"float": "fidelity", "otf": "OTF_fidelity", "qat": "qat", "qat_full": "qat"}
 WARMUP = 200  # iterations
 
 
 class Training:
-    """A training of a checkout by its name, and the files that belong to it."""
+    """A named training in a checkout, and its files."""
 
     def __init__(self, checkout: Path, name: str) -> None:
         self.checkout, self.name = checkout, name
@@ -63,16 +63,16 @@ class Training:
         self.folder = checkout / "experiments" / name
 
     def pid(self) -> Optional[int]:
-        """Of the running training; None: none runs."""
+        """The running training's process id, or None."""
         try:
             pid = int(self.pid_file.read_text(encoding="utf-8"))
             os.kill(pid, 0)
         except (OSError, ValueError):
             return None
         command = Path(f"/proc/{pid}/cmdline")
-        if command.parents[1].joinpath("self").exists():  # else the number must do
+        if command.parents[1].joinpath("self").exists():  # without /proc, trust the number
             with contextlib.suppress(OSError):
-                for _ in range(20):  # it is empty while a program starts, and once it has ended
+                for _ in range(20):  # it is empty while a program starts, and after it has ended
                     if command.read_bytes():
                         return pid if self.options.name.encode() in command.read_bytes() else None
                     time.sleep(0.01)
@@ -80,7 +80,7 @@ class Training:
         return pid
 
     def signal(self, number: int) -> None:
-        """To the training and its data workers."""
+        """Send a signal to the training and its data workers."""
         pid = self.pid()
         if pid is None:
             raise UserError(f"{self.name} does not run ({self.pid_file}); start it without this option.")
@@ -92,7 +92,7 @@ class Training:
         return max(found) if found else None
 
     def status(self) -> str:
-        """Whether it runs, and the last iteration, loss and PSNR of its log."""
+        """Whether it runs, and the last iteration, loss and PSNR in its log."""
         pid = self.pid()
         lines = [f"{self.name}: {'runs, pid ' + str(pid) if pid else 'does not run'}"]
         text = "".join(path.read_text(encoding="utf-8") for path in sorted(self.folder.glob("train_*.log")))
@@ -130,7 +130,7 @@ def options(stage: str, scale: int, data: Path, iterations: int) -> Dict[str, An
 
 
 def go_on_from(weights: Path, done: int, settings: Dict[str, Any]) -> None:
-    """Let a training that has lost its optimizer go on: the rest of its iterations, from the rate it had."""
+    """Continue without the optimizer's state: do the remaining iterations, from the rate it had."""
     train = settings["train"]
     schedule, rate = train["scheduler"], train["optim_g"]["lr"]
     total, lowest = train["total_iter"], schedule["eta_min_ratio"]
@@ -143,13 +143,13 @@ def go_on_from(weights: Path, done: int, settings: Dict[str, Any]) -> None:
 
 
 def done_before(weights: Path) -> int:
-    """Iterations of kept weights."""
+    """The number of iterations behind kept weights."""
     with safe_open(str(weights), "pt") as file:
         return int((file.metadata() or {}).get("iterations", 0))
 
 
 def keep(training: Training, target: Path) -> None:
-    """Write the newest averaged weights in half precision, training form, with the count of iterations."""
+    """Write the newest averaged weights in half precision, training form, with the number of iterations."""
     newest = training.newest("models/net_g_ema_*.safetensors")
     if newest is None:
         raise UserError(f"{training.folder / 'models'} holds no net_g_ema_*.safetensors; train first.")
@@ -256,8 +256,8 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
         "--data", type=Path, default=data, metavar="FOLDER", help="pairs in FOLDER/gt and /lq"
     )
     python = os.environ.get("AETHER_TRAINING_PYTHON") or sys.executable
-    parser.add_argument("--python", default=python, help="that has what traiNNer-redux needs (default: this)")
-    parser.add_argument("--name", help="of the training (default: SCALEx_AetherNet_small_STAGE)")
+    parser.add_argument("--python", default=python, help="one with traiNNer-redux's packages (default: this)")
+    parser.add_argument("--name", help="the training's name (default: SCALEx_AetherNet_small_STAGE)")
     parser.add_argument("--scale", type=int, choices=(2, 3, 4), default=2)
     parser.add_argument("--stage", choices=tuple(STAGES), default="float")
     parser.add_argument("--iterations", type=int, default=100000)
@@ -265,13 +265,13 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser.add_argument("--rate", type=float, help="learning rate (default: the template's)")
     parser.add_argument("--kept", type=Path, help=f"weights that --keep writes (default: {KEPT})")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--wait", action="store_true", help="return when the training ends")
+    parser.add_argument("--wait", action="store_true", help="return only when the training ends")
     action = parser.add_mutually_exclusive_group()
-    action.add_argument("--status", action="store_true", help="say where it stands, start nothing")
-    action.add_argument("--pause", action="store_true", help="stop computing, as for a measurement")
-    action.add_argument("--resume", action="store_true", help="go on after --pause")
+    action.add_argument("--status", action="store_true", help="say how far it is, start nothing")
+    action.add_argument("--pause", action="store_true", help="stop computing, for instance to measure times")
+    action.add_argument("--resume", action="store_true", help="continue after --pause")
     action.add_argument(
-        "--stop", action="store_true", help="end it; the next start goes on from the newest state"
+        "--stop", action="store_true", help="end it; the next start continues from the newest state"
     )
     action.add_argument("--keep", action="store_true", help="write the newest averaged weights to --kept")
     return parser.parse_args(argv)

@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-NODE_CLASS_MAPPINGS: dict = {}  # ComfyUI takes no folder for nodes that has none
+NODE_CLASS_MAPPINGS: dict = {}  # without it ComfyUI doesn't accept the folder
 NODE_DISPLAY_NAME_MAPPINGS: dict = {}
 
-# aethersr/ and archs/ copied beside this file, or those of the checkout that a link leads to; else installed.
+# aethersr/ and archs/ copied beside this file, or those of the linked checkout; otherwise the installed ones.
 sys.path += [str(folder) for folder in (HERE, *HERE.parents[1:3]) if (folder / "aethersr").is_dir()]
 
 try:
