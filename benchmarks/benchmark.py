@@ -6,8 +6,8 @@ Usage:
     python benchmarks/benchmark.py --networks aether --parts networks   # only those named "aether..."
 
 The other networks are built by spandrel (pip install -r benchmarks/requirements.txt). All networks of a
-column take turns and a figure is the median, so whatever else the machine does hits all alike. Weights are
-random. benchmarks/gpu.py measures cards.
+column take turns and figures are medians, so that other load on the machine affects all alike. Weights are
+random. benchmarks/gpu.py measures GPUs.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def session(path: Path, image: Tensor, threads: int) -> Step:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    # Else its waiting threads take the cores from the network whose turn is next.
+    # Otherwise its waiting threads take the cores from the network whose turn is next.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     made = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     feed = {made.get_inputs()[0].name: image.numpy()}
@@ -85,7 +85,7 @@ def threads_of_torch(count: int) -> Iterator[None]:
 
 
 def timed(steps: Mapping[str, Step], rounds: int, threads: int = 1) -> Comparison:
-    """All ``rounds``, however long they take."""
+    """Time candidates for all ``rounds``, however long they take."""
     with threads_of_torch(threads):
         return interleaved(steps, rounds=rounds, seconds=float("inf"))
 
@@ -153,7 +153,7 @@ def measure(
 
 
 def limit(size: int, rounds: int, threads: int, scale: int) -> Row:
-    """How long fused aether_small takes, and its convolutions alone would at the machine's peak."""
+    """The time of fused aether_small, and what its convolutions alone would take at the machine's peak."""
     channels = 96
     image = torch.rand(1, channels, size, size).to(memory_format=torch.channels_last)
     kinds: Dict[str, Any] = {

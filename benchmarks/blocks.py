@@ -1,8 +1,8 @@
-"""How much each block of a network contributes: the size of what it adds over the size of what it gets, rms.
+"""How much each block of a network contributes: the rms of what it adds relative to its input.
 
     python benchmarks/blocks.py FILE [FILE ...] --picture datasets/photographs/astronaut.png
 
-A trained network whose blocks all add about a hundredth does its work elsewhere: they have not woken up.
+If all blocks of a trained network add about a hundredth, they have learned next to nothing.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What one pass of a network takes, counted instead of timed: memory, multiply-adds, convolutions."""
+"""What one pass of a network needs, counted instead of timed: memory, multiply-adds, convolutions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of the tensors made inside that are alive at once, at their peak.
+    """The peak number of bytes in tensors created inside and alive at once.
 
     Weights and a kernel's own scratch memory don't count.
     """
@@ -42,7 +42,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def peak_mebibytes(step: Callable[[], Any], device: str) -> float:
-    """Largest memory that ``step`` takes: on a card what PyTorch allocates, else tensors alive at once."""
+    """Peak memory of ``step``: on a GPU what PyTorch allocated, otherwise the tensors alive at once."""
     gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()
@@ -76,7 +76,7 @@ class Convolution(NamedTuple):
 
 
 class Convolutions(TorchDispatchMode):
-    """Every convolution of a pass."""
+    """Records every convolution of a pass."""
 
     def __init__(self) -> None:
         super().__init__()

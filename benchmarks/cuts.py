@@ -1,4 +1,4 @@
-"""The pictures of equal_budget.py: random crops to train on, and others to measure with."""
+"""The pictures of equal_budget.py: random crops to train on, and others for validation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ KINDS = (".png", ".jpg", ".bmp")
 
 
 class Cuts:
-    """Random crops of the pairs of a folder, turned and mirrored, the same for the same seed."""
+    """Random crops of a folder's pairs, rotated and flipped, the same for the same seed."""
 
     def __init__(self, folder: Path, limit: Optional[int]) -> None:
         names = sorted(path.name for path in (folder / "gt").glob("*.png"))[:limit]
@@ -53,7 +53,7 @@ def as_images(pictures: List[Tensor]) -> Tensor:
 
 
 class Validation:
-    """The middles of a folder's pictures, and their reductions as MATLAB makes them."""
+    """The centres of a folder's pictures, and their reductions, made as in MATLAB."""
 
     def __init__(self, folder: Path, side: int, scale: int) -> None:
         self.truths, self.scale = [], scale
@@ -80,9 +80,9 @@ class Validation:
 
     @torch.no_grad()
     def largest(self, net: nn.Module, device: str) -> float:
-        """The largest magnitude that a layer takes or gives, also for flat, striped and noisy pictures.
+        """The largest magnitude of any layer's input or output, also for flat, striped and noisy pictures.
 
-        Infinity where something is not finite.
+        Infinity if any value is not finite.
         """
         found = 0.0
 

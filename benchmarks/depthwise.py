@@ -1,4 +1,4 @@
-"""Other ways to compute the 11x11 depthwise convolution, for cards on which the library's own is slow."""
+"""Other ways to compute the 11x11 depthwise convolution, for GPUs on which the library's own is slow."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def own(weight: Tensor) -> Convolve:
 
 
 def small_dense_groups(weight: Tensor) -> Convolve:
-    """Groups of up to eight channels with zeros between them: wasteful, but tensor cores take it."""
+    """Groups of up to eight channels with zeros between them: wasteful, but tensor cores can do it."""
     channels, _, *size = weight.shape
     together = math.gcd(channels, 8)
     dense = weight.new_zeros(channels, together, *size)
@@ -59,7 +59,7 @@ def fourier(weight: Tensor) -> Convolve:
 
 @functools.lru_cache(maxsize=None)
 def _triton_kernel() -> Any:
-    """For channels_last: neighbouring threads take neighbouring channels, so that they read whole lines.
+    """For channels_last: neighbouring threads compute neighbouring channels, so they read whole lines.
 
     Raises:
         ImportError: triton is not installed.
@@ -96,7 +96,7 @@ def _triton_kernel() -> Any:
 
 
 def triton_channels_last(weight: Tensor) -> Convolve:
-    """A kernel of our own, which computes in channels_last whatever it is given."""
+    """Our own kernel, which computes in channels_last whatever the input's layout."""
     kernel, taps = _triton_kernel(), weight.flatten(1).t().contiguous()
     pixels, together = 16, 32  # of one program
 

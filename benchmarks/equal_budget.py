@@ -1,30 +1,30 @@
-"""Train networks on the same cuts with the same budget, and compare what they have learned.
+"""Train networks on the same crops with the same budget, and compare what they have learned.
 
     python training/prepare_pictures.py datasets/wallpapers
     python training/photographs.py datasets/photographs
     python benchmarks/equal_budget.py --data datasets/wallpapers --validation datasets/photographs \\
         --iterations 600 --seeds 0 1 --run aether_small --run aether_small,rate=5e-4
 
-A run is a network and its options, NAME[,OPTION=VALUE]... A name that is not of this project is one of
-traiNNer-redux's (plksr_tiny, span, compact, artcnn_r8f64, realplksr_tiny, ...) and needs
-``--traiNNer-redux``; "base" is what ``--base`` says. Options of the training are
+A run is a network and its options, NAME[,OPTION=VALUE]... Names other than this project's are networks of
+traiNNer-redux (plksr_tiny, span, compact, artcnn_r8f64, realplksr_tiny, ...) and need ``--traiNNer-redux``;
+"base" stands for what ``--base`` says. Training options are
 
     rate=1e-3      learning rate; a short warm-up, then cosine down to a fiftieth
     optimizer=AdamW  torch's, or one of pytorch-optimizer (SOAP, Muon, StableAdamW, ...)
-    batch=8        cuts a step
-    patch=32       low-resolution pixels a side
+    batch=8        crops a step
+    patch=32       side of a crop in low-resolution pixels
     skip=1         add a bicubic enlargement of the input to the output
-    start=plain    AetherNet: random weights in place of those that interpolate
-    start=quiet    AetherNet: small weights inside the blocks, as until version 0.2
-    freeze_at=N    AetherNet: from iteration N on the norms' statistics stand still
+    start=plain    AetherNet: random weights instead of an interpolation
+    start=quiet    AetherNet: small weights inside the blocks, as before version 0.2
+    freeze_at=N    AetherNet: keep the norms' statistics fixed from iteration N on
 
-and every other one goes to the network (drop_path_rate=0.1, bound=1.0, ...). The loss is Charbonnier's.
-What is measured is the moving average of the weights: PSNR-Y, the mean over the folder's pictures (the
-middle of each, ``--side`` pixels), and the largest magnitude inside, see cuts.py. Seconds are those of
-the training steps alone, on a CPU its computing time, so that other work beside it counts less.
+and every other option goes to the network (drop_path_rate=0.1, bound=1.0, ...). The loss is Charbonnier's.
+The moving average of the weights is measured: PSNR-Y, the mean over the folder's pictures (the centre of
+each, ``--side`` pixels), and the largest magnitude inside, see cuts.py. Seconds count only the training
+steps, on a CPU their computing time, so that other work matters less.
 
-Writes OUTPUT.json, .md and .png. A run that the JSON file holds already is not repeated: a table grows,
-and an interruption costs one run.
+Writes OUTPUT.json, .md and .png. Runs that the JSON file already holds are not repeated, so a table can grow
+and an interruption costs only one run.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def freeze_statistics(net: nn.Module) -> None:
 
 @torch.no_grad()
 def average(averaged: nn.Module, net: nn.Module, iteration: int) -> None:
-    """Exponential moving average of 0.999, shorter at the start, as traiNNer-redux's."""
+    """Exponential moving average of 0.999, shorter at the start, as in traiNNer-redux."""
     kept = min(0.999, 1 - (1 + iteration) ** -0.75)
     for mean, value in zip(averaged.state_dict().values(), net.state_dict().values()):
         if mean.is_floating_point():
@@ -236,7 +236,7 @@ def table(result: Dict[str, Any]) -> str:
 
 
 def plotting() -> Any:
-    """matplotlib.pyplot that draws into files; None, and a word, where it is not installed."""
+    """matplotlib.pyplot for drawing into files. If it is not installed: None, and a message."""
     try:
         import matplotlib
     except ImportError:

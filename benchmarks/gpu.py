@@ -1,14 +1,14 @@
-"""What a graphics card can do with AetherNet, in one command and four minutes.
+"""How fast AetherNet is on a GPU, measured in four minutes.
 
 Usage:
     make gpu                                        # everything, to benchmarks/results/gpu_<card>.md
     python benchmarks/gpu.py --parts training memory --minutes 10
-    python benchmarks/gpu.py --device cpu --quick   # a look at the program where there is no card
+    python benchmarks/gpu.py --device cpu --quick   # try the script without a GPU
 
-The most important comes first, every line is printed as it is measured, and what was measured is kept when
-you stop it. Candidates of one group take turns and a figure is the median. Networks are fused (except for
-training and memory) and have random weights. Other networks are built by spandrel. ONNX Runtime joins in
-where onnxruntime-gpu is installed, Triton where PyTorch brings it.
+The most important parts come first. Every line is printed once it is measured, and measured lines are kept if
+you stop. Candidates of one group take turns and figures are medians. Networks are fused (except for training
+and memory) and have random weights. Other networks are built by spandrel. ONNX Runtime is measured if
+onnxruntime-gpu is installed, Triton if PyTorch includes it.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def part_training(kit: Kit) -> Iterator[None]:
 
 
 def training(kit: Kit, variant: str, batch: int, lq: int, precision: str, layout: str) -> Step:
-    """A step as the frameworks do it: autocast, a scaled loss in fp16, AdamW."""
+    """A training step as in the frameworks: autocast, a scaled loss in fp16, AdamW."""
     net: Any = kit.build(variant, 2).train().to(kit.device)
     net = net.to(memory_format=LAYOUTS[layout])
     x = kit.image(batch, 3, lq, lq).contiguous(memory_format=LAYOUTS[layout])
@@ -97,7 +97,7 @@ def training(kit: Kit, variant: str, batch: int, lq: int, precision: str, layout
 
 
 def part_depthwise(kit: Kit) -> Iterator[None]:
-    """The 11x11 depthwise convolution alone: every precision and layout, other ways, and the card's limit."""
+    """The 11x11 depthwise convolution alone: every precision and layout, other ways, and the GPU's limit."""
     peak, bandwidth = limits(kit)
     yield
     height, width = kit.setting.sizes[0]
@@ -201,7 +201,7 @@ def part_graphs(kit: Kit) -> Iterator[None]:
 
 
 def part_runtimes(kit: Kit) -> Iterator[None]:
-    """ONNX Runtime on the card, and with TensorRT where its build has it."""
+    """ONNX Runtime on the GPU, and with TensorRT if its build includes it."""
     try:
         import onnxruntime
     except ImportError as error:
@@ -273,7 +273,7 @@ def part_memory(kit: Kit) -> Iterator[None]:
 
 
 def taken(kit: Kit, step: Step) -> float:
-    """All that PyTorch holds of the card during a step, weights and optimizer included."""
+    """All GPU memory that PyTorch holds during a step, including weights and optimizer."""
     if kit.device != "cuda":
         return peak_mebibytes(step, kit.device)
     torch.cuda.empty_cache()
@@ -312,7 +312,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     parser.add_argument("--output", type=Path, help="folder (default: benchmarks/results; none with --quick)")
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("this PyTorch finds no card; install its CUDA build, or pass --device cpu --quick")
+        parser.error("this PyTorch finds no GPU; install its CUDA build, or pass --device cpu --quick")
     kit = Kit(args.device, QUICK if args.quick else WHOLE, args.minutes)
     card = torch.cuda.get_device_name() if args.device == "cuda" else processor()
     title = f"{card}, {today()}, {software()}"

@@ -1,4 +1,4 @@
-"""What every part of gpu.py needs: the setting, the device, and timing in turn."""
+"""What every part of gpu.py needs: the setting, the device, and timing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PRECISIONS = {"fp32": torch.float32, "TF32": torch.float32, "fp16": torch.float1
 
 
 class Setting(NamedTuple):
-    """What is measured: the whole, or with --quick a look at it."""
+    """What is measured: everything, or with --quick a small part."""
 
     variants: Dict[str, Dict[str, Any]]
     sizes: Tuple[Tuple[int, int], ...]
@@ -58,7 +58,7 @@ QUICK = Setting(
 
 
 class Kit:
-    """The device, the rows so far, and the time that is left."""
+    """The device, the rows so far, and the time left."""
 
     def __init__(self, device: str, setting: Setting, minutes: float) -> None:
         self.device, self.setting, self.end = device, setting, time.monotonic() + 60 * minutes
@@ -116,7 +116,7 @@ class Kit:
         return times
 
     def timed(self, steps: Mapping[str, Step]) -> Comparison:
-        """Short steps are repeated: reading the clock waits for the card, which they must not pay for."""
+        """Repeats short steps, so that waiting for the GPU before reading the clock doesn't count much."""
         counts = {name: self.repetitions(step) for name, step in steps.items()}
 
         def repeated(step: Step, count: int) -> None:

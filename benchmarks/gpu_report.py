@@ -8,11 +8,11 @@ from typing import Dict, List, Mapping, Tuple
 from report import Row, scatter, short, table
 
 CARDS = (8, 12, 16, 24)  # GB
-RESERVE = 1.0  # GB of a card that the screen and CUDA itself take
+RESERVE = 1.0  # GB that the screen and CUDA itself take
 
 
 def fitting(rows: List[Row]) -> List[List[str]]:
-    """Largest batch for each network and lq on cards of CARDS GB: memory grows as a straight line with it."""
+    """Largest batch for each network and lq on GPUs with CARDS GB: memory grows linearly with the batch."""
     cells = []
     for group in dict.fromkeys(row["group"] for row in rows):
         points = [

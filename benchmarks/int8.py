@@ -1,12 +1,12 @@
-"""How fast int8 is beside float on a CPU, in ONNX Runtime and OpenVINO, and how large its files are.
+"""Compares int8 with float on a CPU, in ONNX Runtime and OpenVINO: speed and file size.
 
 Usage:
-    python benchmarks/int8.py             # to benchmarks/results/int8.md; OpenVINO where it is installed
+    python benchmarks/int8.py             # to benchmarks/results/int8.md; OpenVINO if it is installed
     python benchmarks/int8.py --kernels   # each kind of convolution alone: why some of them stay float
 
-One thread. All networks of a column take turns and a figure is the median. The base is our own fused fp32
-ONNX file. x2 has the weights of this repository and x4 random ones: speed does not depend on them. With other
---scales or --sizes it only prints. benchmarks/int8_quality.py tells what int8 costs in dB.
+Uses one thread. All networks of a column take turns and figures are medians. The base is our own fused fp32
+ONNX file. x2 has this repository's weights, x4 random ones; speed doesn't depend on them. With other --scales
+or --sizes it only prints. benchmarks/int8_quality.py measures what int8 costs in dB.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What int8 costs in dB, and what each choice of ranges and each rounded part of the network does to it.
+"""What int8 costs in dB, for each way of choosing ranges and for each rounded part of the network.
 
 Usage:
     python benchmarks/int8_quality.py FOLDER            # to benchmarks/results/int8_quality.md

@@ -66,7 +66,7 @@ def peers() -> Dict[str, Builder]:
 
 
 def networks(words: Sequence[str], quick: bool) -> Dict[str, Builder]:
-    """Those whose name holds one of the words (no words: all); with ``quick`` few and fast ones."""
+    """Those whose names contain one of the words (no words: all); with ``quick``, few and fast ones."""
     found: Dict[str, Builder] = {}
     for variant in ("aether_small", "aether_medium", "aether_large"):
         for form in FORMS:

@@ -1,7 +1,7 @@
-"""AetherNet the published way, for comparison: two depthwise branches, or only their kernels merged.
+"""AetherNet as first published, for comparison: with two depthwise branches, or only their kernels merged.
 
-Both compute what the given AetherNet computes. Norms are written out by hand; temperature and error_comp are
-passes over pixels.
+Both compute the same as the given AetherNet. Norms are written out; temperature and error_comp are separate
+operations over pixels.
 """
 
 from __future__ import annotations
@@ -85,10 +85,10 @@ def _rewritten(net: AetherNet, conv: Callable[..., nn.Module], norm: Callable[..
 
 
 def two_branches(net: AetherNet) -> nn.Module:
-    """A copy that trains the published way."""
+    """A copy to train, with two depthwise branches."""
     return _rewritten(net, TwoBranches, HandWrittenNorm)
 
 
 def kernels_merged(net: AetherNet) -> nn.Module:
-    """A copy for evaluation, fused the published way."""
+    """A copy for evaluation, with only the kernels merged."""
     return _rewritten(net, _merge, ScaleAndShift).eval()

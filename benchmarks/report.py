@@ -45,7 +45,7 @@ def software() -> str:
 
 
 def load() -> str:
-    """How busy the machine is, as a load average."""
+    """The machine's load average, in words."""
     return f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"
 
 

@@ -1,8 +1,8 @@
-"""The network in other runtimes: what differs from PyTorch, and how long a picture takes beside ONNX Runtime.
+"""The network in other runtimes: difference from PyTorch, and time compared with ONNX Runtime.
 
     python benchmarks/runtimes.py weights/2x_AetherNet_small_wallpapers_fp16.safetensors
 
-Needs requirements-runtimes.txt; a runtime that is not installed is left out. One thread each.
+Needs requirements-runtimes.txt; runtimes that are not installed are left out. One thread each.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""What the norms' statistics cost: networks trained with norm "frozen" and "batch" at several batch sizes.
+"""What batch statistics cost: networks trained with norm "frozen" and "batch" at several batch sizes.
 
 Usage:
     python benchmarks/small_batch.py                  # a table
     python benchmarks/small_batch.py --iterations 50  # a quick look
 
 A small x2 network is trained on random crops of scikit-image's photographs and then tested twice on held-out
-ones: in training mode, as the loss sees it, and in evaluation mode, as every user does. With batch statistics
-the two differ. Stochastic depth is off, so the norms are the only difference.
+ones: in training mode, as the loss sees it, and in evaluation mode, as users do. With batch statistics the
+two differ. Stochastic depth is off, so the norms are the only difference.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def psnr(output: Tensor, target: Tensor) -> float:
 
 @torch.no_grad()
 def gap(net: AetherNet, images: List[Tensor], batch: int) -> Tuple[float, float, float]:
-    """Both modes' rms difference in 1/255, PSNR of training minus evaluation, PSNR of evaluation."""
+    """Rms difference of the two modes in 1/255, PSNR of training minus evaluation, PSNR of evaluation."""
     generator = torch.Generator().manual_seed(1)
     tested = copy.deepcopy(net)
     lr, hr = crops(images, 96, generator)

@@ -1,12 +1,12 @@
-"""By how much a picture in tiles differs from a whole one, and what the overlap costs.
+"""How much upscaling in tiles differs from upscaling the whole picture, and what the overlap costs.
 
     python benchmarks/tiles.py                     # aether_medium's width and attention, eight blocks
     python benchmarks/tiles.py --embed_dim 180     # aether_large's
     python benchmarks/tiles.py --model FILE        # weights of your own, .pth or .safetensors, x2
 
-Without --model the network is trained for some minutes first, since random weights say nothing. Then it
-upscales a photograph that it was not trained on, whole and in tiles, with the overlap of its receptive field
-and with upscale.py's shorter default. Networks without channel attention differ by nothing with the first.
+Without --model the network is first trained for some minutes, since random weights say nothing. Then it
+upscales a photograph it was not trained on, whole and in tiles, with its receptive field as overlap and with
+upscale.py's shorter default. With the former, only networks with channel attention differ.
 """
 
 from __future__ import annotations

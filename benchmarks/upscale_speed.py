@@ -1,10 +1,10 @@
-"""How near a folder of pictures comes to the speed of the network alone, reading and writing included.
+"""How close upscaling a folder, with reading and writing, comes to the speed of the network alone.
 
-    python benchmarks/upscale_speed.py                       # PNG, a network that waits 30 ms as for a card
+    python benchmarks/upscale_speed.py                       # PNG, a network that waits 30 ms as for a GPU
     python benchmarks/upscale_speed.py --busy --format .jpg  # one that computes for 30 ms on this processor
 
-Two hundred photographs of 512x384 pixels are upscaled twofold, each read from a file and written to one. The
-network takes the same time for every picture, so the best that can be is pictures times that time.
+Two hundred photographs of 512x384 pixels are read, upscaled by 2 and written. The network takes the same time
+for every picture, so the best possible time is that times the number of pictures.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from aethersr.upscaling import Upscaler  # noqa: E402
 
 
 class FixedCost:
-    """Doubles the pixels and takes ``seconds`` in all, waiting or computing."""
+    """Doubles the pixels and takes ``seconds`` in total, waiting or computing."""
 
     in_chans, scale, reach, size = 3, 2, 0, None
 
@@ -50,7 +50,7 @@ class FixedCost:
 
 
 def photographs(folder: Path, count: int, ending: str) -> list[Job]:
-    """Shifted parts of one photograph, with no two alike."""
+    """Shifted parts of one photograph, all different."""
     jobs = []
     whole = np.asarray(Image.fromarray(data.coffee()).resize((712, 584), Image.Resampling.BICUBIC))
     (folder / "in").mkdir()

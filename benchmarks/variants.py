@@ -1,4 +1,4 @@
-"""Ways to compute a fused block, and the weight gradient of its depthwise convolution, beside the plain ones.
+"""Times ways to compute a fused block, and its depthwise convolution's weight gradient.
 
 Usage:
     python benchmarks/variants.py [--size 128] [--rounds 15] [--threads 2]   # the figures of docs/speed.md
@@ -32,7 +32,7 @@ def plain(block: Any, x: Tensor) -> Tensor:
 
 
 def in_place(block: Any, x: Tensor) -> Tensor:
-    """Every large tensor that nobody else holds is overwritten."""
+    """Overwrites every large tensor that is no longer needed."""
     out = block.reparam_conv(x)
     hidden = F.silu(block.gate_conv(out), inplace=True)
     hidden *= block.main_conv(out)
@@ -46,7 +46,7 @@ def in_place(block: Any, x: Tensor) -> Tensor:
 
 
 def in_strips(block: Any, x: Tensor) -> Tensor:
-    """As FusedAetherBlock does it: the same, and in eager mode some rows at a time."""
+    """As in FusedAetherBlock: the same, and in eager mode a few rows at a time."""
     return aether_arch.FusedAetherBlock.forward(block, x)
 
 
