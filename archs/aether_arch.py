@@ -230,7 +230,6 @@ class AetherBlock(nn.Module):
 class AetherBase(nn.Module):
     """What all forms share: options, changing form, loading. To build one, use AetherNet or a variant."""
 
-    _strict = True
     mean: Tensor
 
     @classmethod
@@ -308,17 +307,13 @@ class AetherBase(nn.Module):
         self._take_form_of(state_dict, "", strict=False)
         return state_dict
 
-    def load_state_dict(self, state_dict: Any, strict: bool = True, *args: Any, **options: Any) -> Any:
-        """As torch's, but the network takes the form of the file, or stays unchanged if that fails."""
-        self._strict = strict  # torch always passes True to _load_from_state_dict
-        try:
-            return super().load_state_dict(state_dict, strict, *args, **options)
-        finally:
-            self._strict = True
-
     def _load_from_state_dict(self, state_dict: Dict[str, Tensor], prefix: str, *args: Any) -> None:
         """Runs before any value is copied, so a file loads completely or the network stays unchanged."""
-        self._take_form_of(state_dict, prefix, self._strict)
+        # Inside DDP and others too: torch passes True, whatever its load_state_dict was called with.
+        frame: Any = inspect.currentframe()
+        while frame and frame.f_code is not nn.Module.load_state_dict.__code__:
+            frame = frame.f_back
+        self._take_form_of(state_dict, prefix, strict=not frame or frame.f_locals["strict"])
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     @torch.inference_mode(False)

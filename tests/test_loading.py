@@ -188,6 +188,22 @@ def test_another_scale_takes_the_body_where_strict_is_off_and_says_so(scales: An
         assert torch.equal(value, before[name] if tail else source.state_dict()[name]), name
 
 
+@pytest.mark.parametrize("wrapper", [torch.nn.DataParallel, torch.nn.Sequential])
+def test_strict_is_what_was_asked_for_inside_a_wrapper_too(wrapper: Any) -> None:
+    source, wrapped = wrapper(small_net(2)), wrapper(randomize(small_net(4), 1))
+    before = values(wrapped)
+    with pytest.raises(RuntimeError, match="x2 does not fit"):
+        wrapped.load_state_dict(source.state_dict())
+    assert all(torch.equal(value, before[name]) for name, value in values(wrapped).items())
+    with pytest.warns(UserWarning, match="x4 loads only the body of x2 weights"):
+        wrapped.load_state_dict(source.state_dict(), strict=False)
+    assert any(not torch.equal(value, before[name]) for name, value in values(wrapped).items())
+    state = source.state_dict()
+    (gone,) = [name for name in state if name.endswith("conv_last.bias")]
+    del state[gone]
+    assert source.load_state_dict(state, strict=False).missing_keys == [gone]
+
+
 def test_traiNNer_redux_finds_the_names_it_compares_after_map_state_dict() -> None:
     net = small_net(2).float()
     other, state = AetherNet(**net.options), dict(net.fused().state_dict())
