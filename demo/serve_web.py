@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
 import hashlib
 import re
 import shutil
@@ -97,16 +98,17 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parser.parse_args(argv)
     problem = prepare()
     if problem:
-        print(f"serve_web.py: {problem}; the page will load ONNX Runtime Web {VERSION} from a CDN.", file=sys.stderr)
+        print(
+            f"serve_web.py: {problem}; the page will load ONNX Runtime Web {VERSION} from a CDN.",
+            file=sys.stderr,
+        )
     try:
         server = ThreadingHTTPServer(("127.0.0.1", args.port), partial(Handler, directory=str(PAGE)))
     except OSError as error:
         parser.error(f"port {args.port} can't be used: {error.strerror}; pass another --port.")
     print(f"http://localhost:{server.server_port}/  (Ctrl+C ends it)", flush=True)
-    try:
+    with contextlib.suppress(KeyboardInterrupt):
         server.serve_forever()
-    except KeyboardInterrupt:
-        pass
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import fcntl
 import json
 import os
@@ -12,16 +13,19 @@ import sys
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Callable
 
 PROGRAM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 PATIENCE = 120  # seconds; a machine may be busy with other things
 
 
 class Chromium:
-    """One page. No name is resolved but localhost, so the page has no network."""
+    """One page. No name is resolved but localhost, so the page has no network.
 
-    def __init__(self, folder: Path, *flags: str) -> None:
+    ``served`` are the bytes of addresses that seem to be out there.
+    """
+
+    def __init__(self, folder: Path, *flags: str, served: Callable[[str], bytes] | None = None) -> None:
         assert PROGRAM is not None
         (read, self._write), (self._read, write) = os.pipe(), os.pipe()
         # It takes 3 and 4 for reading and writing, which may be in use here.
@@ -39,10 +43,12 @@ class Chromium:
         )
         for fd in theirs:
             os.close(fd)
-        self._rest, self._count, self._session = b"", 0, ""
+        self._rest, self._count, self._session, self._served = b"", 0, "", served
         self.events: list[dict[str, Any]] = []
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        if served:
+            self.call("Fetch.enable", patterns=[{"urlPattern": "https://*"}])
         for domain in ("Page", "Runtime", "DOM", "Network"):
             self.call(f"{domain}.enable")
 
@@ -64,19 +70,43 @@ class Chromium:
         message, self._rest = self._rest.split(b"\0", 1)
         return dict(json.loads(message))
 
-    def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """A command of the DevTools protocol and its answer; events on the way are kept."""
+    def _send(self, method: str, **parameters: Any) -> int:
         self._count += 1
         message: dict[str, Any] = {"id": self._count, "method": method, "params": parameters}
-        if self._session and not method.startswith(("Target.", "Browser.")):
+        if self._session and not method.startswith(("Target.", "Browser.", "Fetch.")):
             message["sessionId"] = self._session
         os.write(self._write, json.dumps(message).encode() + b"\0")
+        return self._count
+
+    def call(self, method: str, **parameters: Any) -> dict[str, Any]:
+        """A command of the DevTools protocol and its answer; events on the way are kept."""
+        number = self._send(method, **parameters)
         while True:
             answer = self._message()
-            if answer.get("id") == self._count:
+            if answer.get("id") == number:
                 assert "error" not in answer, f"{method}: {answer['error']}"
                 return dict(answer["result"])
-            self.events.append(answer)
+            if answer.get("method") == "Fetch.requestPaused":
+                self._serve(answer["params"])
+            elif "method" in answer:
+                self.events.append(answer)
+
+    def _serve(self, paused: dict[str, Any]) -> None:
+        address = paused["request"]["url"]
+        assert self._served is not None
+        kind = "text/javascript" if address.endswith("js") else "application/wasm"
+        headers = {
+            "Content-Type": kind,
+            "Access-Control-Allow-Origin": "*",
+            "Cross-Origin-Resource-Policy": "cross-origin",
+        }
+        self._send(
+            "Fetch.fulfillRequest",
+            requestId=paused["requestId"],
+            responseCode=200,
+            responseHeaders=[{"name": name, "value": value} for name, value in headers.items()],
+            body=base64.b64encode(self._served(address)).decode(),
+        )
 
     def js(self, code: str) -> Any:
         """The value of an expression; a promise is awaited."""

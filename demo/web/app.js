@@ -4,7 +4,7 @@ const TILE = 192;
 const OVERLAP = 28; // as in aethersr/tiling.py: trained networks stay within a step of the whole picture
 
 const $ = (id) => document.getElementById(id);
-const size = (width, height) => `${width} × ${height}`;
+const size = (width, height) => `${width}x${height}`;
 let worker, current; // current: the picture that may show something; the next one ends its run
 const calls = []; // what the worker has not answered yet, in order
 let network = load(SHIPPED, new URL(`files/${SHIPPED}`, import.meta.url).href);
@@ -89,9 +89,9 @@ async function upscale(file) {
     await tiles(before, after, scale, stale);
     if (stale()) return;
     say(`Done: ${size(width, height)} became ${size(width * scale, height * scale)}.`);
-    $("split").value = 50;
+    const { id } = document.activeElement;
     show("done");
-    if (document.activeElement === document.body) $("save").focus(); // it was on Cancel
+    if (id === "cancel") $("save").focus(); // that button has gone
   } catch (error) {
     if (stale()) return;
     show("");
