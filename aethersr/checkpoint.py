@@ -99,6 +99,10 @@ def unwrap(content: Mapping[Any, Any]) -> Checkpoint:
     state, where = dict(best.state), str(best)
     if not best.averaged:
         chosen = f"{where}, not averaged" if where else "the only ones in the file"
+        shadow = _shadow(content, state)
+        if shadow:
+            state.update(shadow)
+            chosen = "the averaged ones, 'shadow_params', with the names of the others"
     else:
         chosen = f"the averaged ones, {where}" if where else "the averaged ones"
         online = next((other for other in others if not other.averaged), None)
@@ -140,6 +144,17 @@ def _networks(
         words = re.sub(r"([a-z])([A-Z])", r"\1_\2", "/".join((*path, prefix))).lower()
         averaged = counted or (bool(_AVERAGED.search(words)) and not _ONLINE.search(words))
         yield _Candidate(path, prefix, state, averaged)
+
+
+def _shadow(content: Mapping[Any, Any], state: Mapping[str, Tensor]) -> Dict[str, Tensor]:
+    """Averaged weights as torch-ema and diffusers save them: no names, in the order of ``state``; or none."""
+    names = [name for name in state if name not in ("mean", "bound") and not _is_statistic(name)]
+    for _, mapping in _mappings(content):
+        values = mapping.get("shadow_params")
+        shapes = [getattr(value, "shape", None) for value in values] if isinstance(values, list) else []
+        if shapes == [state[name].shape for name in names]:
+            return dict(zip(names, values))
+    return {}
 
 
 def _is_weight(name: Any, value: Any) -> bool:

@@ -132,6 +132,19 @@ def test_averaged_weights_are_preferred_and_no_others_are_taken_for_averaged(wra
     assert "holds others" not in found.chosen
 
 
+def test_averaged_weights_without_names_take_those_of_the_network_beside_them() -> None:
+    """As torch-ema and diffusers save them: a list, without what is no parameter."""
+    names = [name for name, _ in NET.named_parameters()]
+    ema = {"decay": 0.99, "num_updates": 3, "shadow_params": [EMA[name] for name in names]}
+    for content in ({"model": STATE, "ema": ema}, {"ema": ema, **under("module.", STATE)}):
+        found = unwrap(content)
+        assert_state(found.state, {**STATE, **{name: EMA[name] for name in names}})
+        assert found.chosen.startswith("the averaged ones, 'shadow_params'")
+    for wrong in ([EMA[name] for name in names[1:]], [1.0], EMA):
+        found = unwrap({"model": STATE, "ema": {**ema, "shadow_params": wrong}})
+        assert_state(found.state, EMA if wrong is EMA else STATE)
+
+
 def test_what_was_chosen_is_said() -> None:
     for content, words in (
         (STATE, "the only ones in the file"),
