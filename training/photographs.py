@@ -9,10 +9,15 @@ and the like for the final measurement.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from PIL import Image
-from skimage import data
+
+try:
+    from skimage import data
+except ImportError:
+    sys.exit("photographs.py: error: the package scikit-image is missing: pip install scikit-image.")
 
 # All are public domain or CC0, see skimage/data/README.txt.
 NAMES = ("astronaut", "camera", "chelsea", "coffee", "coins", "grass", "gravel", "rocket")
