@@ -150,9 +150,9 @@ def _shadow(content: Mapping[Any, Any], state: Mapping[str, Tensor]) -> Dict[str
     """Averaged weights as torch-ema and diffusers save them: no names, in the order of ``state``; or none."""
     names = [name for name in state if name not in ("mean", "bound") and not _is_statistic(name)]
     for _, mapping in _mappings(content):
-        values = mapping.get("shadow_params")
-        shapes = [getattr(value, "shape", None) for value in values] if isinstance(values, list) else []
-        if shapes == [state[name].shape for name in names]:
+        found = mapping.get("shadow_params")
+        values = [value for value in found if isinstance(value, Tensor)] if isinstance(found, list) else []
+        if [value.shape for value in values] == [state[name].shape for name in names]:
             return dict(zip(names, values))
     return {}
 
