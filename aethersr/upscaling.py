@@ -255,7 +255,8 @@ class Upscaler:
                 remedy = f"pass a smaller --tile than {self.tile}, or a smaller picture"
                 problem = f"{job.source}: there is not enough memory; {remedy}."
             elif isinstance(error, ValueError):
-                problem = f"{job.source}: {error}"
+                words = str(error).replace("upscale_tiled: ", "").rstrip(".")
+                problem = f"{job.source}: {words}; pass another --model, --tile or --overlap."
             elif isinstance(error, UserError):
                 problem = str(error)
             else:
