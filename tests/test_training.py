@@ -86,7 +86,7 @@ def state_of(pid: int) -> str:
 def test_it_starts_once_in_the_background_is_paused_goes_on_and_stops(checkout: Path, capsys: Any) -> None:
     python(checkout)
     assert command(checkout) == 0
-    assert "starts anew" in capsys.readouterr().out
+    assert "starts from scratch" in capsys.readouterr().out
     pid = train.Training(checkout, NAME).pid()
     assert pid is not None
     try:
@@ -178,7 +178,7 @@ def test_a_training_with_a_state_goes_on_as_it_began(checkout: Path, capsys: Any
     capsys.readouterr()
     before = settings(checkout)
     assert command(checkout, "--wait", "--iterations", 7) == 0
-    assert "goes on from its newest state" in capsys.readouterr().out
+    assert "continues from its newest state" in capsys.readouterr().out
     assert settings(checkout) == before
     assert "--auto_resume" in (checkout / f"{NAME}.log").read_text().splitlines()[-1]
 

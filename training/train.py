@@ -184,7 +184,7 @@ def start(training: Training, args: argparse.Namespace) -> None:
         settings["train"]["optim_g"]["lr"] = args.rate
     kept = None if args.pretrained else args.kept
     if training.newest("training_states/*.state"):
-        begins = "goes on from its newest state"
+        begins = "continues from its newest state"
         if training.options.is_file():  # as it began
             settings = yaml.safe_load(training.options.read_text(encoding="utf-8"))
     elif args.pretrained:
@@ -193,10 +193,10 @@ def start(training: Training, args: argparse.Namespace) -> None:
         settings["path"].update(pretrain_network_g=str(args.pretrained.resolve()), strict_load_g=not other)
     elif kept and kept.is_file():
         done = done_before(kept)
-        begins = f"goes on from {kept} ({done} iterations), with a warm-up"
+        begins = f"continues from {kept} ({done} iterations), with a warm-up"
         go_on_from(kept.resolve(), done, settings)
     else:
-        begins = "starts anew"
+        begins = "starts from scratch"
     cuda = subprocess.run(
         [args.python, "-c", "import torch; raise SystemExit(not torch.cuda.is_available())"], check=False
     )
@@ -279,7 +279,7 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
 
 def main(argv: Optional[List[str]] = None) -> int:
     args = parse_args(argv)
-    return exit_code("train.py", lambda: run(args), "the training itself goes on.")
+    return exit_code("train.py", lambda: run(args), "the training itself continues.")
 
 
 if __name__ == "__main__":
