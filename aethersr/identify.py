@@ -166,12 +166,13 @@ def older_fused_to_training(state: Mapping[str, Tensor], sk_kernel: int) -> Dict
         if bias is None:
             raise ValueError(f"an AetherNet in older fused form, but '{conv}fused_conv.bias' is missing.")
         state[conv + "lk_conv.weight"], state[conv + "lk_bias"] = weight, bias
-        state[conv + "sk_conv.weight"] = weight.new_zeros((*weight.shape[:1], 1, sk_kernel, sk_kernel))
-        state[conv + "sk_bias"] = torch.zeros_like(bias)
+        zero = weight.new_zeros(())  # expanded, it takes no memory, whatever sizes a file claims
+        state[conv + "sk_conv.weight"] = zero.expand(*weight.shape[:1], 1, sk_kernel, sk_kernel)
+        state[conv + "sk_bias"] = zero.expand(bias.shape)
     for name in [name for name in state if OLDER_NORM.fullmatch(name)]:
         norm = name[: -len("weight")]
-        zeros = torch.zeros_like(state[name], dtype=torch.float32)
-        state[norm + "running_mean"], state[norm + "running_var"] = zeros, zeros + (1 - DeploymentNorm.eps)
+        for statistic, value in (("running_mean", 0.0), ("running_var", 1 - DeploymentNorm.eps)):
+            state[norm + statistic] = torch.tensor(value).expand(state[name].shape)
     return state
 
 

@@ -533,7 +533,7 @@ class CollapsedTail(nn.Module):
             return F.pixel_unshuffle(tail(images), scale)[:, :, ::2, ::2]  # (N, outputs, 3, 3): 9 positions
 
         def own_places(images: Tensor) -> Tensor:
-            return outputs(images).flatten(2).diagonal(dim1=0, dim2=2).sum(1)  # an image for each position
+            return torch.einsum("pop->o", outputs(images).flatten(2))  # an image for each position
 
         # (output, its row, its column, channel, row, column)
         kernels = torch.autograd.functional.jacobian(own_places, images).unflatten(1, (3, 3))

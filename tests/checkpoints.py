@@ -8,20 +8,12 @@ from typing import Any, Dict, Mapping
 import torch
 from aether_arch import AetherNet, DeploymentNorm, ReparamLargeKernelConv
 from conftest import small_net
-from hypothesis import HealthCheck, Phase, settings
 from torch import Tensor
 
 TINY: Dict[str, Any] = {"embed_dim": 8, "depths": (1,), "lk_kernel": 3}
 NET = small_net(2, **TINY).float()
 STATE: Dict[str, Tensor] = NET.state_dict()
 FUSED: Dict[str, Tensor] = NET.fused().state_dict()
-# The same examples every time, and a failing one as it was found: making it smaller would take minutes.
-FUZZ = settings(
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-    phases=[Phase.explicit, Phase.generate],
-)
 
 
 def saved(content: Any, **options: Any) -> bytes:
@@ -33,6 +25,16 @@ def saved(content: Any, **options: Any) -> bytes:
 
 def under(prefix: str, state: Mapping[str, Any]) -> Dict[str, Any]:
     return {prefix + name: value for name, value in state.items()}
+
+
+class Calls:
+    """Pickles as a call of ``function`` on loading."""
+
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.call = (function, arguments)
+
+    def __reduce__(self) -> Any:
+        return self.call
 
 
 def older_fused(net: AetherNet, stale_statistics: bool = True) -> Dict[str, Tensor]:

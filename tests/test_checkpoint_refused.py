@@ -30,9 +30,9 @@ from typing import Any, Callable, Dict, List, Tuple
 
 import pytest
 import torch
-from checkpoints import FUZZ, NET, STATE, saved
+from checkpoints import NET, STATE, Calls, saved
+from damage import DAMAGE, FUZZ, damaged
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import save
 from torch import nn
 
@@ -215,8 +215,6 @@ FILES = {
     "old.pth": saved({"params": STATE}, _use_new_zipfile_serialization=False),  # as before PyTorch 1.6
     "net.safetensors": save(STATE),
 }
-PLACES = st.one_of(st.floats(0, 1), st.floats(0, 0.1), st.floats(0.9, 1))  # structure lies at head and tail
-FLIPS = st.lists(st.tuples(PLACES, st.integers(0, 7)), min_size=1, max_size=8)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -239,45 +237,22 @@ def test_bytes_after_the_end_or_in_place_of_the_file_hurt_nobody(reader: Reader,
         reader.read(name, content)
 
 
-def flipped(content: bytes, flips: List[Tuple[float, int]]) -> bytes:
-    damaged = bytearray(content)
-    for place, bit in flips:
-        damaged[int(place * (len(damaged) - 1))] ^= 1 << bit
-    return bytes(damaged)
-
-
 @pytest.mark.parametrize("name", FILES)
 @settings(FUZZ, max_examples=80)
-@given(flips=FLIPS)
-def test_flipped_bits_end_in_an_error_or_in_a_whole_network(
-    reader: Reader, name: str, flips: List[Tuple[float, int]]
-) -> None:
-    reader.read(name, flipped(FILES[name], flips))
+@given(damage=DAMAGE)
+def test_damage_ends_in_an_error_or_in_a_whole_network(reader: Reader, name: str, damage: Any) -> None:
+    reader.read(name, damaged(FILES[name], damage))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 @settings(FUZZ, max_examples=1000)
-@given(flips=FLIPS, cut=st.one_of(st.none(), PLACES), twice=st.booleans())
-def test_thousands_of_damaged_files_end_in_an_error_or_in_a_whole_network(
-    reader: Reader, name: str, flips: List[Tuple[float, int]], cut: Any, twice: bool
-) -> None:
-    content = flipped(FILES[name], flips)
-    content = content if cut is None else content[: int(cut * len(content))]
-    reader.read(name, content * 2 if twice else content)
+@given(damage=DAMAGE)
+def test_damage_of_a_thousand_kinds_does_too(reader: Reader, name: str, damage: Any) -> None:
+    reader.read(name, damaged(FILES[name], damage))
 
 
 # ------------------------------------------------------------------------------------------------------- code
-
-
-class Calls:
-    """Pickles as a call of ``function`` on loading."""
-
-    def __init__(self, function: Any, *arguments: Any) -> None:
-        self.call = (function, arguments)
-
-    def __reduce__(self) -> Any:
-        return self.call
 
 
 class Watch:

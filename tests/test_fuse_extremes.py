@@ -3,52 +3,30 @@
 from __future__ import annotations
 
 import importlib.util
-import re
 import sys
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Tuple
 
 import pytest
 import torch
-from checkpoints import FUZZ, STATE, saved
-from conftest import ROOT
+from checkpoints import STATE, saved
+from conftest import ROOT, one_line
+from damage import FUZZ
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from aethersr import verify
 from aethersr.commands import fuse as command
 from aethersr.identify import aether_from_state_dict
-from aethersr.timing import Comparison
 
 NAMES = st.sampled_from(list(STATE))
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(autouse=True)
-def _no_timing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a run measures is not looked at here and takes most of its time."""
-    times = Comparison({"unfused": [2.0], "fused": [1.0]})
-    monkeypatch.setattr(verify, "compare_times", lambda *arguments: times)
+pytestmark = pytest.mark.usefixtures("one_thread", "no_timing")
 
 
 def fuse(*arguments: Any) -> int:
     return command.main([str(argument) for argument in arguments])
-
-
-def one_line(error: str) -> str:
-    """The one line that an error ends in, readable and with its remedy."""
-    assert error.count("\n") == 1, error
-    assert error.startswith("fuse_aether.py: error: ")
-    line = error[:-1]
-    assert line.isprintable(), ascii(line)
-    assert "Traceback" not in line
-    assert "torch.load" not in line, f"PyTorch's advice to let the code run: {line}"
-    assert re.search(r"--\w+", line), f"no remedy: {line}"
-    assert len(line) < 700
-    return line
 
 
 class Folder:
@@ -76,6 +54,7 @@ class Folder:
         line = one_line(error)
         assert str(source) in line
         assert words in line
+        assert len(line) < 700
         return line
 
     def refuses_or_fuses(self, name: str, content: bytes) -> str:

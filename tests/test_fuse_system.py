@@ -1,38 +1,32 @@
 """The fuse command and the system: odd names, full disks, kills at any line and byte, several runs at once.
 
 The output is absent or whole. A run that is to be killed is a fork of a small server that has imported
-PyTorch once (multiprocessing's forkserver): 0.1 seconds instead of 3. What the command asks of the system is
-seen with strace: no other program, no connection, no file but the output.
+PyTorch once (multiprocessing's forkserver): 0.1 seconds instead of 3.
 """
 
 from __future__ import annotations
 
-import builtins
 import multiprocessing
 import os
-import pickle
-import re
 import resource
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Iterator, List, Optional
 
 import pytest
 import torch
-from conftest import ROOT, AsNobody, small_net
-from safetensors.torch import save_file
+from checkpoints import STATE
+from conftest import ROOT, AsNobody, one_line
 
 from aethersr import checkpoint as checkpoint_files
 from aethersr import files, verify
+from aethersr.checkpoint import ENDINGS
 from aethersr.commands import fuse as command
 from aethersr.timing import Comparison
 
-TINY: Dict[str, Any] = {"embed_dim": 8, "depths": (1,), "lk_kernel": 3}
-ENDINGS = (".pth", ".safetensors")
 # It takes most of a run and is not looked at here.
 verify.compare_times = lambda *arguments: Comparison({"unfused": [2.0], "fused": [1.0]})  # type: ignore[assignment]
 
@@ -41,7 +35,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    torch.save({"params": small_net(2, **TINY).float().state_dict()}, tmp_path / "in.pth")
+    torch.save({"params": STATE}, tmp_path / "in.pth")
     return tmp_path / "in.pth"
 
 
@@ -49,13 +43,11 @@ def fuse(source: Any, target: Any, *more: str) -> int:
     return command.main(["--model_path", str(source), "--output_path", str(target), "--device", "cpu", *more])
 
 
-def one_line(capfd: Any) -> str:
-    error = capfd.readouterr().err
-    assert error.count("\n") == 1, error
-    assert error.startswith("fuse_aether.py: error: ")
-    assert error[:-1].isprintable(), ascii(error)
-    assert "--" in error, "no remedy"
-    return error
+def refused(capfd: Any, source: Any, target: Any, *more: str) -> str:
+    """The one line that a run ends in."""
+    capfd.readouterr()
+    assert fuse(source, target, *more) == 2
+    return one_line(capfd.readouterr().err)  # of the file descriptor: libraries write there too
 
 
 # ------------------------------------------------------------------------------------------------------ paths
@@ -86,8 +78,7 @@ def test_any_name_that_the_disk_takes_is_read_and_written(
     checkpoint.rename(source)
     assert fuse(source, target) == 0, capfd.readouterr().err
     assert sorted(os.listdir(folder)) == sorted([source.name, target.name])
-    assert fuse(target, folder / "again.pth") == 2  # read back, and refused as fused already
-    assert "fused already" in one_line(capfd)
+    assert "fused already" in refused(capfd, target, folder / "again.pth")  # it was read back
 
 
 @pytest.mark.parametrize("length", [256, 5000])
@@ -98,8 +89,7 @@ def test_a_name_that_the_disk_does_not_take_is_an_error(checkpoint: Path, capfd:
         (checkpoint, folder / f"{name}.pth"),
         (checkpoint, folder / name / "out.pth"),
     ):
-        assert fuse(source, target) == 2
-        one_line(capfd)
+        refused(capfd, source, target)
     assert os.listdir(folder) == ["in.pth"]
 
 
@@ -125,12 +115,10 @@ def test_what_is_no_file_is_refused_and_never_waited_for(
     else:
         model.symlink_to({"loop": model, "dangling": folder / "nothing", "device": "/dev/zero"}[kind])
     signal.alarm(20)  # a run that waits for ever ends the tests
-    assert fuse(model, folder / "out.pth") == 2
-    assert str(model) in one_line(capfd)
+    assert str(model) in refused(capfd, model, folder / "out.pth")
     if kind in ("fifo", "device"):
         for more in ((), ("--overwrite",)):
-            assert fuse(checkpoint, model, *more) == 2
-            assert "pipe or a device" in one_line(capfd)
+            assert "pipe or a device" in refused(capfd, checkpoint, model, *more)
             assert os.path.lexists(model)
     signal.alarm(0)
     assert sorted(os.listdir(folder)) == sorted(["in.pth", model.name])
@@ -139,10 +127,7 @@ def test_what_is_no_file_is_refused_and_never_waited_for(
 def test_unreadable_files_and_read_only_folders_are_said(
     open_folder: Path, checkpoint: Path, capfd: Any
 ) -> None:
-    assert (
-        fuse(checkpoint, checkpoint.with_name("warm.safetensors")) == 0
-    )  # whatever is imported late is imported
-    capfd.readouterr()
+    assert fuse(checkpoint, checkpoint.with_name("warm.safetensors")) == 0  # late imports need rights too
     model, locked, closed = open_folder / "in.pth", open_folder / "locked", open_folder / "closed"
     model.write_bytes(checkpoint.read_bytes())
     locked.mkdir()
@@ -154,13 +139,10 @@ def test_unreadable_files_and_read_only_folders_are_said(
     closed.chmod(0)
     with AsNobody():
         for ending in ENDINGS:
-            assert fuse(open_folder / f"secret{ending}", open_folder / "out.pth") == 2
-            one_line(capfd)
-            assert fuse(model, locked / f"out{ending}") == 2
-            assert "Permission denied" in one_line(capfd)
+            refused(capfd, open_folder / f"secret{ending}", open_folder / "out.pth")
+            assert "Permission denied" in refused(capfd, model, locked / f"out{ending}")
         for source, target in ((model, closed / "out.pth"), (closed / "in.pth", open_folder / "out.pth")):
-            assert fuse(source, target) == 2
-            one_line(capfd)
+            refused(capfd, source, target)
     assert not list(locked.iterdir())
     assert not list(open_folder.glob("out*"))
 
@@ -170,8 +152,7 @@ def test_a_link_as_output_is_replaced_and_what_it_points_to_stays(checkpoint: Pa
     (folder / "mine.txt").write_text("mine")
     for name, points_to in (("link.pth", folder / "mine.txt"), ("dangling.pth", folder / "nothing")):
         (folder / name).symlink_to(points_to)
-        assert fuse(checkpoint, folder / name) == 2
-        assert "--overwrite" in one_line(capfd)
+        assert "--overwrite" in refused(capfd, checkpoint, folder / name)
         assert fuse(checkpoint, folder / name, "--overwrite") == 0
         assert not (folder / name).is_symlink()
     assert (folder / "mine.txt").read_text() == "mine"
@@ -191,11 +172,10 @@ def test_a_disk_that_fills_up_at_any_byte_leaves_nothing(
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, old[1]))
     try:
-        code = fuse(checkpoint, target)
+        line = refused(capfd, checkpoint, target)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
-    assert code == 2
-    assert str(target) in one_line(capfd)
+    assert str(target) in line
     assert os.listdir(checkpoint.parent) == ["in.pth"]
 
 
@@ -203,10 +183,8 @@ def test_a_disk_that_fills_up_at_any_byte_leaves_nothing(
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     disk = tmp_path / "disk"
     disk.mkdir()
-    mount = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(disk)], capture_output=True
-    )
-    if mount.returncode:
+    words = ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(disk)]
+    if subprocess.run(words, capture_output=True).returncode:
         pytest.skip("mounting a small disk is not allowed here")
     yield disk
     subprocess.run(["umount", "-l", str(disk)], check=True)
@@ -214,8 +192,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_full_disk_leaves_nothing(small_disk: Path, checkpoint: Path, capfd: Any) -> None:
     for ending in ENDINGS:
-        assert fuse(checkpoint, small_disk / f"out{ending}") == 2
-        assert "No space left" in one_line(capfd)
+        assert "No space left" in refused(capfd, checkpoint, small_disk / f"out{ending}")
     assert os.listdir(small_disk) == []
 
 
@@ -305,8 +282,7 @@ def words(checkpoint: Path) -> List[Any]:
 def test_a_kill_at_any_line_leaves_the_old_output_or_a_whole_new_one(
     run: Runs, words: List[Any], stop: str
 ) -> None:
-    """No process can tidy up after SIGKILL: then a temporary file, named as such, may stay. After the others
-    none does."""
+    """No process can tidy up after SIGKILL: then a temporary file, named as such, may stay."""
     source, target = words[1], words[3]
     assert run(*words, number=10**9) == 0
     whole, lines, content = target.read_bytes(), int(run.log.read_text()), source.read_bytes()
@@ -375,193 +351,24 @@ def test_a_terminal_that_lacks_a_letter_does_not_matter(checkpoint: Path) -> Non
     target = checkpoint.with_name("写真\udcff.pth")
     arguments = ["--model_path", str(checkpoint), "--output_path", str(target), "--device", "cpu"]
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
+    program = [sys.executable, str(ROOT / "fuse_aether.py")]
     done = subprocess.run(
-        [sys.executable, str(ROOT / "fuse_aether.py"), *arguments],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        env=environment,
+        [*program, *arguments], stdin=subprocess.DEVNULL, capture_output=True, env=environment
     )
     assert (done.returncode, done.stderr) == (0, b"")
     assert target.is_file()
 
 
 def _warm_up() -> None:
-    """What PyTorch prepares in the first run, once for all forks; with one thread: threads do not survive a
-    fork."""
+    """What PyTorch prepares in the first run, once for all forks. One thread: none survives a fork."""
     torch.set_num_threads(1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        torch.save(small_net(2, **TINY).float().state_dict(), folder / "in.pth")
+        torch.save(STATE, folder / "in.pth")
         for ending in ENDINGS:
             fuse(folder / "in.pth", folder / f"out{ending}")
 
 
 if os.environ.get("AETHER_FORK_SERVER") and __name__ == "test_fuse_system" and "pytest" not in sys.argv[0]:
     _warm_up()
-
-
-# ----------------------------------------------------------------------------------------------- system calls
-
-
-CALLS = [
-    *("execve", "execveat", "fork", "vfork", "clone", "clone3", "socket"),
-    *("connect", "ptrace", "open", "openat", "openat2", "creat", "truncate"),
-    *("unlink", "unlinkat", "rename", "renameat", "renameat2", "mkdir", "mkdirat"),
-    *("rmdir", "link", "linkat", "symlink", "symlinkat", "mknod"),
-    *("mknodat", "chmod", "fchmodat"),
-]
-STRACE = [
-    "strace",
-    "-f",
-    "--seccomp-bpf",
-    "-qq",
-    "-s",
-    "9999",
-    "-e",
-    "trace=" + ",".join(f"?{call}" for call in CALLS),
-]
-
-
-def can_trace() -> bool:
-    return (
-        shutil.which("strace") is not None
-        and subprocess.run([*STRACE, "-o", os.devnull, "true"], capture_output=True).returncode == 0
-    )
-
-
-TRACED = pytest.mark.skipif(not can_trace(), reason="needs strace (apt-get install strace), allowed to trace")
-
-
-def deeds(folder: Path, *command: str) -> Tuple[int, str, List[str]]:
-    """Exit code and errors of a program that runs in ``folder``, and its system calls that could do harm
-    elsewhere, failed ones too."""
-    log, scratch = folder.with_name("strace.log"), folder.with_name("scratch")
-    scratch.mkdir(
-        exist_ok=True
-    )  # PyTorch tries on import whether it can write to the folder for temporary files
-    environment = {
-        **os.environ,
-        "TMPDIR": str(scratch),
-        "PYTHONDONTWRITEBYTECODE": "1",
-        "OMP_NUM_THREADS": "1",
-    }
-    environment.pop(
-        "TORCHINDUCTOR_CACHE_DIR", None
-    )  # torch.compile in another test puts it there, and PyTorch would look for that folder
-    done = subprocess.run(
-        [*STRACE, "-o", str(log), *command],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    _, *calls = log.read_text(encoding="utf-8").splitlines()  # the first is strace's own start of the command
-    return done.returncode, done.stderr, [call for call in calls if not harmless(call, folder, scratch)]
-
-
-def harmless(line: str, *folders: Path) -> bool:
-    call = re.match(r"\d+ +(\w+)\((.*)", line)
-    if not call:  # the end of a call that stands further up, or of a process
-        return True
-    name, arguments = call.groups()
-    if name.startswith("open") and not re.search("O_(WRONLY|RDWR|CREAT|TRUNC|APPEND)", arguments):
-        return True
-    if name.startswith(("clone", "fork", "vfork")):
-        return "CLONE_THREAD" in arguments
-    if name in ("socket", "connect"):  # glibc asks for the user's name on this machine
-        return re.search("AF_(UNIX|LOCAL)", arguments) is not None
-    if (
-        name.startswith("exec") or name == "ptrace" or re.search(r'(^|, )\d+, "[^/]', arguments)
-    ):  # the last: relative to an open folder
-        return False
-    paths = [
-        Path(os.path.normpath(folders[0] / path)) for path in re.findall(r'"((?:[^"\\]|\\.)*)"', arguments)
-    ]
-    return all(
-        str(path) == os.devnull or any(folder in path.parents or folder == path for folder in folders)
-        for path in paths
-    )
-
-
-class Call:
-    """Pickles as a call of ``function`` on loading."""
-
-    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
-        self.call = (function, arguments)
-
-    def __reduce__(self) -> Any:
-        return self.call
-
-
-PAYLOADS: Dict[str, Callable[[Path], Call]] = {
-    "os.system": lambda marker: Call(os.system, f"touch '{marker}'"),
-    "subprocess": lambda marker: Call(subprocess.Popen, ["touch", str(marker)]),
-    "exec": lambda marker: Call(builtins.exec, "import socket; socket.socket().connect_ex(('127.0.0.1', 9))"),
-    "write": lambda marker: Call(open, str(marker), "w"),
-}
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    (tmp_path / "folder").mkdir()
-    return tmp_path / "folder"
-
-
-def state() -> Dict[str, torch.Tensor]:
-    return small_net(2, embed_dim=8, depths=(1,), lk_kernel=3).float().state_dict()
-
-
-def traced(folder: Path, source: str, target: str) -> Tuple[int, str, List[str]]:
-    command = [
-        sys.executable,
-        str(ROOT / "fuse_aether.py"),
-        "--model_path",
-        source,
-        "--output_path",
-        target,
-        "--device",
-        "cpu",
-    ]
-    return deeds(folder, *command)
-
-
-@pytest.mark.slow
-@TRACED
-@pytest.mark.parametrize("payload", PAYLOADS)
-def test_the_trace_shows_a_payload_that_runs(folder: Path, payload: str) -> None:
-    (folder / "in.pth").write_bytes(pickle.dumps(PAYLOADS[payload](folder.with_name("ran"))))
-    _, _, seen = deeds(folder, sys.executable, "-c", "import pickle; pickle.load(open('in.pth', 'rb'))")
-    expected = {"os.system": "execve", "subprocess": "execve", "exec": "connect", "write": "openat"}[payload]
-    assert any(re.match(rf"\d+ +{expected}\(", call) for call in seen), seen
-
-
-@pytest.mark.slow
-@TRACED
-@pytest.mark.parametrize("layout", ["archive", "pickle"])
-@pytest.mark.parametrize("payload", PAYLOADS)
-def test_a_payload_starts_nothing_writes_nothing_and_calls_nobody(
-    folder: Path, payload: str, layout: str
-) -> None:
-    marker = folder.with_name("ran")
-    content = {"params": state(), "more": PAYLOADS[payload](marker)}
-    torch.save(content, folder / "in.pth", _use_new_zipfile_serialization=layout == "archive")
-    code, error, seen = traced(folder, "in.pth", "out.pth")
-    assert (code, error.count("\n")) == (2, 1), error
-    assert "asks to run code" in error
-    assert not seen
-    assert not marker.exists()
-    assert [path.name for path in folder.iterdir()] == ["in.pth"]
-
-
-@pytest.mark.slow
-@TRACED
-@pytest.mark.parametrize("ending", [".pth", ".safetensors"])
-def test_a_good_checkpoint_needs_no_more_than_its_output(folder: Path, ending: str) -> None:
-    torch.save(state(), folder / "in.pth")
-    save_file(state(), folder / "in.safetensors")
-    code, error, seen = traced(folder, f"in{ending}", f"out{ending}")
-    assert (code, error) == (0, "")
-    assert not seen
-    assert sorted(path.name for path in folder.iterdir()) == ["in.pth", "in.safetensors", f"out{ending}"]

@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import re
 import warnings
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Tuple
 
 import aether_arch
 import pytest
 import torch
 from aether_arch import AetherNet
-from checkpoints import FUSED, FUZZ, NET, STATE, older_fused
+from checkpoints import FUSED, NET, STATE, older_fused
 from conftest import small_net
+from damage import FUZZ
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -20,9 +21,6 @@ from torch import Tensor, nn
 from aethersr.identify import aether_from_state_dict, form_name, read_options, variant_name
 
 X = torch.rand(1, 3, 9, 13, generator=torch.Generator().manual_seed(1))
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 FORMS: Dict[str, Any] = {
     "training": lambda net: net,
     "fused": lambda net: net.fused(),
@@ -31,6 +29,8 @@ FORMS: Dict[str, Any] = {
     "int8": lambda net: net.fused().prepare_qat().convert_to_quantized(),
     "int8 full": lambda net: net.fused().prepare_qat("full").convert_to_quantized(),
 }
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("kept", [False, True], ids=["", "norm kept"])
@@ -167,11 +167,20 @@ def test_a_deep_network_of_few_tensors_is_one_too() -> None:
     assert aether_from_state_dict(net.state_dict()).options["depths"] == [60]
 
 
-def test_a_claim_of_terabytes_takes_no_memory() -> None:
-    state = dict(small_net(2).float().state_dict())
-    state["conv_first.weight"] = torch.zeros(1).expand(2**22, 3, 3, 3)
-    with pytest.raises(ValueError, match="of another shape"):
-        aether_from_state_dict(state)
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("conv_first.weight", (2**22, 3, 3, 3)),
+        ("norm.weight", (1, 2**40, 1, 1)),
+        ("stages.0.0.conv.fused_conv.weight", (2**40, 1, 3, 3)),
+        ("stages.0.0.conv.fused_conv.bias", (2**40,)),
+    ],
+)
+def test_a_claim_of_terabytes_takes_no_memory(name: str, shape: Tuple[int, ...]) -> None:
+    states = [STATE] if name in STATE else []
+    for state in [*states, older_fused(NET)]:
+        with pytest.raises(ValueError, match="of another shape"):
+            aether_from_state_dict({**state, name: torch.zeros(1).expand(shape)})
 
 
 def test_more_blocks_than_tensors_are_refused_before_any_is_made() -> None:

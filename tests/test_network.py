@@ -24,6 +24,7 @@ from torch import Tensor
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("*.safetensors"))
 BOTH = {"use_channel_attn": True, "use_spatial_attn": True}
 NEITHER = {"use_channel_attn": False, "use_spatial_attn": False}
+TINY: Dict[str, Any] = {"embed_dim": 8, "depths": (1,), "lk_kernel": 7, "sk_kernel": 5}  # quick to trace
 
 
 BOUND = 0.75  # small enough that random networks reach it
@@ -317,7 +318,7 @@ def test_layout_copy_and_pickle_change_nothing() -> None:
 
 
 def test_torch_compile_sees_one_graph_in_every_form() -> None:
-    net = small_net(2).float()
+    net = small_net(2, **TINY).float()
     x = torch.rand(2, 3, 8, 8)
     for form in (net.train(), copy.deepcopy(net).eval(), net.fused()):
         torch._dynamo.reset()
@@ -363,7 +364,7 @@ def test_the_fused_network_can_be_trained_too() -> None:
 
 def test_a_traced_network_is_the_same_function_at_any_size() -> None:
     """The exporter traces; it can't take a kernel that is summed in the graph."""
-    net = small_net(2)
+    net = small_net(2, **TINY)
     with torch.no_grad():
         traced = torch.jit.trace(net, torch.rand(1, 3, 9, 11, dtype=torch.float64))
         x = torch.rand(2, 3, 13, 6, dtype=torch.float64)
