@@ -53,6 +53,7 @@ def difference(net: nn.Module, other: nn.Module, height: int, width: int, chans:
             "in_chans": 1,
             "lk_kernel": 13,
             "sk_kernel": 5,
+            "bound": 0.75,
             "depths": (1, 1, 2),
         },
     ],
