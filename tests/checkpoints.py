@@ -1,14 +1,23 @@
-"""Checkpoints for the tests: of one small network, in the layouts that people have."""
+"""Checkpoints for the tests: one small network's, in the layouts that people have, and a reader of them."""
 
 from __future__ import annotations
 
 import io
+import json
+import struct
+import warnings
+from pathlib import Path
 from typing import Any, Dict, Mapping
 
 import torch
 from aether_arch import AetherNet, DeploymentNorm, ReparamLargeKernelConv
 from conftest import small_net
+from safetensors.torch import save
 from torch import Tensor
+
+from aethersr.checkpoint import read_checkpoint
+from aethersr.errors import UserError
+from aethersr.identify import aether_from_state_dict
 
 TINY: Dict[str, Any] = {"embed_dim": 8, "depths": (1,), "lk_kernel": 3}
 NET = small_net(2, **TINY).float()
@@ -23,8 +32,64 @@ def saved(content: Any, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
+OLD: Dict[str, Any] = {"_use_new_zipfile_serialization": False}  # as before PyTorch 1.6
+FILES = {
+    "net.pth": saved({"params": STATE}),
+    "old.pth": saved({"params": STATE}, **OLD),
+    "net.safetensors": save(STATE),
+}
+
+
+def with_mean(value: Any) -> bytes:
+    return saved({**STATE, "mean": value})
+
+
+def safetensors_of(header: Dict[str, Any], data: bytes = b"") -> bytes:
+    head = json.dumps(header).encode()
+    return struct.pack("<Q", len(head)) + head + data
+
+
 def under(prefix: str, state: Mapping[str, Any]) -> Dict[str, Any]:
     return {prefix + name: value for name, value in state.items()}
+
+
+class Reader:
+    """A folder in which one file after another is read or refused."""
+
+    def __init__(self, folder: Path, capfd: Any) -> None:
+        self.folder, self.capfd = folder, capfd
+
+    def read(self, name: str, content: bytes) -> str:
+        """The error, or "" where the file is a whole network."""
+        path = self.folder / name
+        path.write_bytes(content)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                aether_from_state_dict(read_checkpoint(path).state)
+        except UserError as error:
+            line = str(error)
+            assert str(path) in line
+            assert "--model_path" in line
+            for words in ("torch.load", "Weights only load failed", "Traceback"):
+                assert words not in line, "PyTorch's own words, with its advice to let the code run"
+        except ValueError as error:  # not whole; the command puts the file's name before it
+            line = str(error)
+        else:
+            line = ""
+        assert "\n" not in line
+        assert len(line) < 700
+        assert path.read_bytes() == content, "the input was changed"
+        assert [other.name for other in self.folder.iterdir()] == [name]
+        assert self.capfd.readouterr().err == "", "libraries write to the file descriptor too"
+        path.unlink()
+        return line
+
+    def refuses(self, name: str, content: bytes, words: str = "") -> str:
+        line = self.read(name, content)
+        assert line, "it was read"
+        assert words in line, line
+        return line
 
 
 class Calls:

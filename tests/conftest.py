@@ -69,6 +69,15 @@ def no_timing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verify, "compare_times", lambda *networks: times)
 
 
+@pytest.fixture
+def reader(tmp_path: Path, capfd: pytest.CaptureFixture) -> Any:
+    """A folder in which one checkpoint after another is read or refused: see checkpoints.Reader."""
+    from checkpoints import Reader
+
+    capfd.readouterr()
+    return Reader(tmp_path, capfd)
+
+
 def one_line(error: str, program: str = "fuse_aether.py") -> str:
     """The line that a command's error consists of: readable, with its remedy, in the command's own words."""
     assert error.count("\n") == 1, error

@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TESTS = {  # of modules whose tests are not tests/test_<module>.py
     "aether_arch": ["network", "fusion", "loading", "registration"],
     "aether_quant": ["quant"],
-    "checkpoint": ["checkpoint", "checkpoint_refused"],
+    "checkpoint": ["checkpoint", "checkpoint_refused", "checkpoint_bombs"],
 }
 SWAPPED: Dict[type, type] = {
     **{

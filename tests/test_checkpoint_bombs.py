@@ -1,0 +1,126 @@
+"""A checkpoint that claims more than it holds is refused in about as much memory as it has bytes."""
+
+from __future__ import annotations
+
+import io
+import re
+import struct
+import zipfile
+from pathlib import Path
+from typing import Any, Callable, Dict, List
+
+import pytest
+import torch
+from checkpoints import FILES, OLD, STATE, Calls, Reader, safetensors_of, saved, with_mean
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def repacked(pickled: bytes, compression: int = zipfile.ZIP_STORED, padding: int = 0) -> bytes:
+    """The good checkpoint with another pickle."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(FILES["net.pth"])) as good, zipfile.ZipFile(
+        buffer, "w", compression
+    ) as bad:
+        for name in good.namelist():
+            bad.writestr(name, pickled if name.endswith("data.pkl") else good.read(name))
+        if padding:
+            bad.writestr("archive/data/bomb", bytes(padding))
+    return buffer.getvalue()
+
+
+def good_pickle(offset: bytes = b"", replacement: bytes = b"") -> bytes:
+    with zipfile.ZipFile(io.BytesIO(FILES["net.pth"])) as good:
+        content = good.read(next(name for name in good.namelist() if name.endswith("data.pkl")))
+    assert offset in content
+    return content.replace(offset, replacement, 1)
+
+
+def value(shape: List[int], *offsets: int) -> Dict[str, Any]:
+    return {"dtype": "F32", "shape": shape, "data_offsets": offsets}
+
+
+def archive_of_entries(count: int) -> bytes:
+    entries = b"PK\x01\x02".ljust(46, b"\0") * count
+    end = b"PK\x05\x06" + struct.pack("<HHHHIIH", 0, 0, count, count, len(entries), 4, 0)
+    return b"PK\x03\x04" + entries + end
+
+
+def long1(number: int) -> bytes:
+    """A pickle's opcode for a large number."""
+    return b"\x8a\x08" + struct.pack("<q", number)
+
+
+def blown_up_text() -> Any:
+    encode = __import__("_codecs").encode
+    text: Any = "ab"
+    for _ in range(24):  # each doubles it
+        text = Calls(encode, text, "utf-16-le") if isinstance(text, str) else Calls(encode, text, "hex")
+    return text
+
+
+def nested(depth: int) -> bytes:
+    """Dictionaries inside one another, each under the key "a"."""
+    return b"\x80\x02" + b"}(X\x01\x00\x00\x00a" * depth + b"N" + b"u" * depth + b"."
+
+
+MIB = 2**20
+ONE = torch.zeros(1)
+KERNEL = "stages.0.0.conv.lk_conv.weight"
+BOMBS: Dict[str, Callable[[], bytes]] = {  # each name begins with its file's
+    "net.pth: zeros compressed": lambda: repacked(good_pickle(), zipfile.ZIP_DEFLATED, 256 * MIB),
+    "net.pth: bytearray": lambda: saved({"params": STATE, "more": Calls(bytearray, 256 * MIB)}),
+    "net.pth: bytearray of terabytes": lambda: saved({"params": STATE, "more": Calls(bytearray, 2**44)}),
+    "old.pth: bytearray": lambda: saved({"more": Calls(bytearray, 256 * MIB)}, **OLD),
+    "net.pth: doubled text": lambda: saved({"more": blown_up_text()}),
+    "net.pth: sets": lambda: repacked(b"\x80\x02(" + b"\x8f" * 600_000 + b"t."),
+    "net.pth: lists": lambda: repacked(b"\x80\x02(" + b"]" * 2_000_000 + b"t."),
+    "net.pth: nested": lambda: repacked(nested(50_000)),
+    "net.pth: storage of terabytes": lambda: repacked(good_pickle(b"K\x03tq", long1(2**40) + b"tq")),
+    "old.pth: storage of gigabytes": lambda: FILES["old.pth"].replace(b"K\x03Ntq", long1(2**31) + b"Ntq", 1),
+    "net.pth: tensor of terabytes": lambda: repacked(
+        good_pickle(b"(K\x01K\x03K\x01K\x01t", b"(K\x01" + long1(2**40) + b"K\x01K\x01t")
+    ),
+    "net.pth: expanded tensor": lambda: with_mean(ONE.expand(1, 2**40, 1, 1)),
+    "net.pth: empty tensor of many": lambda: saved({**STATE, KERNEL: torch.zeros(0, 1, 2**31 + 1, 1)}),
+    "net.pth: many blocks": lambda: saved({**STATE, **{f"stages.0.{k}.x": ONE.clone() for k in range(3000)}}),
+    "net.pth: many networks": lambda: saved({f"{k}.{KERNEL}": ONE.clone() for k in range(3000)}),
+    "net.pth: many entries": lambda: archive_of_entries(9000),
+    "net.safetensors: terabytes": lambda: safetensors_of({"mean": value([2**40], 0, 2**42)}),
+    "net.safetensors: header": lambda: struct.pack("<Q", 2**62) + b"{}",
+    "net.safetensors: nested": lambda: struct.pack("<Q", 400_000) + b"[" * 400_000,
+    "net.safetensors: shared": lambda: safetensors_of({f"{k}": value([1], 0, 4) for k in range(99)}, b"abcd"),
+    "net.safetensors: empty of many": lambda: safetensors_of({KERNEL: value([0, 2**60], 0, 0)}),
+}
+
+
+def test_tensors_that_are_one_in_the_file_count_each(reader: Reader) -> None:
+    shared = torch.zeros(20_000)
+    reader.refuses("net.pth", saved({**STATE, **{f"stages.0.0.x{k}": shared for k in range(8)}}), "more than")
+
+
+def memory(name: str) -> int:
+    """VmRSS (now) or VmHWM (its peak) of this process in bytes."""
+    return int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text()).group(1)) * 1024  # type: ignore[union-attr]
+
+
+def can_measure_memory() -> bool:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to VmRSS
+        return memory("VmHWM") > 0
+    except (OSError, AttributeError):
+        return False
+
+
+@pytest.mark.skipif(not can_measure_memory(), reason="reads memory from Linux' /proc")
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_a_file_that_claims_more_than_it_holds_is_refused_in_little_memory(reader: Reader, bomb: str) -> None:
+    name, content = bomb.split(":")[0], BOMBS[bomb]()
+    assert reader.read(name, FILES[name]) == ""  # what the libraries take once is no matter of the file
+    Path("/proc/self/clear_refs").write_text("5")
+    before = memory("VmRSS")
+    reader.refuses(name, content)
+    taken = memory("VmHWM") - before
+    assert taken <= 48 * MIB + 8 * len(content), (
+        f"{taken / MIB:.0f} MiB for a file of {len(content) / MIB:.2f} MiB"
+    )
