@@ -309,7 +309,7 @@ class AetherBase(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Dict[str, Tensor], prefix: str, *args: Any) -> None:
         """Runs before any value is copied, so a file loads completely or the network stays unchanged."""
-        # Inside DDP and others too: torch passes True, whatever its load_state_dict was called with.
+        # torch passes strict=True here, whatever load_state_dict got (perhaps DDP's): ask the caller's frame.
         frame: Any = inspect.currentframe()
         while frame and frame.f_code is not nn.Module.load_state_dict.__code__:
             frame = frame.f_back
@@ -361,6 +361,7 @@ class AetherNet(AetherBase):
         img_range: the network works on (x - mean) * img_range.
         batch_renorm: from earlier versions; means norm="frozen".
         bound: clamps every block's norm to [-bound, bound], so that no picture makes the network run away.
+            None, or loading a file without a bound: no limit.
         norm: "frozen" keeps the norms' statistics, "batch" uses each batch's. None: frozen, or batch after
             loading a file trained with batch statistics, so that its training can continue.
 
