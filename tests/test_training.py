@@ -216,6 +216,7 @@ def test_kept_weights_are_the_newest_average_and_count_what_came_before(checkout
     states[1500]["conv_last.bias"] += 0.25
     for number, state in states.items():
         save_file(state, models / f"net_g_ema_{number}.safetensors")
+    (models / "net_g_ema_latest.safetensors").write_bytes(b"written at the end of a training")
     assert command(checkout, "--keep") == 0
     with safe_open(str(checkout / "kept"), "pt") as file:
         assert file.metadata() == {"format": "pt", "form": "training", "iterations": "3500"}

@@ -88,8 +88,8 @@ class Training:
 
     def newest(self, pattern: str) -> Optional[Tuple[int, Path]]:
         """Iteration and path of the newest of the numbered files that match."""
-        found = [(int(re.findall(r"\d+", path.stem)[-1]), path) for path in self.folder.glob(pattern)]
-        return max(found) if found else None
+        paths = [path for path in self.folder.glob(pattern) if re.search(r"\d+$", path.stem)]  # not _latest
+        return max(((int(re.findall(r"\d+", path.stem)[-1]), path) for path in paths), default=None)
 
     def status(self) -> str:
         """Whether it runs, and the last iteration, loss and PSNR in its log."""
