@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any, Callable
 
 PROGRAM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-PATIENCE = 120  # seconds; a machine may be busy with other things
+PATIENCE = 300  # seconds; a machine may be busy with other things
 
 
 class Chromium:

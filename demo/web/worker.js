@@ -32,9 +32,10 @@ async function open(url) {
       if (shape[1] !== 3 || shape.slice(2).some(Number.isInteger)) {
         throw new Error(`it takes [${shape}], expected RGB of any size (aether-fuse without --static)`);
       }
-      const { width } = await run(new Float32Array(3 * 64 * 64), 64, 64);
+      const scale = (await run(new Float32Array(3 * 64 * 64), 64, 64)).width / 64;
+      if (!Number.isInteger(scale)) throw new Error(`it makes pictures ${scale} times as wide`);
       await before.session?.release();
-      return { scale: width / 64, engine: engine === "webgpu" ? "WebGPU" : "WebAssembly" };
+      return { scale, engine: engine === "webgpu" ? "WebGPU" : "WebAssembly" };
     } catch (error) {
       ({ ort, session } = before);
       if (engine === "wasm") throw error;
