@@ -1,9 +1,9 @@
-"""The fused network as converters want it: every weight is the constant of a convolution module."""
+"""The fused network in a form that converters accept: every weight is a convolution module's constant."""
 
 from __future__ import annotations
 
 import copy
-from typing import Any, List, Optional
+from typing import Any, List, Optional, Tuple
 
 import torch
 from aether_arch import BORDERS
@@ -12,25 +12,26 @@ from torch.nn import functional as F
 
 
 def for_export(network: Any) -> Any:
-    """A copy of a fused or quantised network that computes the same and is easier to convert."""
+    """A copy of a fused or quantised network that computes the same but is easier to convert."""
     network = copy.deepcopy(network).eval()
     network.tail = ExportTail(network.tail, network.options["in_chans"])
     mean = network.mean
     if mean.dtype != torch.float32:
         network.tail.to(mean.dtype)
-    if bool((mean == mean.flatten()[0]).all()):  # always: it is 0.5
+    if bool((mean == mean.flatten()[0]).all()):  # always, since it is 0.5
         del network.mean
         network.mean = float(mean.flatten()[0])  # a tensor would be a constant layer in ncnn
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
-            module.__class__ = nn.Conv2d  # converters know it by this name; what it adds is about training
+            module.__class__ = nn.Conv2d  # the class that converters know; subclasses only matter in training
     return network
 
 
 class ExportTail(nn.Module):
     """aether_arch.CollapsedTail without slices, and without weights that the graph would have to rearrange.
 
-    The outermost line of features is taken under a mask, and its correction added under one. int8 stays int8.
+    The outermost line of features is taken under a mask, and its correction added under one. A row is turned
+    into a column first, so that the rows' kernels are columns too, see aethersr.ncnn. int8 stays int8.
     """
 
     def __init__(self, tail: Any, channels: int) -> None:
@@ -39,7 +40,8 @@ class ExportTail(nn.Module):
         self.quant_in = getattr(tail, "quant_in", nn.Identity())
         self.conv = tail.conv if hasattr(tail, "conv") else convolution(tail.weight, tail.bias)
         self.borders = nn.ModuleDict({name: along_line(name, *tail.border(name)) for name in BORDERS})
-        self.rows, self.columns = (Masks(channels, dim, tail.depth) for dim in (2, 3))
+        outputs, features = tail.border("left")[0].shape[:2]
+        self.masks = Masks(channels, tail.depth, features, outputs)
         if hasattr(tail, "top_weight_scale"):  # int8 storage
             self.borders = nn.ModuleDict({name: stored(conv, True) for name, conv in self.borders.items()})
             self.conv = tail.conv if hasattr(tail, "conv") else stored(self.conv, False)
@@ -47,21 +49,32 @@ class ExportTail(nn.Module):
     def forward(self, x: Tensor, image: Tensor) -> Tensor:
         x = self.quant_in(x)
         out = self.conv(x)
-        top, bottom = self.rows(image)
-        left, right = self.columns(image)
-        for name, masks in (("top", top), ("bottom", bottom)):
-            line = outermost(x, masks, 2)
+        rows, columns = self.masks(self.mean(image, 3)), self.masks(turned(self.mean(image, 2)))
+        for name, (outermost, mask) in zip(("top", "bottom"), rows):
+            line = turned(self.line(x, outermost, 2))
             delta = self.borders[name](line)
-            delta = delta + self.borders[f"{name}_left"](line) * left[0]
-            delta = delta + self.borders[f"{name}_right"](line) * right[0]
-            out = out + delta * masks[0]
-        for name, masks in (("left", left), ("right", right)):
-            out = out + self.borders[name](outermost(x, masks, 3)) * masks[0]
+            for side, (_, corner) in zip(("left", "right"), columns):
+                delta = delta + self.borders[f"{name}_{side}"](line) * corner
+            out = out + turned(delta) * mask
+        for name, (outermost, mask) in zip(("left", "right"), columns):
+            line = self.line(x, [turned(each) for each in outermost], 3)
+            out = out + self.borders[name](line) * turned(mask)
         return F.pixel_shuffle(out, self.scale)
+
+    def mean(self, x: Tensor, dim: int) -> Tensor:
+        return x.mean(dim, keepdim=True)
+
+    def line(self, x: Tensor, masks: List[Tensor], dim: int) -> Tensor:
+        """The rows (dim 2) or columns (dim 3) under the masks, side by side as channels."""
+        lines = [(x * mask).sum(dim, keepdim=True) for mask in masks]
+        return torch.cat(lines, 1) if len(lines) > 1 else lines[0]
 
 
 class Masks(nn.Module):
-    """Masks of a picture's first and last ``depth`` rows (dim 2: (N, 1, H, 1)) or columns, outermost first.
+    """Masks of a picture's first and last rows, from one of its columns (N, channels, H, 1).
+
+    Of either edge: one (N, features, H, 1) for each of the ``depth`` outermost rows, and one of the outermost
+    row (N, outputs, H, 1). Every channel has its own, since OpenCV 5.0 fails after a product with just one.
 
     In a column of ones with zeros around it, a pixel differs from the one before it in the first row only.
     The ones are made from the picture, whose values are small: zero times an infinite mean of features would
@@ -71,42 +84,41 @@ class Masks(nn.Module):
     an odd number of weights, and its optimiser takes such a subtraction for a constant.
     """
 
-    def __init__(self, channels: int, dim: int, depth: int) -> None:
+    def __init__(self, channels: int, depth: int, features: int, outputs: int) -> None:
         super().__init__()
-        self.across = 5 - dim
         self.ones = convolution(torch.zeros(2, channels, 1, 1), torch.ones(2))
         self.first, self.last = nn.ModuleList(), nn.ModuleList()
-        for line in range(depth):
-            kernel = torch.zeros(1, 2, 2 * line + 3)
-            kernel[0, 0, :2] = torch.tensor([-1.0, 1.0])
-            for convs, each in ((self.first, kernel), (self.last, kernel.flip(2))):
-                convs.append(convolution(each.unsqueeze(5 - dim)))
+        for line, copies in [*((line, features) for line in range(depth)), (0, outputs)]:
+            kernel = torch.zeros(copies, 2, 2 * line + 3, 1)
+            kernel[:, 0, :2, 0] = torch.tensor([-1.0, 1.0])
+            self.first.append(convolution(kernel))
+            self.last.append(convolution(kernel.flip(2)))
 
-    def forward(self, image: Tensor) -> List[List[Tensor]]:
-        ones = self.ones(image.mean(self.across, keepdim=True))
-        return [[conv(ones) for conv in convs] for convs in (self.first, self.last)]
+    def forward(self, column: Tensor) -> List[Tuple[List[Tensor], Tensor]]:
+        ones = self.ones(column)
+        found = [[conv(ones) for conv in convs] for convs in (self.first, self.last)]
+        return [(masks[:-1], masks[-1]) for masks in found]
 
 
-def outermost(x: Tensor, masks: List[Tensor], dim: int) -> Tensor:
-    """The rows (dim 2) or columns (dim 3) under the masks, side by side as channels."""
-    lines = [(x * mask).sum(dim, keepdim=True) for mask in masks]
-    return torch.cat(lines, 1) if len(lines) > 1 else lines[0]
+def turned(x: Tensor) -> Tensor:
+    """Rows as columns."""
+    return x.transpose(2, 3)
 
 
 def along_line(name: str, weight: Tensor, bias: Tensor) -> nn.Conv2d:
-    """One of CollapsedTail's corrections as a convolution of what ``outermost`` gives."""
+    """One of CollapsedTail's corrections as a convolution of a line that stands as a column."""
     row, column = BORDERS[name]
     dim, side = (2, row) if row else (3, column)
     lines = weight.unbind(dim)
-    weight = torch.cat(lines if side < 0 else lines[::-1], 1).unsqueeze(dim)
+    weight = torch.cat(lines if side < 0 else lines[::-1], 1).unsqueeze(3)
     if row and column:  # a corner's kernel begins or ends at its pixel: centre it
-        missing = weight.shape[3] - 1
-        weight = F.pad(weight, (missing, 0) if column < 0 else (0, missing))
+        missing = weight.shape[2] - 1
+        weight = F.pad(weight, (0, 0, missing, 0) if column < 0 else (0, 0, 0, missing))
     return convolution(weight, bias)
 
 
 def convolution(weight: Tensor, bias: Optional[Tensor] = None) -> nn.Conv2d:
-    """A module of this weight that keeps the size."""
+    """A convolution module with this weight, padded to keep the size."""
     outputs, inputs, *kernel = weight.shape
     options: Any = {"padding": [size // 2 for size in kernel], "bias": bias is not None}
     made = nn.utils.skip_init(nn.Conv2d, inputs, outputs, kernel, **options)
@@ -117,7 +129,7 @@ def convolution(weight: Tensor, bias: Optional[Tensor] = None) -> nn.Conv2d:
 
 
 def stored(conv: nn.Module, int8: bool) -> nn.Module:
-    """A convolution with its weight held as int8 or in half precision."""
+    """A convolution whose weight is stored as int8 or in half precision."""
     from aether_quant import QuantConv2d, StoredConv2d
 
     assert isinstance(conv, nn.Conv2d)

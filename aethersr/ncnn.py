@@ -6,13 +6,15 @@ import re
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Optional, Tuple
+from typing import TYPE_CHECKING, Any, List, Optional, Tuple
 
 import torch
+from aether_arch import ChannelAttention, SpatialAttention
 from torch import Tensor
+from torch.nn import functional as F
 
 from aethersr.errors import UserError
-from aethersr.exported import for_export
+from aethersr.exported import ExportTail, for_export
 from aethersr.files import Together
 from aethersr.onnx import picture
 
@@ -62,7 +64,7 @@ def convert(model: AetherBase) -> Tuple[bytes, bytes]:
     with torch.inference_mode(False), torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         reference = model.fused().cpu().float()
         image = picture(torch.float32, 1, model.options["in_chans"], 19, 23)
-        torch.jit.trace(for_export(reference), image, check_trace=False).save(f"{folder}/net.pt")
+        torch.jit.trace(for_chainner(reference), image, check_trace=False).save(f"{folder}/net.pt")
         channels = image.shape[1]
         shapes = [
             f"inputshape=[1,{channels},19,23]",
@@ -76,6 +78,47 @@ def convert(model: AetherBase) -> Tuple[bytes, bytes]:
         param.write_text(re.sub(r"\bout0\b", "output", named), encoding="ascii")
         _compare(param, weights, reference)
         return param.read_bytes(), weights.read_bytes()
+
+
+def for_chainner(network: Any) -> Any:
+    """exported.for_export without what chaiNNer spoils when it writes a file anew, as it does to load one.
+
+    It leaves out "not all axes" of a Reduction and a pad_top of 0 beside another pad_left, and ncnn takes
+    both for something else then. A mean over one axis is a pooling here; ExportTail has no rows to pad.
+    """
+    network = for_export(network)
+    network.tail.__class__ = _Tail
+    for module in network.modules():
+        if isinstance(module, ChannelAttention):
+            module.__class__ = _ChannelAttention
+        elif isinstance(module, SpatialAttention):
+            module.__class__, module.channels = _SpatialAttention, network.options["embed_dim"]
+    return network
+
+
+class _Tail(ExportTail):
+    def mean(self, x: Tensor, dim: int) -> Tensor:
+        return F.adaptive_avg_pool2d(x, (1, None) if dim == 2 else (None, 1))
+
+    def line(self, x: Tensor, masks: List[Tensor], dim: int) -> Tensor:
+        share = self.mean(masks[0], dim)  # of a line in the picture
+        lines = [self.mean(x * mask, dim) / share for mask in masks]
+        return torch.cat(lines, 1) if len(lines) > 1 else lines[0]
+
+
+class _ChannelAttention(ChannelAttention):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.fc(F.adaptive_avg_pool2d(x, 1))
+
+
+class _SpatialAttention(SpatialAttention):
+    channels: int
+
+    def forward(self, x: Tensor) -> Tensor:
+        pixels = x.permute(0, 3, 2, 1)  # channels last: a pooling over them is one along a row
+        window = [1, self.channels]
+        pooled = [pool(pixels, window, 1).permute(0, 3, 2, 1) for pool in (F.max_pool2d, F.avg_pool2d)]
+        return x * torch.sigmoid(self.conv(torch.cat(pooled, 1)))
 
 
 def require() -> None:

@@ -2,24 +2,29 @@
 
     python benchmarks/runtimes.py weights/2x_AetherNet_small_wallpapers_fp16.safetensors
 
-Needs requirements-runtimes.txt; runtimes that are not installed are left out. One thread each.
+Needs requirements-runtimes.txt, and litert-torch for LiteRT; runtimes that are not installed are left out.
+One thread each. All are timed in turn, round after round, so that a slow moment meets all of them alike.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, Callable, Dict, Sequence
+from typing import Any, Callable, Dict, List, Sequence
 
 import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from report import processor, short, table, today
+
 from aethersr.checkpoint import read_checkpoint
+from aethersr.errors import UserError
 from aethersr.exported import for_export
 from aethersr.identify import aether_from_state_dict
 from aethersr.ncnn import export_ncnn
@@ -48,12 +53,12 @@ def openvino(path: str) -> Runner:
     return lambda image: compiled(image)[0]
 
 
-def opencv(path: str) -> Runner:
-    """Of a file for one size: the classic engine works out all shapes when it reads a file."""
+def opencv(path: str, classic: bool = False) -> Runner:
+    """``classic``: of OpenCV 5's engines the older one, which wants a file for one size."""
     import cv2
 
     cv2.setNumThreads(1)
-    engine = {"engine": cv2.dnn.ENGINE_CLASSIC} if hasattr(cv2.dnn, "ENGINE_CLASSIC") else {}
+    engine = {"engine": cv2.dnn.ENGINE_CLASSIC} if classic else {}
     net = cv2.dnn.readNetFromONNX(path, **engine)
 
     def run(image: Any) -> Any:
@@ -72,7 +77,9 @@ def mnn(path: str) -> Runner:
     target = str(Path(path).with_suffix(".mnn"))
     files = ["--modelFile", path, "--MNNModel", target, "--bizCode", "aether"]
     subprocess.run([sys.executable, "-c", code, "-f", "ONNX", *files], check=True, capture_output=True)
-    module = nn.load_module_from_file(target, ["input"], ["output"], thread_num=1)
+    runtime = nn.create_runtime_manager(({"backend": "CPU", "numThread": 1},))
+    runtime.set_hint(3, 0)  # WINOGRAD_MEMORY_LEVEL: its largest Winograd tiles cost 0.15 steps of 1/255
+    module = nn.load_module_from_file(target, ["input"], ["output"], runtime_manager=runtime)
 
     def run(image: Any) -> Any:
         variable = expr.placeholder(list(image.shape), expr.NCHW)
@@ -111,46 +118,68 @@ def litert(net: Any, shape: Sequence[int], path: str) -> Runner:
     return run
 
 
+def opencv_takes_any_size(net: Any) -> bool:
+    """OpenCV 5.0 fails after a product with a map of one channel, such as spatial attention's."""
+    import cv2
+
+    return int(cv2.__version__.split(".")[0]) < 5 or not net.options["use_spatial_attn"]
+
+
 @torch.no_grad()
-def main() -> None:
-    parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
-    parser.add_argument("weights", type=Path)
-    parser.add_argument("--size", type=int, default=64, help="side of the picture (default: %(default)s)")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    net: Any = aether_from_state_dict(read_checkpoint(args.weights).state).fused()
-    shape = (1, net.options["in_chans"], args.size, args.size)
-    image = torch.rand(shape, generator=torch.Generator().manual_seed(0))
-    expected = net(image).numpy()
+def measure(net: Any, image: Any, rounds: int) -> List[List[str]]:
+    """The table's rows, for one picture (1, C, H, W) in float32."""
     with tempfile.TemporaryDirectory() as folder:
 
         def onnx(name: str, precision: str = "fp32", **options: Any) -> str:
             return export_onnx(net, net.scale, precision, f"{folder}/{name}.onnx", simplify=True, **options)
 
+        def for_opencv() -> Runner:
+            if opencv_takes_any_size(net):
+                return opencv(onnx("any"))
+            return opencv(onnx("fixed", static=image.shape[1:]), classic=True)
+
+        reference = "ONNX Runtime fp32"
         makers: Dict[str, Callable[[], Runner]] = {
-            "ONNX Runtime fp32": lambda: onnx_runtime(onnx("any")),
+            reference: lambda: onnx_runtime(onnx("any")),
             "ONNX Runtime fp16": lambda: onnx_runtime(onnx("half", "fp16")),
+            "PyTorch": lambda: lambda image: net(torch.from_numpy(image)).numpy(),
             "OpenVINO": lambda: openvino(onnx("any")),
-            "OpenCV": lambda: opencv(onnx("fixed", static=shape[1:])),
+            "OpenCV": for_opencv,
             "MNN": lambda: mnn(onnx("any")),
-            "ncnn": lambda: ncnn(export_ncnn(net, net.scale, f"{folder}/net.param")[0]),
-            "LiteRT": lambda: litert(net, shape, f"{folder}/net.tflite"),
+            "NCNN": lambda: ncnn(export_ncnn(net, net.scale, f"{folder}/net.param")[0]),
+            "LiteRT": lambda: litert(net, image.shape, f"{folder}/net.tflite"),
         }
-        runners: Dict[str, Runner] = {"PyTorch": lambda image: net(torch.from_numpy(image)).numpy()}
+        runners: Dict[str, Runner] = {}
         for name, make in makers.items():
             try:
                 runners[name] = make()
-            except ImportError as error:
+            except (ImportError, UserError) as error:
                 print(f"{name} is left out: {error}", file=sys.stderr)
-        outputs = {name: run(image.numpy()) for name, run in runners.items()}
-        times = interleaved({name: lambda run=run: run(image.numpy()) for name, run in runners.items()})
-        print(f"{args.weights.name}, {args.size}x{args.size}, one thread\n")
-        columns = ("runtime", "largest difference, steps of 1/255", "ms", "beside ONNX Runtime fp32")
-        print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
-        for name, output in outputs.items():
-            steps = float(np.abs(output - expected).max()) * 255
-            ratio = times.ratio(name, "ONNX Runtime fp32").words("times the time")
-            print(f"| {name} | {steps:.2g} | {times.median(name):.0f} | {ratio} |")
+        outputs = {name: run(image) for name, run in runners.items()}
+        calls = {name: lambda run=run: run(image) for name, run in runners.items()}
+        times = interleaved(calls, rounds, seconds=math.inf)
+    rows = []
+    for name, output in outputs.items():
+        steps = float(np.abs(output - outputs["PyTorch"]).max()) * 255
+        ratio = times.ratio(name, reference)
+        beside = "1" if name == reference else f"{ratio.value:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
+        rows.append([name, f"{steps:.2g}", short(times.median(name)), beside])
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
+    parser.add_argument("weights", type=Path)
+    parser.add_argument("--size", type=int, default=64, help="side of the picture (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=15, help="times each is called (default: %(default)s)")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    net: Any = aether_from_state_dict(read_checkpoint(args.weights).state).fused()
+    image = np.random.default_rng(0).random((1, net.options["in_chans"], args.size, args.size), np.float32)
+    head = ["runtime", "largest difference, steps of 1/255", "ms", "times as long as ONNX Runtime fp32"]
+    rows = measure(net, image, args.rounds)
+    print(f"{args.weights.name}, {args.size}x{args.size}, one thread of {processor()}, {today()}\n")
+    print("\n".join(table(head, rows)))
 
 
 if __name__ == "__main__":

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import builtins
+import importlib
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any, Dict
 
 import aether_arch
+import onnx
 import pytest
 import torch
 from aether_arch import AetherNet
@@ -17,6 +20,7 @@ from conftest import randomize
 from aethersr.commands.fuse import main
 from aethersr.errors import UserError
 from aethersr.ncnn import export_ncnn, named_for_upscayl, run
+from aethersr.onnx import export_onnx
 
 TINY: Dict[str, Any] = {"embed_dim": 8, "depths": (1, 1), "lk_kernel": 5}
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -49,6 +53,15 @@ def differs_by(net: Any, param: str, *sizes: Any) -> float:
     return largest
 
 
+def chainner() -> Any:
+    """importlib, with the checkout of chaiNNer in reach that CHAINNER_ROOT names; else skips the test."""
+    root = os.environ.get("CHAINNER_ROOT")
+    if not root:
+        pytest.skip("set CHAINNER_ROOT to a checkout of chaiNNer to run its own code")
+    sys.path.append(str(Path(root, "backend", "src")))
+    return importlib
+
+
 class TestWithTheConverter:
     @pytest.fixture(autouse=True)
     def _converter(self) -> None:
@@ -77,6 +90,21 @@ class TestWithTheConverter:
         layers = [line.split() for line in Path(param).read_text().splitlines()[2:]]
         assert "MemoryData" not in {layer[0] for layer in layers}
         assert (layers[0][4], layers[-1][5]) == ("data", "output")
+        # And its writer leaves out what these need: "not all axes", and a pad_top of 0 beside a pad_left.
+        assert "Reduction" not in {layer[0] for layer in layers}
+        assert not [line for line in layers if "14=0" in line and "4=0" not in line]
+
+    @pytest.mark.parametrize("options", [{"scale": 2, "use_spatial_attn": False}, {"scale": 4}], ids=str)
+    def test_it_is_the_same_after_chainner_has_loaded_it(
+        self, options: Dict[str, Any], tmp_path: Path
+    ) -> None:
+        net = network(**options)
+        param, _ = export_ncnn(net, net.scale, str(tmp_path / "net.param"))
+        nodes = chainner()
+        model = nodes.import_module("nodes.impl.ncnn.model").NcnnModel.load_from_file(param)
+        model.write_param(str(tmp_path / "again.param"))  # what its session gives to ncnn
+        model.write_bin(str(tmp_path / "again.bin"))
+        assert differs_by(net, str(tmp_path / "again.param"), (17, 23), (1, 9), (9, 1)) <= 1
 
     @pytest.mark.slow
     @pytest.mark.parametrize("scale", [2, 3, 4])
@@ -158,3 +186,23 @@ def test_the_command_writes_both_files_beside_the_weights(tmp_path: Path) -> Non
     assert differs_by(net, str(tmp_path / "2x_mine.param"), (5, 7)) <= 1
     (tmp_path / "mine_fused.pth").unlink()
     assert main(command) == 2, "--overwrite is asked for, because the NCNN files are there"
+
+
+def test_chainners_own_converter_forgets_which_axes_a_mean_is_over(tmp_path: Path) -> None:
+    """Why docs/runtimes.md warns of it. Once this fails, the warning can go."""
+    for name in ("ncnn", "onnxruntime"):
+        pytest.importorskip(name, reason=f"needs the package {name}")
+    net = network()
+    path = export_onnx(net, 2, output_path=str(tmp_path / "net.onnx"), opset=12, simplify=True)
+    nodes, content = chainner(), onnx.load(path)
+    optimized = nodes.import_module("nodes.impl.onnx.utils").safely_optimize_onnx_model(content)
+    converter = nodes.import_module("nodes.impl.onnx.onnx_to_ncnn").Onnx2NcnnConverter(optimized)
+    model = converter.convert(False, False)
+    param = tmp_path / "net.param"
+    model.write_param(str(param))
+    model.write_bin(str(tmp_path / "net.bin"))
+    wrong = re.sub(r"\binput\b", "data", param.read_text())
+    mended = re.sub(r"(?m)^(Reduction .*?)( -23303=)", r"\1 1=0\2", wrong)
+    for text, right in ((wrong, False), (mended, True)):
+        param.write_text(text)
+        assert (differs_by(net, str(param), (17, 23)) <= 1) == right

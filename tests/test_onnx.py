@@ -23,7 +23,7 @@ from aethersr.onnx import OPSETS, PRECISIONS, TARGETS, export_onnx
 
 # All are in the operator tables of ONNX Runtime (CPU, CUDA, DirectML), TensorRT 10 and 11, and OpenVINO.
 FLOAT = {"Conv", "Add", "Sub", "Mul", "Sigmoid", "Relu", "LeakyRelu", "Concat", "DepthToSpace"}
-FLOAT |= {"ReduceMean", "ReduceMax", "ReduceSum"}
+FLOAT |= {"ReduceMean", "ReduceMax", "ReduceSum", "Transpose", "Clip"}
 ALLOWED = {"fp32": FLOAT, "fp16": FLOAT, "int8": FLOAT | {"QuantizeLinear", "DequantizeLinear", "Cast"}}
 NOT_SIMPLIFIED = {"Constant", "Identity"}
 DTYPES: Dict[str, Any] = {"fp32": np.float32, "fp16": np.float16, "int8": np.float32}

@@ -84,11 +84,15 @@ def test_openvino(variant: str, scale: int, tmp_path: Path) -> None:
 
 
 @every_variant
-def test_opencv_with_a_file_of_one_size(variant: str, scale: int, tmp_path: Path) -> None:
+def test_opencv(variant: str, scale: int, tmp_path: Path) -> None:
     pytest.importorskip("cv2", reason="needs OpenCV: pip install opencv-python")
     net = network(variant, scale)
-    for size in SIZES:
-        compare(net, runtimes.opencv(written(net, tmp_path, static=(3, *size))), sizes=[size])
+    if runtimes.opencv_takes_any_size(net):
+        compare(net, runtimes.opencv(written(net, tmp_path)))
+    else:
+        for size in SIZES:
+            path = written(net, tmp_path, static=(3, *size))
+            compare(net, runtimes.opencv(path, classic=True), sizes=[size])
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -125,6 +129,21 @@ def test_coreml_describes_pictures_of_any_size(tmp_path: Path) -> None:
     ranges = described.input[0].type.multiArrayType.shapeRange.sizeRanges
     assert [(each.lowerBound, each.upperBound) for each in ranges] == [(1, 1), (3, 3), (1, 4096), (1, 4096)]
     assert [described.input[0].name, described.output[0].name] == ["input", "output"]
+
+
+def test_one_run_measures_all_runtimes(capsys: pytest.CaptureFixture[str]) -> None:
+    net = network("aether_medium", 2)
+    image = np.random.default_rng(0).random((1, 3, 16, 16), np.float32)
+    rows = runtimes.measure(net, image, rounds=3)
+    names = [row[0] for row in rows]
+    assert names[:3] == ["ONNX Runtime fp32", "ONNX Runtime fp16", "PyTorch"]
+    left_out = capsys.readouterr().err
+    for name in ("OpenVINO", "OpenCV", "MNN", "NCNN", "LiteRT"):
+        assert (name in names) != (f"{name} is left out" in left_out)
+    for name, steps, ms, ratio in rows:
+        assert float(steps) <= (1 if name in ("ONNX Runtime fp16", "NCNN") else 0.1), name
+        assert float(ms) > 0
+        assert ratio == "1" or re.fullmatch(r"[\d.]+ \([\d.]+ to [\d.]+\)", ratio)
 
 
 def block(heading: str) -> str:
