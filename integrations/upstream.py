@@ -34,7 +34,7 @@ IDENTIFY = (
     (r"from aethersr\.checkpoint import unwrap\n", ""),  # spandrel has taken wrappers off
     (r"unwrap\(state_dict\)\.state\n", "dict(state_dict)\n"),
     (r"from aether_arch import", "from .aether_arch import"),
-    (r"; what a framework wrapped round the\s+tensors is taken off \(see [\w.]+\)", ""),
+    (r"[,;][^,;]*\(see aethersr\.checkpoint\.unwrap\)", ""),
 )
 KEYS = ", ".join(f'"stages.0.0.{key}.weight"' for key in ("conv.lk_conv", "conv.fused_conv", "reparam_conv"))
 LOADER = (
