@@ -326,6 +326,13 @@ def test_torch_compile_sees_one_graph_in_every_form() -> None:
         assert torch.compile(form, backend="aot_eager")(x).shape == (2, 3, 16, 16)
 
 
+def test_a_compiler_is_noticed_as_a_tracer_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then nothing is written in place and nothing is asked about sizes."""
+    assert not aether_arch._recorded()
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert aether_arch._recorded()
+
+
 def test_drop_path_drops_whole_samples_in_training_only() -> None:
     torch.manual_seed(0)
     block = small_net(2, drop_path_rate=0.25).stages[1][1]
