@@ -310,7 +310,7 @@ def _names_of(stream: BinaryIO) -> Iterator[str]:
         elif opcode.name == "BINGET":
             texts.append(memo.get(argument, ""))
         elif isinstance(argument, str):
-            texts.append(argument[:80])
+            texts.append(argument)
         asked = {"GLOBAL": texts[-1], "STACK_GLOBAL": " ".join(texts[-2:]), "EMPTY_SET": "builtins set"}
         yield asked.get(opcode.name, "")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import struct
 import warnings
 from pathlib import Path
@@ -70,7 +71,7 @@ class Reader:
         except UserError as error:
             line = str(error)
             assert str(path) in line
-            assert "--model_path" in line
+            assert re.search(r"--model_path\b", line), line
             for words in ("torch.load", "Weights only load failed", "Traceback"):
                 assert words not in line, "PyTorch's own words, with its advice to let the code run"
         except ValueError as error:  # not whole; the command puts the file's name before it

@@ -263,7 +263,7 @@ def test_fusing_draws_no_random_number_and_keeps_what_is_frozen_frozen() -> None
 
 def test_fusing_under_inference_mode_gives_a_network_that_can_be_trained_and_saved(tmp_path: Path) -> None:
     with torch.inference_mode():
-        copies = [small_net(2).fused(), small_net(2).fuse_model()]
+        copies = [small_net(2).fused(), small_net(2).fuse_model().fused()]
         loaded = AetherNet(**copies[0].options)
         loaded.load_state_dict(copies[0].state_dict())
     x = torch.rand(1, 3, 5, 6, dtype=torch.float64)

@@ -343,6 +343,12 @@ except ImportError as error: print(error)
     assert lines == ["set()", "aethersr.onnx is missing: pip install . in AetherNet's folder."]
 
 
+def test_qat_may_name_what_is_quantised() -> None:
+    for qat, placement in ((True, "default"), ("full", "full")):
+        net = aether_small(scale=2, embed_dim=24, depths=(1,), qat=qat)
+        assert (type(net), net.placement) == (QuantAetherNet, placement)
+
+
 def test_a_quantised_network_is_refused_what_does_not_fit_and_stays_as_it_was() -> None:
     net = aether_small(scale=2, embed_dim=24, depths=(1, 2), qat=True)
     before = values(net)
