@@ -28,10 +28,10 @@ def for_export(network: Any) -> Any:
 
 
 class ExportTail(nn.Module):
-    """aether_arch.CollapsedTail without slices, and without weights that the graph would have to rearrange.
+    """aether_arch.CollapsedTail without slices, and without weights that the graph has to rearrange.
 
-    The outermost line of features is taken under a mask, and its correction added under one. A row is turned
-    into a column first, so that the rows' kernels are columns too, see aethersr.ncnn. int8 stays int8.
+    A mask selects the outermost line of features, and another places its correction. Rows are transposed to
+    columns first, so that all border kernels are columns, see aethersr.ncnn. int8 weights stay int8.
     """
 
     def __init__(self, tail: Any, channels: int) -> None:
@@ -65,7 +65,7 @@ class ExportTail(nn.Module):
         return x.mean(dim, keepdim=True)
 
     def line(self, x: Tensor, masks: List[Tensor], dim: int) -> Tensor:
-        """The rows (dim 2) or columns (dim 3) under the masks, side by side as channels."""
+        """The rows (dim 2) or columns (dim 3) selected by the masks, concatenated as channels."""
         lines = [(x * mask).sum(dim, keepdim=True) for mask in masks]
         return torch.cat(lines, 1) if len(lines) > 1 else lines[0]
 
@@ -73,15 +73,14 @@ class ExportTail(nn.Module):
 class Masks(nn.Module):
     """Masks of a picture's first and last rows, from one of its columns (N, channels, H, 1).
 
-    Of either edge: one (N, features, H, 1) for each of the ``depth`` outermost rows, and one of the outermost
-    row (N, outputs, H, 1). Every channel has its own, since OpenCV 5.0 fails after a product with just one.
+    For each edge: one (N, features, H, 1) for each of the ``depth`` outermost rows, and one of the outermost
+    row (N, outputs, H, 1). They have all channels, because OpenCV 5.0 fails after a product with a single one.
 
-    In a column of ones with zeros around it, a pixel differs from the one before it in the first row only.
-    The ones are made from the picture, whose values are small: zero times an infinite mean of features would
-    be NaN.
+    In a column of ones padded with zeros, only the first row differs from the pixel before it. The ones are
+    made from the picture, whose values are small; zero times an infinite mean of features would be NaN.
 
-    Two channels of ones, and no subtractions, for chaiNNer. It can't read an NCNN file in which a layer has
-    an odd number of weights, and its optimiser takes such a subtraction for a constant.
+    There are two channels of ones, and no subtractions, because of chaiNNer: it can't read an NCNN file where
+    a layer has an odd number of weights, and its optimiser mistakes such a subtraction for a constant.
     """
 
     def __init__(self, channels: int, depth: int, features: int, outputs: int) -> None:
@@ -101,17 +100,17 @@ class Masks(nn.Module):
 
 
 def turned(x: Tensor) -> Tensor:
-    """Rows as columns."""
+    """Rows and columns swapped."""
     return x.transpose(2, 3)
 
 
 def along_line(name: str, weight: Tensor, bias: Tensor) -> nn.Conv2d:
-    """One of CollapsedTail's corrections as a convolution of a line that stands as a column."""
+    """One of CollapsedTail's corrections, as a convolution of a line that is a column."""
     row, column = BORDERS[name]
     dim, side = (2, row) if row else (3, column)
     lines = weight.unbind(dim)
     weight = torch.cat(lines if side < 0 else lines[::-1], 1).unsqueeze(3)
-    if row and column:  # a corner's kernel begins or ends at its pixel: centre it
+    if row and column:  # a corner's kernel starts or ends at its pixel: centre it
         missing = weight.shape[2] - 1
         weight = F.pad(weight, (0, 0, missing, 0) if column < 0 else (0, 0, 0, missing))
     return convolution(weight, bias)

@@ -81,10 +81,10 @@ def convert(model: AetherBase) -> Tuple[bytes, bytes]:
 
 
 def for_chainner(network: Any) -> Any:
-    """exported.for_export without what chaiNNer spoils when it writes a file anew, as it does to load one.
+    """exported.for_export without what chaiNNer breaks: it rewrites a file before loading it.
 
-    It leaves out "not all axes" of a Reduction and a pad_top of 0 beside another pad_left, and ncnn takes
-    both for something else then. A mean over one axis is a pooling here; ExportTail has no rows to pad.
+    It drops a Reduction's "not all axes", and a pad_top of 0 if pad_left differs, and ncnn then computes
+    something else. So means over one axis are poolings here, and ExportTail has no rows to pad.
     """
     network = for_export(network)
     network.tail.__class__ = _Tail
@@ -101,7 +101,7 @@ class _Tail(ExportTail):
         return F.adaptive_avg_pool2d(x, (1, None) if dim == 2 else (None, 1))
 
     def line(self, x: Tensor, masks: List[Tensor], dim: int) -> Tensor:
-        share = self.mean(masks[0], dim)  # of a line in the picture
+        share = self.mean(masks[0], dim)  # one line's share of the picture
         lines = [self.mean(x * mask, dim) / share for mask in masks]
         return torch.cat(lines, 1) if len(lines) > 1 else lines[0]
 
@@ -115,7 +115,7 @@ class _SpatialAttention(SpatialAttention):
     channels: int
 
     def forward(self, x: Tensor) -> Tensor:
-        pixels = x.permute(0, 3, 2, 1)  # channels last: a pooling over them is one along a row
+        pixels = x.permute(0, 3, 2, 1)  # channels last, so that pooling over them is pooling along a row
         window = [1, self.channels]
         pooled = [pool(pixels, window, 1).permute(0, 3, 2, 1) for pool in (F.max_pool2d, F.avg_pool2d)]
         return x * torch.sigmoid(self.conv(torch.cat(pooled, 1)))
