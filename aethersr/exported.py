@@ -74,7 +74,7 @@ class Masks(nn.Module):
     """Masks of a picture's first and last rows, from one of its columns (N, channels, H, 1).
 
     For each edge: one (N, features, H, 1) for each of the ``depth`` outermost rows, and one of the outermost
-    row (N, outputs, H, 1). They have all channels, because OpenCV 5.0 fails after a product with a single one.
+    row (N, outputs, H, 1). They have all channels, because OpenCV 5.0 fails after products with just one.
 
     In a column of ones padded with zeros, only the first row differs from the pixel before it. The ones are
     made from the picture, whose values are small; zero times an infinite mean of features would be NaN.
