@@ -300,7 +300,7 @@ def test_calibration_warns_of_an_image_that_drives_the_network_far_beyond_the_ot
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         net.calibrate(images)
-    with pytest.warns(UserWarning, match=r"drives stages\S+ \S+ times as far"):
+    with pytest.warns(UserWarning, match=r"drives body_conv\S+ \S+ times as far"):
         net.calibrate([*images, images[0] * 1000])
     with pytest.warns(UserWarning, match="not finite on 1 of 6"):
         net.calibrate([*images, torch.full((1, 3, 16, 16), math.inf)])
