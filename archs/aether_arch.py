@@ -546,7 +546,7 @@ class CollapsedTail(nn.Module):
             return kernels[:, y, x, :, 2 * y : 2 * y + 5, 2 * x : 2 * x + 5], biases[:, y, x]
 
         # The offsets that a correction sees: the first lines, all, the last lines.
-        window = {-1: slice(2, 2 + DEPTHS[scale]), 0: slice(0, 5), 1: slice(3 - DEPTHS[scale], 3)}
+        window = {-1: slice(2, 2 + DEPTHS[scale]), 0: slice(None), 1: slice(3 - DEPTHS[scale], 3)}
         state: Dict[str, Tensor] = dict(zip(("weight", "bias"), seen_from(0, 0)))
         for name, (row, column) in BORDERS.items():
             terms = [(1, row, column), (-1, 0, 0)]

@@ -190,7 +190,10 @@ def test_more_blocks_than_tensors_are_refused_before_any_is_made() -> None:
 
 
 def test_a_state_dict_of_another_network_has_no_form() -> None:
-    assert form_name({"weight": torch.zeros(1)}) == ""
+    state = {"weight": torch.zeros(1)}
+    assert form_name(state) == ""
+    with pytest.raises(ValueError, match=r"not an AetherNet: no tensor .* among 1; the first is 'weight'"):
+        read_options(state)
 
 
 DAMAGED = {

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Dict
 
 import aether_arch
+import aether_quant
 import pytest
 import torch
 from aether_arch import (
@@ -24,6 +25,9 @@ from aether_arch import (
 from aether_quant import QuantAetherNet
 from conftest import ROOT, randomize, small_net
 from torch import Tensor, nn
+
+from aethersr.identify import aether_from_state_dict
+from aethersr.onnx import export_onnx
 
 X = torch.rand(1, 3, 9, 13, generator=torch.Generator().manual_seed(1))
 BOUND = 0.75
@@ -341,6 +345,15 @@ except ImportError as error: print(error)
     )
     lines = run.stdout.splitlines()
     assert lines == ["set()", "aethersr.onnx is missing: pip install . in AetherNet's folder."]
+
+
+def test_what_lives_in_another_file_is_found_under_its_name() -> None:
+    for name in ("QuantAetherNet", "Quantizer", "PLACEMENTS", "TARGETS"):
+        assert getattr(aether_arch, name) is getattr(aether_quant, name)
+    assert aether_arch.aether_from_state_dict is aether_from_state_dict
+    assert aether_arch.export_onnx is export_onnx
+    with pytest.raises(AttributeError, match="has no attribute 'aether_tiny'"):
+        _ = aether_arch.aether_tiny
 
 
 def test_qat_may_name_what_is_quantised() -> None:

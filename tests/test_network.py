@@ -335,10 +335,17 @@ def test_a_compiler_is_noticed_as_a_tracer_is(monkeypatch: pytest.MonkeyPatch) -
     assert aether_arch._recorded()
 
 
+@pytest.mark.parametrize(
+    ("depths", "rates"), [((1,), [0.0]), ((1, 1), [0.0, 0.25]), ((1, 2), [0.0, 0.125, 0.25])]
+)
+def test_drop_path_grows_from_nothing_to_the_last_block(depths: Any, rates: Any) -> None:
+    net = small_net(2, depths=depths, drop_path_rate=0.25)
+    assert [block.drop_path for stage in net.stages for block in stage] == rates
+
+
 def test_drop_path_drops_whole_samples_in_training_only() -> None:
     torch.manual_seed(0)
     block = small_net(2, drop_path_rate=0.25).stages[1][1]
-    assert block.drop_path == 0.25, "the last block's"
     x = torch.rand(64, 24, 3, 3, dtype=torch.float64)
     branch = block.eval()(x) - x
     dropped = block.train()(x) - x
