@@ -151,11 +151,16 @@ def test_the_least_of_every_option_is_possible() -> None:
     assert net.fused()(torch.rand(1, 1, 1, 1)).shape == net(torch.rand(1, 1, 1, 1)).shape == (1, 1, 1, 1)
 
 
-@pytest.mark.parametrize("scale", aether_arch.SCALES)
-def test_a_new_network_is_an_interpolation(scale: int) -> None:
+NARROWEST = {"embed_dim": 6, "depths": (1,)}  # that an image of three channels fits through, up to x4
+
+
+@pytest.mark.parametrize(
+    ("scale", "options"), [*((scale, {}) for scale in aether_arch.SCALES), (2, NARROWEST), (4, NARROWEST)]
+)
+def test_a_new_network_is_an_interpolation(scale: int, options: Dict[str, Any]) -> None:
     slope = torch.linspace(0, 1, 16)[:, None] + torch.linspace(0, 1, 16)
     image = slope.expand(1, 3, 16, 16) / 2
-    net = aether_arch.aether_small(scale=scale).eval()
+    net = aether_arch.aether_small(scale=scale, **options).eval()
     with torch.no_grad():
         output = net(image)
     expected = torch.nn.functional.interpolate(
