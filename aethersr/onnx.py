@@ -31,7 +31,7 @@ OPSETS = {
     "int8 openvino": (13, 20),
 }
 # How far ONNX Runtime's output may be from the network's, relative to the largest value.
-TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "int8": 4e-3}
+TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "int8": 1e-2}  # on noise, where one code of a product goes far
 
 
 def export_onnx(
