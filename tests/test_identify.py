@@ -45,7 +45,7 @@ def test_every_form_is_built_again_from_its_tensors_alone(form: str, kept: bool)
     rebuilt = aether_from_state_dict(state)
     assert type(rebuilt) is type(made)
     assert not rebuilt.training
-    assert torch.equal(rebuilt(X), made(X))
+    torch.testing.assert_close(rebuilt(X), made(X))
     assert rebuilt.options["bound"] == 2.0
     for name in ("scale", "in_chans", "embed_dim", "lk_kernel", "use_channel_attn", "use_spatial_attn"):
         assert rebuilt.options[name] == made.options[name], name
@@ -59,7 +59,7 @@ def test_every_form_is_built_again_from_its_tensors_alone(form: str, kept: bool)
 )
 def test_what_wraps_a_state_dict_is_taken_off_as_for_a_file(wrap: Any) -> None:
     net = small_net(2).float()
-    assert torch.equal(aether_from_state_dict(wrap(net.state_dict()))(X), net(X))
+    torch.testing.assert_close(aether_from_state_dict(wrap(net.state_dict()))(X), net(X))
 
 
 @pytest.mark.parametrize("stale_statistics", [True, False])
@@ -111,8 +111,8 @@ def test_a_hidden_width_that_no_quotient_gives_is_read_back() -> None:
 def test_img_range_is_assumed_for_a_training_form_and_lies_in_the_weights_of_a_fused_one() -> None:
     net = small_net(2, img_range=255.0).float()
     training, fused = net.state_dict(), net.fused().state_dict()
-    assert torch.equal(aether_from_state_dict(training, img_range=255.0)(X), net(X))
-    assert torch.equal(aether_from_state_dict(fused)(X), net.fused()(X))
+    torch.testing.assert_close(aether_from_state_dict(training, img_range=255.0)(X), net(X))
+    torch.testing.assert_close(aether_from_state_dict(fused)(X), net.fused()(X))
 
 
 def test_a_foreign_or_broken_state_dict_is_refused_with_what_is_wrong() -> None:

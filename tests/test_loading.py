@@ -61,10 +61,10 @@ def test_a_network_takes_the_form_of_the_file_there_and_back(strict: bool) -> No
     other = AetherNet(**net.options)
     other.load_state_dict(fused.state_dict(), strict=strict)
     assert type(other) is FusedAetherNet
-    assert torch.equal(other.eval()(X), fused(X))
+    torch.testing.assert_close(other.eval()(X), fused(X))
     other.load_state_dict(net.state_dict(), strict=strict)
     assert type(other) is AetherNet
-    assert torch.equal(other.eval()(X), net(X))
+    torch.testing.assert_close(other.eval()(X), net(X))
 
 
 def test_a_network_built_fused_takes_a_training_checkpoint() -> None:
@@ -72,14 +72,14 @@ def test_a_network_built_fused_takes_a_training_checkpoint() -> None:
     fused = FusedAetherNet(scale=2, embed_dim=24, depths=(1, 2), img_range=255.0)
     fused.load_state_dict(net.state_dict())
     assert type(fused) is AetherNet
-    assert torch.equal(fused.eval()(X), net(X))
+    torch.testing.assert_close(fused.eval()(X), net(X))
 
 
 def test_a_container_loads_either_form_too() -> None:
     net = small_net(2).float()
     container = nn.Sequential(AetherNet(**net.options))
     container.load_state_dict({f"0.{name}": value for name, value in net.fused().state_dict().items()})
-    assert torch.equal(container.eval()(X), net.fused()(X))
+    torch.testing.assert_close(container.eval()(X), net.fused()(X))
 
 
 @pytest.mark.parametrize("form", ["training", "fused", "quantised", "int8"])
@@ -99,7 +99,7 @@ def test_every_form_loads_into_every_other(form: str) -> None:
         if isinstance(net, QuantAetherNet) and form in ("training", "fused"):
             continue  # a quantised network takes float weights in and stays quantised: test_quant.py
         assert type(net) is type(source)
-        assert torch.equal(net.eval()(X), source(X)), f"{form} into {target}"
+        torch.testing.assert_close(net.eval()(X), source(X), msg=f"{form} into {target}")
 
 
 BROKEN: Dict[str, Dict[str, Any]] = {

@@ -304,7 +304,7 @@ def test_a_new_network_is_bounded_and_a_file_without_a_bound_takes_it_away() -> 
     other.load_state_dict(published.state_dict())
     x = 9 * torch.rand(1, 3, 8, 8, dtype=torch.float64)
     assert other.options["bound"] is None
-    assert torch.equal(other(x), published(x))
+    torch.testing.assert_close(other(x), published(x))
 
 
 def test_layout_copy_and_pickle_change_nothing() -> None:
@@ -321,7 +321,7 @@ def test_layout_copy_and_pickle_change_nothing() -> None:
             )
             <= 1e-12
         )
-        assert torch.equal(pickle.loads(pickle.dumps(form))(x), expected)
+        torch.testing.assert_close(pickle.loads(pickle.dumps(form))(x), expected)
 
 
 def test_torch_compile_sees_one_graph_in_every_form() -> None:
@@ -405,7 +405,7 @@ def test_the_blocks_of_a_new_network_keep_the_size_of_what_they_get_and_add_noth
             ("main", block.ffn.conv_main(x)),
         ):
             assert 0.8 < float(value.std()) < 1.6, name
-        assert torch.equal(block(x), x)
+        torch.testing.assert_close(block(x), x)
         assert net.conv_first(torch.rand(1, 3, 40, 40)).std((2, 3)).min() > 0.1, (
             "all channels see the picture"
         )

@@ -180,6 +180,7 @@ def start(training: Training, args: argparse.Namespace) -> None:
         )
     chosen = options(args.stage, args.scale, args.data.resolve(), args.iterations)
     settings = {**chosen, "name": training.name}
+    settings["datasets"]["train"].update(lq_size=args.crop, batch_size_per_gpu=args.batch)
     if args.rate:
         settings["train"]["optim_g"]["lr"] = args.rate
     kept = None if args.pretrained else args.kept
@@ -263,6 +264,8 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser.add_argument("--iterations", type=int, default=100000)
     parser.add_argument("--pretrained", type=Path, help="weights to start from; the qat stages need them")
     parser.add_argument("--rate", type=float, help="learning rate (default: the template's)")
+    parser.add_argument("--crop", type=int, default=CHANGES["lq_size"], help="side in low-resolution pixels")
+    parser.add_argument("--batch", type=int, default=CHANGES["batch_size_per_gpu"], help="crops a step")
     parser.add_argument("--kept", type=Path, help=f"weights that --keep writes (default: {KEPT})")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--wait", action="store_true", help="return only when the training ends")
