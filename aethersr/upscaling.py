@@ -76,10 +76,10 @@ def _within(x: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
 def through_transparency(net: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """``net`` for pictures (N, C + 1, H, W) whose last channel is alpha.
 
-    The network sees the picture over black and over white. The difference between the two gives alpha, and
-    then the colours, so that over any background the result looks as if the network had seen the picture on
-    it (Smith and Blinn, Blue Screen Matting, 1996). The exception are rings along a hard edge: no alpha can
-    darken or brighten a background by a part of its difference from the object.
+    The network sees the picture over black and over white. Of all pictures with transparency, the result is
+    the one that comes nearest to both at its worst channel (Smith and Blinn, Blue Screen Matting, 1996, for
+    a network's outputs, which fit no alpha exactly). What is clear or opaque all round stays so: no alpha
+    can darken or brighten a background by a part of its difference from the object, as rings do.
     """
 
     def run(image: Tensor) -> Tensor:
@@ -87,10 +87,15 @@ def through_transparency(net: Callable[[Tensor], Tensor]) -> Callable[[Tensor], 
         black, white = (net(colours + shade * clear).float() for shade in (0, 1))
         checked = 0 * (black + white)  # NaN where an output is not finite, which clamping would hide
         black, white, image = black.clamp(0, 1), white.clamp(0, 1), image.to(black)
-        scale = black.shape[-1] // image.shape[-1]
-        lowest, highest = _range(image, scale)
-        least = lowest[:, -1:]
-        alpha = _within(1 - (white - black).mean(1, keepdim=True), least, highest[:, -1:])
+        lowest, highest = _range(image, black.shape[-1] // image.shape[-1])
+        least, most = lowest[:, -1:], highest[:, -1:]
+        # With more alpha, the channel with the largest difference gets worse. The one with the smallest gets
+        # better, and the one that needs a colour beyond 0 or 1. The least error is where the lines cross.
+        difference = white - black
+        smallest, largest = difference.amin(1, keepdim=True), difference.amax(1, keepdim=True)
+        needed = torch.maximum(black, 1 - white).amax(1, keepdim=True)
+        alpha = torch.maximum(1 - (smallest + largest) / 2, (2 * needed + 1 - largest) / 3).clamp(0, 1)
+        alpha = torch.where(most <= 0, most, torch.where(least >= 1, least, alpha))
         # Where alpha is small, a small error of the network would become a large error of the colour.
         given = (black + white - 1 + alpha) / (2 * alpha).clamp(min=1e-4)
         given = _within(given, lowest[:, :-1] - least, highest[:, :-1] + least)
