@@ -207,12 +207,12 @@ def test_weights_that_are_not_fused_end_in_one_line_that_names_the_file(tmp_path
     [
         ("--img_range 0.0 is not possible", "--img_range 0"),
         ("--bound 0 is not possible", "--bound 0"),
-        ("--onnx 'fp8' is not known; allowed, with commas between: fp32, fp16, int8", "--onnx fp32,fp8"),
-        ("--static is about ONNX files", "--static 3,8,8"),
+        ("--onnx 'fp8' is not known; allowed, separated by commas: fp32, fp16, int8", "--onnx fp32,fp8"),
+        ("--static needs --onnx", "--static 3,8,8"),
         ("--static 1,8,8 does not fit; expected 3,H,W", "--static 1,8,8 --onnx fp32"),
         ("--static 3,x is not possible", "--static 3,x --onnx fp32"),
-        ("--calibration is about the int8 file", "--calibration x"),
-        ("--placement is about the int8 file", "--placement full --onnx fp16"),
+        ("--calibration needs --int8", "--calibration x"),
+        ("--placement needs --int8", "--placement full --onnx fp16"),
         ("--opset 9 is not possible for fp32; pass one from 11 to", "--opset 9 --onnx fp32"),
         ("for int8 tensorrt; pass one from 13 to 20", "--opset 21 --int8 --target tensorrt"),
     ],
@@ -229,7 +229,7 @@ def test_an_option_that_does_not_fit_ends_in_one_line(
     [
         ("another value", "differs by"),
         ("no head.bias", "missing: 1 (head.bias)"),
-        ("cut", "b.pth was not kept, what was written does not read back: it is not a readable checkpoint"),
+        ("cut", "b.pth was not written: reading it back failed, it is not a readable checkpoint"),
     ],
 )
 def test_a_written_file_that_is_not_the_network_is_not_kept_and_the_reason_is_said(

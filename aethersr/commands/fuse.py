@@ -205,7 +205,7 @@ def read_back(part: Path, target: Path) -> AetherBase:
         return aether_from_state_dict(read_checkpoint(part, "--output_path").state)
     except (UserError, ValueError) as error:
         reason = str(error).replace(str(part), "it")
-        raise UserError(f"{target} was not kept, what was written does not read back: {reason}") from None
+        raise UserError(f"{target} was not written: reading it back failed, {reason}") from None
 
 
 def check_finite(net: FusedAetherNet, source: Path) -> None:

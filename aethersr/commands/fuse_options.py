@@ -94,7 +94,7 @@ def precisions(args: argparse.Namespace) -> List[str]:
     wanted = [name.strip() for name in args.onnx.split(",")] if args.onnx else []
     unknown = [name for name in wanted if name not in PRECISIONS]
     if unknown:
-        allowed = f"allowed, with commas between: {', '.join(PRECISIONS)}"
+        allowed = f"allowed, separated by commas: {', '.join(PRECISIONS)}"
         raise UserError(f"--onnx {unknown[0]!r} is not known; {allowed}.")
     wanted += ["int8"] if args.int8 and "int8" not in wanted else []
     if args.ncnn:
@@ -107,7 +107,7 @@ def precisions(args: argparse.Namespace) -> List[str]:
         except ImportError as error:
             raise missing_package(error, "--onnx", "onnx") from None
     elif args.static is not None:
-        raise UserError("--static is about ONNX files; pass --onnx too, or leave it out.")
+        raise UserError("--static needs --onnx; pass both, or leave it out.")
     for name in wanted:
         key = f"{name} {args.target}" if f"{name} {args.target}" in OPSETS else name
         first, last = OPSETS[key]
@@ -116,7 +116,7 @@ def precisions(args: argparse.Namespace) -> List[str]:
             raise UserError(f"{found}; pass one from {first} to {last}.")
     for option in ("calibration", "placement", "reduce_range"):
         if getattr(args, option) and "int8" not in wanted:
-            raise UserError(f"--{option} is about the int8 file; pass --int8 too, or leave it out.")
+            raise UserError(f"--{option} needs --int8; pass both, or leave it out.")
     return list(dict.fromkeys(wanted))
 
 
