@@ -1,15 +1,15 @@
 """The network in other runtimes: difference from PyTorch, and time compared with ONNX Runtime.
 
-    python benchmarks/runtimes.py weights/2x_AetherNet_small_wallpapers_fp16.safetensors
+    python benchmarks/runtimes.py                   # the shipped weights, to benchmarks/results/runtimes.md
+    python benchmarks/runtimes.py mine.safetensors  # yours, printed
 
-Needs requirements-runtimes.txt, and litert-torch for LiteRT; runtimes that are not installed are left out.
-One thread each. All are timed in turn, round after round, so that a slow moment meets all of them alike.
+Needs requirements-runtimes.txt; a runtime that is not installed gets no figures. One thread each. All are
+timed in turn, round after round, so that a slow moment meets all of them alike. Takes less than five minutes.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import subprocess
 import sys
 import tempfile
@@ -21,7 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from report import processor, short, table, today
+from report import load, processor, short, table, today, write
 
 from aethersr.checkpoint import read_checkpoint
 from aethersr.errors import UserError
@@ -33,6 +33,29 @@ from aethersr.onnx import export_onnx
 from aethersr.timing import interleaved
 
 Runner = Callable[[Any], Any]  # picture (1, C, H, W) in [0, 1] -> picture
+ROOT = Path(__file__).resolve().parents[1]
+SHIPPED = ROOT / "weights" / "2x_AetherNet_small_wallpapers_fp16.safetensors"
+RESULTS = ROOT / "benchmarks" / "results" / "runtimes.md"
+# The table of docs/runtimes.md: who uses a runtime, the file, the command that makes it, the precision.
+HEAD = ["runtime", "who uses it", "file", "command", "precision"]
+HEAD += ["largest difference, steps of 1/255", "ms", "times as long as ONNX Runtime fp32"]
+USES = {
+    "PyTorch": ("ComfyUI, programs with spandrel", "`2x_mine.safetensors`", "none", "fp32"),
+    "ONNX Runtime fp32": ("chaiNNer, vs-mlrt, own programs", "`2x_mine_fp32.onnx`", "`--onnx fp32`", "fp32"),
+    "ONNX Runtime fp16": ("the same", "`2x_mine_fp16.onnx`", "`--onnx fp16`", "fp16"),
+    "OpenVINO": ("Intel CPUs and GPUs", "`2x_mine_fp32.onnx`", "none, it reads ONNX", "fp32"),
+    "OpenCV": ("C++ programs", "`2x_mine_fp32_3x480x640.onnx`", "`--static 3,480,640`", "fp32"),
+    "MNN": ("phones", "`2x_mine.mnn`", "`mnnconvert`", "fp32"),
+    "NCNN": (
+        "Upscayl, chaiNNer, Real-ESRGAN-ncnn-vulkan",
+        "`2x_mine.param`, `2x_mine.bin`",
+        "`--ncnn`",
+        "fp16 storage",
+    ),
+    "LiteRT": ("Android", "`2x_mine.tflite`", "`litert_torch.convert`", "fp32"),
+    "Core ML": ("Mac, iPhone", "`2x_mine.mlpackage`", "`coremltools.convert`", "fp16"),
+    "TensorRT": ("NVIDIA", "`2x_mine_fp16.onnx`", "`trtexec`", "fp16"),
+}
 
 
 def onnx_runtime(path: str) -> Runner:
@@ -69,17 +92,23 @@ def opencv(path: str, classic: bool = False) -> Runner:
 
 
 def mnn(path: str) -> Runner:
-    import MNN.expr as expr
-    import MNN.nn as nn
+    import MNN  # noqa: F401  to say that it is missing
 
     # What mnnconvert calls. The command itself installs a package first, and reports to its maker's server.
     code = "import sys, _tools; _tools.mnnconvert(sys.argv)"
     target = str(Path(path).with_suffix(".mnn"))
     files = ["--modelFile", path, "--MNNModel", target, "--bizCode", "aether"]
     subprocess.run([sys.executable, "-c", code, "-f", "ONNX", *files], check=True, capture_output=True)
+    return open_mnn(target)
+
+
+def open_mnn(path: str) -> Runner:
+    import MNN.expr as expr
+    import MNN.nn as nn
+
     runtime = nn.create_runtime_manager(({"backend": "CPU", "numThread": 1},))
     runtime.set_hint(3, 0)  # WINOGRAD_MEMORY_LEVEL: its largest Winograd tiles cost 0.15 steps of 1/255
-    module = nn.load_module_from_file(target, ["input"], ["output"], runtime_manager=runtime)
+    module = nn.load_module_from_file(path, ["input"], ["output"], runtime_manager=runtime)
 
     def run(image: Any) -> Any:
         variable = expr.placeholder(list(image.shape), expr.NCHW)
@@ -133,18 +162,13 @@ def measure(net: Any, image: Any, rounds: int) -> List[List[str]]:
         def onnx(name: str, precision: str = "fp32", **options: Any) -> str:
             return export_onnx(net, net.scale, precision, f"{folder}/{name}.onnx", simplify=True, **options)
 
-        def for_opencv() -> Runner:
-            if opencv_takes_any_size(net):
-                return opencv(onnx("any"))
-            return opencv(onnx("fixed", static=image.shape[1:]), classic=True)
-
         reference = "ONNX Runtime fp32"
         makers: Dict[str, Callable[[], Runner]] = {
             reference: lambda: onnx_runtime(onnx("any")),
             "ONNX Runtime fp16": lambda: onnx_runtime(onnx("half", "fp16")),
             "PyTorch": lambda: lambda image: net(torch.from_numpy(image)).numpy(),
             "OpenVINO": lambda: openvino(onnx("any")),
-            "OpenCV": for_opencv,
+            "OpenCV": lambda: opencv(onnx("fixed", static=image.shape[1:]), classic=True),
             "MNN": lambda: mnn(onnx("any")),
             "NCNN": lambda: ncnn(export_ncnn(net, net.scale, f"{folder}/net.param")[0]),
             "LiteRT": lambda: litert(net, image.shape, f"{folder}/net.tflite"),
@@ -157,7 +181,7 @@ def measure(net: Any, image: Any, rounds: int) -> List[List[str]]:
                 print(f"{name} is left out: {error}", file=sys.stderr)
         outputs = {name: run(image) for name, run in runners.items()}
         calls = {name: lambda run=run: run(image) for name, run in runners.items()}
-        times = interleaved(calls, rounds, seconds=math.inf)
+        times = interleaved(calls, rounds, seconds=120)
     rows = []
     for name, output in outputs.items():
         steps = float(np.abs(output - outputs["PyTorch"]).max()) * 255
@@ -169,17 +193,21 @@ def measure(net: Any, image: Any, rounds: int) -> List[List[str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
-    parser.add_argument("weights", type=Path)
-    parser.add_argument("--size", type=int, default=64, help="side of the picture (default: %(default)s)")
+    parser.add_argument("weights", type=Path, nargs="?", help="(default: the shipped ones)")
+    parser.add_argument("--size", type=int, default=128, help="side of the picture (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=15, help="times each is called (default: %(default)s)")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    net: Any = aether_from_state_dict(read_checkpoint(args.weights).state).fused()
+    weights, before = args.weights or SHIPPED, load()
+    net: Any = aether_from_state_dict(read_checkpoint(weights).state).fused()
     image = np.random.default_rng(0).random((1, net.options["in_chans"], args.size, args.size), np.float32)
-    head = ["runtime", "largest difference, steps of 1/255", "ms", "times as long as ONNX Runtime fp32"]
-    rows = measure(net, image, args.rounds)
-    print(f"{args.weights.name}, {args.size}x{args.size}, one thread of {processor()}, {today()}\n")
-    print("\n".join(table(head, rows)))
+    found = {name: figures for name, *figures in measure(net, image, args.rounds)}
+    lines = table(HEAD, [[name, *use, *found.get(name, ["not run"] * 3)] for name, use in USES.items()])
+    about = f"{today()}: {weights.name}, noise of {args.size}x{args.size}, one thread of {processor()}"
+    text = "\n".join([f"{about}, load average before {before}.", "", *lines])
+    print(text)
+    if not args.weights:
+        write(RESULTS, text)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import re
+import shlex
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any, Callable, Dict
@@ -146,27 +148,74 @@ def test_one_run_measures_all_runtimes(capsys: pytest.CaptureFixture[str]) -> No
         assert ratio == "1" or re.fullmatch(r"[\d.]+ \([\d.]+ to [\d.]+\)", ratio)
 
 
-def block(heading: str) -> str:
-    """The Python under a heading of docs/runtimes.md."""
-    text = (ROOT / "docs" / "runtimes.md").read_text(encoding="utf-8")
-    found = re.search(rf"^## {re.escape(heading)}\n.*?^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+PAGE = (ROOT / "docs" / "runtimes.md").read_text(encoding="utf-8")
+
+
+def block(heading: str, language: str = "python") -> str:
+    """The code under a heading of docs/runtimes.md."""
+    start = rf"^#+ {re.escape(heading)}\n(?:(?!^#).)*?^```{language}\n(.*?)^```"
+    found = re.search(start, PAGE, re.DOTALL | re.MULTILINE)
     assert found, heading
     return found.group(1)
 
 
+def type_in(line: str, folder: Path) -> None:
+    """A documented line in the shell, in a folder where fuse_aether.py seems to lie."""
+    line = re.sub(r"^python(?= )", shlex.quote(sys.executable), line)
+    line = line.replace("fuse_aether.py", shlex.quote(str(ROOT / "fuse_aether.py")))
+    subprocess.run(line, shell=True, check=True, cwd=folder)
+
+
+def test_the_table_is_what_the_benchmark_printed() -> None:
+    printed = runtimes.RESULTS.read_text(encoding="utf-8").splitlines()
+    rows = [line for line in printed if line.startswith("|")]
+    assert len(rows) == 2 + len(runtimes.USES)
+    assert "\n".join(rows) in PAGE, "docs/runtimes.md has another table than benchmarks/results/runtimes.md"
+
+
+def test_every_block_that_can_run_here_is_run_by_a_test() -> None:
+    """Those of languages and programs that are not here are named; test_web.py runs the JavaScript."""
+    headings = re.findall(r"^#+ ([^\n]+)\n(?:(?!^#).)*?^```(?:python|sh)", PAGE, re.DOTALL | re.MULTILINE)
+    (marker,) = (mark for mark in test_the_documented_code_runs.pytestmark if mark.name == "parametrize")
+    run = [each[0] for each in marker.args[1]]
+    elsewhere = ["VapourSynth (vs-mlrt)", "TensorRT"]
+    assert sorted(headings) == sorted([*run, *elsewhere, "Runtimes: which file for which program", "MNN"])
+    assert PAGE.count("```js\n") == 1
+
+
+def test_the_first_command_makes_the_files_of_the_table(tmp_path: Path) -> None:
+    for package in ("ncnn", "pnnx"):
+        pytest.importorskip(package, reason=f"needs the package {package}: pip install ncnn pnnx")
+    net = randomize(aether_arch.aether_small(scale=2, embed_dim=8, depths=(1, 1))).eval()
+    torch.save({"params": net.state_dict()}, tmp_path / "net_g_latest.pth")
+    type_in(block("Runtimes: which file for which program", "sh"), tmp_path)
+    written = {path.name for path in tmp_path.iterdir()}
+    named = set(re.findall(r"`(2x_mine[\w.]+)`", "\n".join(" ".join(use) for use in runtimes.USES.values())))
+    elsewhere = {"2x_mine_fp32_3x480x640.onnx", "2x_mine.mnn", "2x_mine.tflite", "2x_mine.mlpackage"}
+    assert written == (named - elsewhere) | {"net_g_latest.pth"}
+
+
+def test_the_command_for_mnn_makes_its_file(tmp_path: Path) -> None:
+    pytest.importorskip("MNN", reason="needs MNN: pip install MNN")
+    net = network("aether_small", 2)
+    export_onnx(net, 2, output_path=str(tmp_path / "2x_mine_fp32.onnx"))
+    type_in(block("MNN", "sh"), tmp_path)
+    compare(net, runtimes.open_mnn(str(tmp_path / "2x_mine.mnn")))
+
+
 @pytest.mark.parametrize(
-    ("heading", "package", "slow"),
+    ("heading", "package", "converts"),
     [
         ("spandrel, in a program of your own", "spandrel", False),
         ("ONNX Runtime, Python", "onnxruntime", False),
         ("OpenVINO", "openvino", False),
         ("OpenCV", "cv2", False),
-        pytest.param("LiteRT (TensorFlow Lite)", "litert_torch", True, marks=pytest.mark.slow),
-        pytest.param("Core ML", "coremltools", True, marks=pytest.mark.slow),
+        ("LiteRT (TensorFlow Lite)", "litert_torch", True),
+        ("Core ML", "coremltools", True),
     ],
 )
 def test_the_documented_code_runs(
-    heading: str, package: str, slow: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    heading: str, package: str, converts: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sys.path.insert(0, str(ROOT / "demo"))
     from basicsr_train import import_torchvision
@@ -179,14 +228,14 @@ def test_the_documented_code_runs(
     pixels = np.random.default_rng(0).integers(0, 256, (480, 640, 3), np.uint8)
     Image.fromarray(pixels).save("in.png")
     image = pixels.astype(np.float32).transpose(2, 0, 1)[None] / 255
-    if not slow:
+    if not converts:
         export_onnx(net, 2, output_path="2x_mine_fp32.onnx")
         export_onnx(net, 2, output_path="2x_mine_fp32_3x480x640.onnx", static=(3, 480, 640))
     names: Dict[str, Any] = {"image": image}
     exec(block(heading), names)
     if heading.startswith("spandrel"):
         names["output"] = names["model"](torch.from_numpy(image))[0].permute(1, 2, 0).numpy()
-    if not slow:
+    if not converts:
         output = np.asarray(names["output"])
         output = output[0].transpose(1, 2, 0) if output.ndim == 4 else output
         output = output[:, :, ::-1] if heading == "OpenCV" else output  # which writes BGR
