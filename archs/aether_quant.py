@@ -92,6 +92,7 @@ class Quantizer(nn.Module):
         high: largest value, if known (a picture); otherwise it is observed.
         spread: images up to this many times the median one are not clipped. More than 1 where the picture
             itself passes through and saturated colours matter; elsewhere finer steps matter more.
+        channels: if not 1, each of so many channels has its own range.
     """
 
     WATCH = 100
@@ -100,39 +101,48 @@ class Quantizer(nn.Module):
     enabled = True
     signed = False  # int8 about zero instead of uint8 about 128: the same values, faster in some runtimes
 
-    def __init__(self, low: Any = None, low_ratio: Any = None, high: Any = None, spread: float = 1.0) -> None:
+    def __init__(
+        self,
+        low: Any = None,
+        low_ratio: Any = None,
+        high: Any = None,
+        spread: float = 1.0,
+        channels: int = 1,
+    ) -> None:
         super().__init__()
         self.low, self.low_ratio, self.high, self.spread = low, low_ratio, high, spread
-        self.range_sum = nn.Parameter(torch.zeros(1), requires_grad=False)
+        self.range_sum = nn.Parameter(torch.zeros(channels), requires_grad=False)
         self.watched = nn.Parameter(torch.zeros(1), requires_grad=False)  # training batches, up to WATCH
 
     @property
     def largest(self) -> Tensor:
-        """The largest value (in a symmetric range, magnitude) that can be represented."""
+        """The largest value (in a symmetric range, magnitude) that can be represented: (channels,)."""
         return (self.range_sum / self.watched.clamp_min(1e-9)).clamp(max=self.limit or math.inf)
 
     @torch.no_grad()
     def watch(self, x: Tensor) -> None:
-        largest = (x.abs() if self.low is None else x).amax(tuple(range(1, x.dim()))).float()
+        each = tuple(range(1 if self.range_sum.numel() == 1 else 2, x.dim()))
+        largest = (x.abs() if self.low is None else x).amax(each).float()
         seen = (self.usual(largest) * self.margin).clamp(1e-6, self.limit)
         if self.high is not None:
             seen = torch.full_like(seen, self.high)
         # In a small batch even the median image may be extreme: it counts as twice the range at most.
         later = self.largest.lerp(torch.minimum(seen, 2 * self.largest), 0.1)
         average = torch.where(self.watched > 0, later, seen)
-        counts = (self.watched < self.WATCH) & seen.isfinite()  # an infinite batch would ruin the range
+        # An infinite batch would ruin the range.
+        counts = (self.watched < self.WATCH) & seen.isfinite().all()
         self.range_sum.copy_(torch.where(counts, average * (self.watched + 1), self.range_sum))
         self.watched.add_(counts)
 
     def usual(self, largest: Tensor) -> Tensor:
-        """The median of the images' largest values (N,), or the largest within ``spread`` times it."""
-        middle = largest.sort().values[len(largest) // 2]
-        return torch.where(largest <= middle * self.spread, largest, middle).amax()
+        """The median of the images' largest values (N, ...), or the largest within ``spread`` times it."""
+        middle = largest.sort(0).values[len(largest) // 2]
+        return torch.where(largest <= middle * self.spread, largest, middle).amax(0)
 
     def scale_and_zero_point(self) -> Tuple[Tensor, Tensor]:
         if self.signed or (self.low is None and self.low_ratio is None):
             middle = 0 if self.signed else 128
-            return self.largest / 127, torch.full_like(self.watched, middle, dtype=torch.int32)
+            return self.largest / 127, torch.full_like(self.range_sum, middle, dtype=torch.int32)
         low = torch.full_like(self.watched, self.low or 0.0)
         if self.low_ratio is not None:
             low = self.largest * self.low_ratio
@@ -151,7 +161,11 @@ class Quantizer(nn.Module):
         if torch.onnx.is_in_onnx_export():  # runtimes accept only constants as scale and zero point
             return fake_quantize(x, float(scale), int(zero_point), low, high)
         with torch.autocast(x.device.type, enabled=False):  # rounding to 256 values needs float32
-            rounded = fake_quantize(x.float(), scale.float().clamp_min(1e-12), zero_point, low, high)
+            value, scale = x.float(), scale.float().clamp_min(1e-12)
+            if len(scale) > 1:
+                rounded = torch.fake_quantize_per_channel_affine(value, scale, zero_point, 1, low, high)
+            else:
+                rounded = fake_quantize(value, scale, zero_point, low, high)
         return torch.where(self.watched > 0, rounded.to(x.dtype), limited)
 
 
@@ -264,6 +278,7 @@ class StoredConv2d(nn.Module):
         self.groups = conv.groups
         self.quant_in: nn.Module = getattr(conv, "quant_in", nn.Identity())
         self.quant_out: nn.Module = getattr(conv, "quant_out", nn.Identity())
+        self.out_gain: Optional[Tensor] = None  # what the output is multiplied by, see share_range
         self.register_buffer("bias", _bias(conv).detach().float())
         self.register_buffer("weight_scale", None)
         if isinstance(conv, QuantConv2d):
@@ -276,7 +291,18 @@ class StoredConv2d(nn.Module):
         if self.weight_scale is not None:
             weight = weight * self.weight_scale
         out = F.conv2d(self.quant_in(x), weight, self.bias, padding=self.padding, groups=self.groups)
-        return self.quant_out(out)
+        out = self.quant_out(out)
+        return out if self.out_gain is None else out * self.out_gain
+
+    def share_range(self) -> None:
+        """Give all output channels one range, as runtimes need it, and make them larger afterwards."""
+        quantizer: Any = self.quant_out
+        largest = quantizer.largest
+        gain = (largest / largest.max()).clamp_min(2**-16)
+        self.bias = self.bias / gain
+        self.weight_scale = self.weight_scale / gain.view(-1, 1, 1, 1)
+        self.out_gain = gain.view(1, -1, 1, 1)
+        quantizer.range_sum = nn.Parameter((largest / gain).amax().view(1), requires_grad=False)
 
 
 class QuantAetherBlock(arch.FusedAetherBlock):
@@ -327,7 +353,9 @@ class QuantAetherNet(arch.FusedAetherNet):
         super().__init__(**options)
         self.placement, self.stored = placement, False
         full = placement == "full"
-        self.body_conv = QuantConv2d.like(self.body_conv, quant_in=Quantizer(), quant_out=Quantizer())
+        # A few channels carry the picture, and reach ten times as far as the others.
+        wide = Quantizer(channels=self.options["embed_dim"])
+        self.body_conv = QuantConv2d.like(self.body_conv, quant_in=Quantizer(), quant_out=wide)
         if full:
             blocks = [block for block in self.stages.modules() if isinstance(block, QuantAetherBlock)]
             blocks[0].quant_start = Quantizer()
@@ -354,6 +382,17 @@ class QuantAetherNet(arch.FusedAetherNet):
             "stored": any(name.endswith(".reparam_conv.weight_scale") for name in names),
         }
 
+    @staticmethod
+    def with_channel_ranges(state: Mapping[str, Tensor], prefix: str = "") -> Dict[str, Tensor]:
+        """A state dict in which every output channel of body_conv has its range; files of 0.2 have one."""
+        found, (name, bias) = (
+            dict(state),
+            (f"{prefix}body_conv.{end}" for end in ("quant_out.range_sum", "bias")),
+        )
+        if name in found and bias in found and found[name].numel() == 1:
+            found[name] = found[name].expand(found[bias].shape).clone()
+        return found
+
     def set_bound(self, bound: Optional[float]) -> None:
         super().set_bound(bound)
         for block in self.modules():
@@ -374,6 +413,7 @@ class QuantAetherNet(arch.FusedAetherNet):
             for name in own:
                 del state_dict[prefix + name]
             state_dict.update({prefix + name: value for name, value in state.items()})
+        state_dict.update(self.with_channel_ranges(state_dict, prefix))
         super()._take_form_of(state_dict, prefix, strict)
 
     def train(self, mode: bool = True) -> QuantAetherNet:
@@ -405,8 +445,7 @@ class QuantAetherNet(arch.FusedAetherNet):
                 for each in quantizers:
                     each.watched.zero_()
                 super().forward(image.to(self.mean))
-                seen = [torch.where(each.watched > 0, each.largest, math.inf) for each in quantizers]
-                largest.append(torch.cat(seen))
+                largest.append([torch.where(each.watched > 0, each.largest, math.inf) for each in quantizers])
         finally:
             self.train(training)
             for each, (range_sum, watched) in zip(quantizers, before):
@@ -414,21 +453,21 @@ class QuantAetherNet(arch.FusedAetherNet):
                 each.range_sum.copy_(range_sum)
                 each.watched.copy_(watched)
         # Some networks run away on an extreme picture.
-        finite = [values for values in largest if bool(values.isfinite().all())]
+        finite = [values for values in largest if bool(torch.cat(values).isfinite().all())]
         if not finite:
             raise ValueError("calibrate: on none of the images are all of the network's values finite.")
-        values = torch.stack(finite, 1)  # (quantizers, images)
-        ranges = torch.stack([each.usual(row) for each, row in zip(quantizers, values)])
+        values = [torch.stack(images) for images in zip(*finite)]  # of each quantiser, (images, channels)
+        ranges = [each.usual(images) for each, images in zip(quantizers, values)]
         if len(finite) < len(largest):
             skipped = f"{len(largest) - len(finite)} of {len(largest)} images"
             text = f"calibrate: values are not finite on {skipped}, which were skipped."
             warnings.warn(text, stacklevel=2)
-        beyond, worst = (values.amax(1) / ranges).max(0)
+        beyond, worst = torch.stack([(v / r).amax() for v, r in zip(values, ranges)]).max(0)
         if beyond > self.WILD:
             far = f"{list(self.quantizers())[worst]} {beyond:.3g} times as far as the median one"
             warnings.warn(f"calibrate: one image drives {far} does, and is clipped there.", stacklevel=2)
         for value, each in zip(ranges, quantizers):
-            each.range_sum.fill_(float(value))
+            each.range_sum.copy_(value)
             each.watched.fill_(1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -479,6 +518,8 @@ class QuantAetherNet(arch.FusedAetherNet):
             quantizer.signed = target != "onnxruntime"
             before = name.endswith(("quant_in", "reparam_conv.quant_out"))
             quantizer.enabled = target == "onnxruntime" or before
+        if other.body_conv.quant_out.enabled:  # type: ignore[union-attr]
+            other.body_conv.share_range()  # type: ignore[operator]
         other._round_biases()
         return other
 
@@ -537,7 +578,7 @@ class QuantAetherNet(arch.FusedAetherNet):
         """
         if self.stored:
             return self
-        known = [each.watched > 0 and each.largest.isfinite() for each in self.quantizers().values()]
+        known = [each.watched > 0 and each.largest.isfinite().all() for each in self.quantizers().values()]
         if not all(known):
             text = "the ranges are unknown; train a batch, or call calibrate(images)."
             raise ValueError(f"convert_to_quantized: {text}")
