@@ -324,6 +324,9 @@ class AetherBase(nn.Module):
         named = ((name[len(prefix) :], state_dict[name]) for name in state_dict if name.startswith(prefix))
         own = {name.split(".ignore")[0]: value for name, value in named}
         form, scale, other = form_of(own), scale_of(own), self
+        if hasattr(form, "with_channel_ranges"):  # version 0.1 had one range for all
+            own.update(form.with_channel_ranges(own))
+            state_dict.update(form.with_channel_ranges(state_dict, prefix))
         bound = float(own["bound"]) if "bound" in own else None
         if form and not (isinstance(self, form) and form.layout(own).items() <= vars(self).items()):
             other = form(**{**self.options, "bound": bound}, **form.layout(own))

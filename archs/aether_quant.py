@@ -384,7 +384,7 @@ class QuantAetherNet(arch.FusedAetherNet):
 
     @staticmethod
     def with_channel_ranges(state: Mapping[str, Tensor], prefix: str = "") -> Dict[str, Tensor]:
-        """A state dict in which every output channel of body_conv has its range; files of 0.2 have one."""
+        """A state dict in which every output channel of body_conv has its range; files of 0.1 have one."""
         found, (name, bias) = (
             dict(state),
             (f"{prefix}body_conv.{end}" for end in ("quant_out.range_sum", "bias")),
@@ -413,7 +413,6 @@ class QuantAetherNet(arch.FusedAetherNet):
             for name in own:
                 del state_dict[prefix + name]
             state_dict.update({prefix + name: value for name, value in state.items()})
-        state_dict.update(self.with_channel_ranges(state_dict, prefix))
         super()._take_form_of(state_dict, prefix, strict)
 
     def train(self, mode: bool = True) -> QuantAetherNet:

@@ -303,6 +303,42 @@ def test_forward_hooks_and_foreign_attributes_survive_a_change_of_form() -> None
     assert not hasattr(copy.deepcopy(net), "placement")
 
 
+def test_a_form_leaves_nothing_of_its_own_behind() -> None:
+    net: Any = small_net(2).float()
+    net.norm.weight.data[0, 3] = 0.0
+    net.fuse_model()
+    assert net.keep_norm
+    net.prepare_qat(placement="full", calibration=[X])
+    assert (net.placement, net.stored) == ("full", False)
+    net.load_state_dict(net.convert_to_quantized().state_dict())
+    assert net.stored
+    net.fuse_model()
+    assert not hasattr(net, "placement")
+    assert not hasattr(net, "stored")
+    state = small_net(2).state_dict()
+    net.load_state_dict(state)
+    assert not hasattr(net, "keep_norm")
+
+
+@pytest.mark.parametrize("placement", aether_quant.PLACEMENTS)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_quantised_file_with_one_range_for_all_channels_loads_into_every_form(
+    placement: str, wrapped: bool
+) -> None:
+    source: Any = small_net(2).float().fused().prepare_qat(placement, [X])
+    widest = source.body_conv.quant_out.range_sum
+    widest.data.fill_(float(widest.max()))
+    state = {**source.state_dict(), "body_conv.quant_out.range_sum": widest[:1].clone()}
+    for net in (small_net(2).float(), small_net(2).float().fused(), small_net(2).float().prepare_qat()):
+        container = nn.Sequential(net)
+        if wrapped:
+            container.load_state_dict({f"0.{name}": value for name, value in state.items()})
+        else:
+            net.load_state_dict(dict(state))
+        assert type(net) is QuantAetherNet
+        torch.testing.assert_close(net.eval()(X), source.eval()(X))
+
+
 @pytest.mark.parametrize("call", ["aether_small(qat=True)", "aether_small().prepare_qat()", "load(int8)"])
 def test_without_aether_quant_one_line_names_the_file(call: str, tmp_path: Path) -> None:
     (tmp_path / "aether_arch.py").write_bytes((ROOT / "archs" / "aether_arch.py").read_bytes())

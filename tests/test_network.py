@@ -131,6 +131,7 @@ def test_the_variants_have_the_published_numbers_of_parameters(variant: str, cou
         ({"depths": 4}, "depths=4"),
         ({"mlp_ratio": 0.0}, "mlp_ratio=0.0"),
         ({"mlp_ratio": float("nan")}, "mlp_ratio=nan"),
+        ({"embed_dim": 4, "mlp_ratio": 1e6}, "mlp_ratio=1000000.0"),
         ({"lk_kernel": 10}, "lk_kernel=10"),
         ({"sk_kernel": 13}, "1 to lk_kernel=11"),
         ({"drop": 1.0}, "drop=1.0"),
