@@ -168,6 +168,16 @@ def test_fusing_keeps_precision_and_mode(dtype: torch.dtype) -> None:
     assert {value.dtype for value in net.state_dict().values()} == {dtype}
 
 
+def test_a_network_that_is_not_trained_stays_so_in_another_form() -> None:
+    fused = small_net(2).requires_grad_(False).fuse_model()
+    assert not any(value.requires_grad for value in fused.parameters())
+    net = small_net(2).requires_grad_(False)
+    net.load_state_dict(fused.state_dict())
+    assert isinstance(net, FusedAetherNet)
+    assert not any(value.requires_grad for value in net.parameters())
+    assert any(value.requires_grad for value in small_net(2).fuse_model().parameters())
+
+
 def test_fusing_keeps_channels_last() -> None:
     fused = small_net(2).to(memory_format=torch.channels_last).fuse_model()
     assert fused.body_conv.weight.is_contiguous(memory_format=torch.channels_last)

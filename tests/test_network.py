@@ -431,3 +431,8 @@ def test_the_variants_are_those_that_weights_were_trained_for(
         assert [*inspect.signature(AetherNet).parameters.values()] == [
             option for option in options.values() if option.name != "qat"
         ]
+
+
+@pytest.mark.parametrize(("scale", "channels"), [(1, 80), (2, 80), (3, 80), (4, 40), (8, 32)])
+def test_upsampling_leaves_so_many_channels(scale: int, channels: int) -> None:
+    assert AetherNet(scale=scale, embed_dim=80, depths=(1,)).upsample.out_channels == channels
