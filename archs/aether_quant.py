@@ -271,6 +271,7 @@ class StoredConv2d(nn.Module):
     bias: Tensor
     weight: Tensor
     weight_scale: Optional[Tensor]
+    out_gain: Optional[Tensor]
 
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
@@ -278,7 +279,7 @@ class StoredConv2d(nn.Module):
         self.groups = conv.groups
         self.quant_in: nn.Module = getattr(conv, "quant_in", nn.Identity())
         self.quant_out: nn.Module = getattr(conv, "quant_out", nn.Identity())
-        self.out_gain: Optional[Tensor] = None  # what the output is multiplied by, see share_range
+        self.register_buffer("out_gain", None, persistent=False)  # of the output, see share_range
         self.register_buffer("bias", _bias(conv).detach().float())
         self.register_buffer("weight_scale", None)
         if isinstance(conv, QuantConv2d):
