@@ -99,6 +99,10 @@ def test_tensors_that_are_one_in_the_file_count_each(reader: Reader) -> None:
     reader.refuses("net.pth", saved({**STATE, **{f"stages.0.0.x{k}": shared for k in range(8)}}), "more than")
 
 
+def test_a_pickle_that_is_far_too_long_is_named(reader: Reader) -> None:
+    reader.refuses("net.pth", BOMBS["net.pth: lists"](), "it holds more than weights; pass another (")
+
+
 def memory(name: str) -> int:
     """VmRSS (now) or VmHWM (its peak) of this process in bytes."""
     return int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text()).group(1)) * 1024  # type: ignore[union-attr]
