@@ -239,8 +239,10 @@ def test_a_network_with_headroom_is_written_byte_for_byte_as_it_is(
     assert {key for key in expected if not torch.equal(expected[key], written[key])} == set()
 
 
-def test_the_weights_of_this_repository_need_no_rescaling(capsys: Any) -> None:
-    path = next((ROOT / "weights").glob("*_fp16.safetensors"))
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "weights").glob("*_wallpapers_fp16.safetensors")), ids=lambda path: path.name
+)
+def test_the_weights_of_this_repository_need_no_rescaling(path: Path, capsys: Any) -> None:
     assert run("--model_path", path, "--check-fp16") == 0
     report = capsys.readouterr().out
     assert "Rescaled" not in report

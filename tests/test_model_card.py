@@ -141,15 +141,22 @@ def test_a_card_keeps_every_rule_and_says_what_the_files_are(files: list[Path]) 
     ]
 
 
-def test_the_card_of_the_shipped_weights_lacks_their_address_alone() -> None:
-    (path,) = (ROOT / "weights").glob("*.json")
-    (weights,) = (ROOT / "weights").glob("*wallpapers_fp16.safetensors")
+def test_every_released_file_has_a_card() -> None:
+    released = {path.name.split("_")[0] for path in (ROOT / "weights").glob("*_wallpapers_fp16.safetensors")}
+    assert released == {path.name.split("-")[0] for path in (ROOT / "weights").glob("*.json")} != set()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "weights").glob("*.json")), ids=lambda path: path.name)
+def test_the_card_of_shipped_weights_lacks_their_address_alone(path: Path) -> None:
+    scale = int(path.name.split("x")[0])
+    (weights,) = (ROOT / "weights").glob(f"{scale}x_*wallpapers_fp16.safetensors")
     says_what_the_files_are(path, weights)
     assert problems(path) == ["resources"]
     card = json.loads(path.read_text(encoding="utf-8"))
     card["resources"][0]["urls"] = ["https://example.org/x"]
     assert broken(card, REQUIRED) == []
-    net = aether_arch.aether_small(scale=2)
+    assert card["scale"] == scale
+    net = aether_arch.aether_small(scale=scale)
     assert card["size"] == [
         "small",
         f"{net.options['embed_dim']}dim",
