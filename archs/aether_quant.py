@@ -355,7 +355,7 @@ class QuantAetherNet(arch.FusedAetherNet):
         self.placement, self.stored = placement, False
         full = placement == "full"
         # A few channels carry the picture, and reach ten times as far as the others.
-        wide = Quantizer(channels=self.options["embed_dim"])
+        wide = Quantizer(channels=self.options["embed_dim"], spread=2.0)
         self.body_conv = QuantConv2d.like(self.body_conv, quant_in=Quantizer(), quant_out=wide)
         if full:
             blocks = [block for block in self.stages.modules() if isinstance(block, QuantAetherBlock)]

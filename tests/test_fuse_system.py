@@ -22,15 +22,11 @@ from checkpoints import STATE
 from conftest import ROOT, AsNobody, one_line
 
 from aethersr import checkpoint as checkpoint_files
-from aethersr import files, verify
+from aethersr import files
 from aethersr.checkpoint import ENDINGS
 from aethersr.commands import fuse as command
-from aethersr.timing import Comparison
 
-# It takes most of a run and is not looked at here.
-verify.compare_times = lambda *arguments: Comparison({"unfused": [2.0], "fused": [1.0]})  # type: ignore[assignment]
-
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "no_timing")
 
 
 @pytest.fixture
