@@ -386,10 +386,7 @@ class QuantAetherNet(arch.FusedAetherNet):
     @staticmethod
     def with_channel_ranges(state: Mapping[str, Tensor], prefix: str = "") -> Dict[str, Tensor]:
         """A state dict in which every output channel of body_conv has its range; files of 0.1 have one."""
-        found, (name, bias) = (
-            dict(state),
-            (f"{prefix}body_conv.{end}" for end in ("quant_out.range_sum", "bias")),
-        )
+        found, name, bias = dict(state), f"{prefix}body_conv.quant_out.range_sum", f"{prefix}body_conv.bias"
         if name in found and bias in found and found[name].numel() == 1:
             found[name] = found[name].expand(found[bias].shape).clone()
         return found
