@@ -222,6 +222,18 @@ def test_traiNNer_redux_finds_the_names_it_compares_after_map_state_dict() -> No
         AetherNet(**net.options).map_state_dict(dict(small_net(4).fused().state_dict()))
 
 
+@pytest.mark.parametrize("lost", ["mean", "fusion.bias", "tail.weight"])
+def test_an_incomplete_file_of_another_form_leaves_the_network_as_it_was(lost: str) -> None:
+    net = small_net(2).float()
+    before, state = values(net), dict(net.fused().state_dict())
+    del state[lost]
+    for load in (net.map_state_dict, net.load_state_dict):
+        with pytest.raises(RuntimeError, match=f"stays as it was: .*missing: 1 \\({lost}\\)"):
+            load(dict(state))
+        assert type(net) is AetherNet
+        assert all(torch.equal(value, before[name]) for name, value in values(net).items())
+
+
 @pytest.mark.parametrize("batch", [False, True])
 def test_a_training_goes_on_with_the_kind_of_norm_that_its_checkpoint_had(batch: bool) -> None:
     source = AetherNet(embed_dim=16, depths=(1,), norm="batch" if batch else "frozen").train()
