@@ -49,6 +49,12 @@ TEMPLATES = ROOT / "options" / "traiNNer-redux" / "train" / "AetherNet"
 KEPT = "weights/{scale}x_AetherNet_small{stage}_training_fp16.safetensors"
 # What to change for one CPU core.
 CHANGES: Dict[str, Any] = {"lq_size": 32, "batch_size_per_gpu": 8, "num_worker_per_gpu": 1}
+# Degraded on the fly, for the model that repairs pictures: mildly, so that sharp pictures stay sharp.
+DEGRADATIONS: Dict[str, Any] = {
+    "blur_prob": 0.2, "resize_prob": [0, 0, 1], "gaussian_noise_prob": 0.3, "noise_range": [1, 6],
+    "jpeg_prob": 0, "blur_prob2": 0, "resize_prob2": [0, 0, 1], "jpeg_prob2": 0.9, "jpeg_range2": [50, 95],
+    "resize_mode_list3": ["bicubic"], "resize_mode_prob3": [1],
+}  # fmt: skip
 CPU: Dict[str, Any] = {"num_gpu": 0, "amp_bf16": True}  # fast with AVX512-BF16 or AMX, unlike fp16
 STAGES = {"float": "fidelity", "otf": "OTF_fidelity", "qat": "qat", "qat_full": "qat"}
 WARMUP = 200  # iterations
@@ -120,6 +126,8 @@ def options(stage: str, scale: int, data: Path, iterations: int) -> Dict[str, An
         if f"dataroot_{kind}" in pictures:  # degraded on the fly: gt alone
             pictures[f"dataroot_{kind}"] = [str(data / kind)]
     result["manual_seed"] = 0
+    if stage == "otf":
+        result.update(DEGRADATIONS)
     if stage.startswith("qat"):
         result["network_g"]["qat"] = "full" if stage == "qat_full" else True
     schedule = {"total_iters": iterations, "warmup_iters": min(WARMUP, iterations // 10)}
