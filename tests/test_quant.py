@@ -11,7 +11,7 @@ from typing import Any, Dict
 import pytest
 import torch
 from aether_arch import AetherBase, AetherNet, FusedAetherNet, aether_small
-from aether_quant import QuantAetherNet, Quantizer, _to_int8
+from aether_quant import QuantAetherNet, QuantConv2d, Quantizer, StoredConv2d, _to_int8
 from conftest import randomize, small_net
 
 from aethersr.identify import aether_from_state_dict
@@ -66,6 +66,46 @@ def test_a_quantiser_holds_256_values_and_passes_gradients_inside_its_range() ->
     assert x.grad is not None
     assert float(x.grad[0, 1000]) == 2
     assert float(x.grad[0, 0]) == 0
+
+
+@torch.no_grad()
+def test_a_range_is_the_largest_magnitude_or_for_functions_with_a_minimum_the_largest_value() -> None:
+    x = torch.tensor([[-3.0, 1.0]])
+    for low, largest in ((None, 3.0), (0.0, 1.0)):
+        quantizer = Quantizer(low=low)
+        quantizer(x)
+        assert float(quantizer.largest) == pytest.approx(largest * Quantizer.margin)
+
+
+@torch.no_grad()
+def test_calibration_measures_pictures_and_adds_no_margin(image: torch.Tensor) -> None:
+    net, seen = quantised("default"), []
+    net.body_conv.quant_in.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    net.calibrate([image[:1]])
+    assert float(net.body_conv.quant_in.largest) == pytest.approx(float(seen[0].abs().max()))
+    assert all(each.margin == Quantizer.margin for each in net.quantizers().values())
+
+
+@torch.no_grad()
+def test_a_convolution_computes_with_the_weights_that_are_released(image: torch.Tensor) -> None:
+    for groups in (1, 3):
+        conv = torch.nn.Conv2d(3, 6 // min(2, groups), 3, padding=1, groups=groups)
+        quantised_conv = QuantConv2d.like(conv)
+        quantised_conv.load_state_dict(conv.state_dict())
+        codes, scale = _to_int8(conv.weight)
+        expected = torch.nn.functional.conv2d(image, codes * scale, conv.bias, padding=1, groups=groups)
+        assert torch.allclose(quantised_conv(image), expected, atol=1e-6)
+        assert torch.allclose(StoredConv2d(quantised_conv)(image), expected, atol=1e-6)
+        assert not torch.allclose(conv(image), expected, atol=1e-6)
+
+
+def test_a_reduced_range_makes_7_bit_weights_except_of_depthwise_kernels_which_stay_float() -> None:
+    stored = quantised("full").convert_to_quantized()
+    reduced = stored.for_target("onnxruntime", reduce_range=True)
+    for before, after in zip(stored.modules(), reduced.modules()):
+        if isinstance(before, StoredConv2d) and before.weight.dtype == torch.int8:
+            same = torch.equal(before.weight, after.weight)
+            assert same if before.groups > 1 else int(after.weight.abs().max()) <= 64
 
 
 def test_an_unknown_range_rounds_nothing_and_an_average_of_the_state_keeps_the_range() -> None:
