@@ -3,11 +3,12 @@
 Pictures are (H, W, 3) uint8 arrays. Papers reduce the high-resolution picture with MATLAB's ``imresize``
 (bicubic, antialiased), compare the luma of both pictures and leave out a border of ``scale`` pixels.
 Another reduction or luma changes the figures by tenths of a dB, so both are implemented here.
-Needs only NumPy.
+Needs only NumPy; ``compressed`` also Pillow.
 """
 
 from __future__ import annotations
 
+import io
 from typing import Tuple
 
 import numpy as np
@@ -35,6 +36,15 @@ def resize(picture: np.ndarray, height: int, width: int) -> np.ndarray:
     rows, columns = resize_matrix(picture.shape[0], height), resize_matrix(picture.shape[1], width)
     out = np.stack([rows @ plane @ columns.T for plane in np.moveaxis(picture.astype(np.float64), 2, 0)], 2)
     return np.clip(np.floor(out + 0.5), 0, 255).astype(np.uint8)
+
+
+def compressed(picture: np.ndarray, quality: int) -> np.ndarray:
+    """What a JPEG file of this quality (1 to 100) leaves of ``picture``."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, "JPEG", quality=quality)
+    return np.asarray(Image.open(file))
 
 
 def resize_matrix(size: int, target: int) -> np.ndarray:

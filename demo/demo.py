@@ -22,17 +22,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Callable, Dict, List, NamedTuple, Optional, Sequence
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from skimage import data
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "archs")]
 
 from aether_arch import AetherBase  # noqa: E402
+from sheet import side_by_side  # noqa: E402
 
 from aethersr.checkpoint import read_checkpoint  # noqa: E402
 from aethersr.identify import aether_from_state_dict  # noqa: E402
@@ -51,8 +52,6 @@ TRAINING = (
     *("camera", "coins", "brick", "grass", "gravel"),
 )
 AGREEMENT = 0.01  # dB between the networks: more than rounding can do, less than an eye could see
-CROPS = ((200, 60), (300, 330), (125, 340))  # left and top of the details shown: face, helmet, badge
-CROP_SIZE = 96
 
 
 class Result(NamedTuple):
@@ -200,36 +199,6 @@ def complaint(results: Sequence[Result]) -> Optional[str]:
     if not min(values) > bicubic.psnr:
         return f"the network has {min(values):.3f} dB, bicubic {bicubic.psnr:.3f} dB"
     return None
-
-
-def side_by_side(
-    columns: Dict[str, Image.Image],
-    boxes: Sequence[Tuple[int, int]] = CROPS,
-    size: int = CROP_SIZE,
-    zoom: int = 4,
-) -> Image.Image:
-    """A column for each image: the whole, with frames, above the enlarged details in these frames."""
-    width, header, gap = size * zoom, 28, 8
-    first = next(iter(columns.values()))
-    boxes = [box for box in boxes if box[0] + size <= first.width and box[1] + size <= first.height]
-    height = round(first.height * width / first.width)
-    sheet = Image.new(
-        "RGB",
-        (len(columns) * (width + gap) + gap, header + height + len(boxes) * (width + gap) + gap),
-        "white",
-    )
-    draw = ImageDraw.Draw(sheet)
-    for column, (label, image) in enumerate(columns.items()):
-        left = gap + column * (width + gap)
-        draw.text((left, 4), label, fill="black", font=ImageFont.load_default(18))
-        framed = image.copy()
-        for box in boxes:
-            ImageDraw.Draw(framed).rectangle((*box, box[0] + size, box[1] + size), outline="red", width=2)
-        sheet.paste(framed.resize((width, height), Image.Resampling.LANCZOS), (left, header))
-        for row, (x, y) in enumerate(boxes):
-            detail = image.crop((x, y, x + size, y + size)).resize((width, width), Image.Resampling.NEAREST)
-            sheet.paste(detail, (left, header + height + gap + row * (width + gap)))
-    return sheet
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:

@@ -16,6 +16,8 @@ from PIL import Image
 
 sys.path.insert(0, str(ROOT / "demo"))
 
+import sheet
+
 import demo
 
 
@@ -84,14 +86,14 @@ def test_networks_that_disagree_or_lose_to_bicubic_are_complained_about(
 def test_the_picture_shows_every_image_with_its_details() -> None:
     image = demo.photograph("coffee").crop((0, 0, 128, 100))
     inverted = Image.fromarray(255 - np.asarray(image))
-    sheet = np.asarray(
-        demo.side_by_side({"one": image, "two": inverted}, boxes=((5, 2), (500, 500)), size=32, zoom=2)
+    drawn = np.asarray(
+        sheet.side_by_side({"one": image, "two": inverted}, boxes=((5, 2), (500, 500)), size=32, zoom=2)
     )
     height = 28 + 50 + 64 + 2 * 8  # label, whole image, one detail (the other lies outside), gaps
-    assert sheet.shape == (height, 2 * (64 + 8) + 8, 3)
+    assert drawn.shape == (height, 2 * (64 + 8) + 8, 3)
     detail = np.asarray(image.crop((5, 2, 37, 34)).resize((64, 64), Image.Resampling.NEAREST))
-    assert np.array_equal(sheet[-72:-8, 8:72], detail)
-    assert np.array_equal(sheet[-72:-8, 80:144], 255 - detail)
+    assert np.array_equal(drawn[-72:-8, 8:72], detail)
+    assert np.array_equal(drawn[-72:-8, 80:144], 255 - detail)
 
 
 REGISTER = f"""import sys; sys.path.insert(0, {str(ROOT / "demo")!r})
@@ -157,7 +159,7 @@ def test_a_quick_run_goes_from_photographs_to_a_picture_and_starts_afresh_the_se
     assert max(psnr) - min(psnr) <= demo.AGREEMENT, psnr
     assert sum("[epoch:" in line for line in printed) == 2, "training should report its progress"
     with Image.open(output / "comparison.png") as picture:
-        assert picture.width > 3 * demo.CROP_SIZE
+        assert picture.width > 3 * sheet.CROP_SIZE
     state = torch.load(output / "aether_small_x2_fused.pth", weights_only=True)
     assert any("reparam_conv" in name for name in state)
     assert (output / "aether_small_x2_fp32.onnx").stat().st_size > 4e6

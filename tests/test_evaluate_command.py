@@ -138,6 +138,18 @@ def test_pairs_of_ones_own_are_taken_as_they_are(folder: Path, tmp_path: Path, c
     assert "b.png has 25x20; expected 24x21" in message
 
 
+def test_jpeg_compresses_the_low_resolution_pictures_first(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "lr").mkdir()
+    for name, truth in zip(("a", "b"), truths(folder)):
+        low = Image.fromarray(resize(truth, truth.shape[0] // 2, truth.shape[1] // 2))
+        low.save(tmp_path / "lr" / f"{name}.jpg", quality=30)
+    arguments = ("--hr", folder / "hr", "--scale", 2)
+    made = table(capsys, *arguments, "--jpeg", 30)
+    assert made == table(capsys, *arguments, "--lr", tmp_path / "lr")
+    assert made != table(capsys, *arguments, "--jpeg", 90)
+    assert "pass 1 to 100 (--jpeg)" in refused(capsys, *arguments, "--jpeg", 0)
+
+
 def test_two_folders_and_two_files_of_one_name_stay_apart(folder: Path, tmp_path: Path, capsys: Any) -> None:
     other = tmp_path / "hr"
     other.mkdir()

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any, Callable, Dict, Tuple
 
 import aether_arch
 import aether_quant
@@ -260,12 +260,14 @@ def test_the_file_decides_whether_a_network_is_bounded() -> None:
 
 
 def test_loading_leaves_every_parameter_the_object_that_an_optimizer_holds() -> None:
-    net = small_net(2, bound=4.0)
-    before = dict(net.named_parameters())
-    net.load_state_dict(small_net(2, bound=None).state_dict(), strict=True)
-    after = dict(net.named_parameters())
-    assert list(before) == list(after)
-    assert all(after[name] is before[name] for name in after)
+    forms: Tuple[Callable[..., Any], ...] = (lambda net: net, lambda net: net.fused())
+    for form in forms:
+        net = form(small_net(2, bound=4.0))
+        before = dict(net.named_parameters())
+        net.load_state_dict(form(small_net(2, bound=None)).state_dict(), strict=True)
+        after = dict(net.named_parameters())
+        assert list(before) == list(after)
+        assert all(after[name] is before[name] for name in after)
 
 
 def test_the_order_of_the_parameters_is_the_one_that_optimizer_states_were_saved_in() -> None:

@@ -3,6 +3,7 @@
     aether-evaluate 2x_net.safetensors 2x_net_int8.onnx --hr Set5 Set14
     aether-evaluate 2x_net.pth --hr pictures/hr --lr pictures/lr --each
     aether-evaluate --scale 2 --hr Set5                       # bicubic alone
+    aether-evaluate 2x_net.pth --hr pictures --jpeg 75        # what it makes of compressed pictures
 
 Takes every form and file: training and fused weights, half precision, int8, ONNX, NCNN (.param). With
 ``--hr`` alone the low-resolution pictures are made as in papers (MATLAB's bicubic reduction); with ``--lr``
@@ -125,10 +126,10 @@ def of_pictures(net: Callable[[torch.Tensor], torch.Tensor], channels: int) -> U
 
 
 def measure(
-    upscalers: Dict[str, Upscaler], pairs: List[Pair], scale: int
+    upscalers: Dict[str, Upscaler], pairs: List[Pair], scale: int, jpeg: Optional[int] = None
 ) -> Dict[str, List[Tuple[float, float]]]:
     """PSNR and SSIM of each picture, by row of the table; bicubic comes first."""
-    from aethersr.quality import crop_to_multiple, quality, resize
+    from aethersr.quality import compressed, crop_to_multiple, quality, resize
 
     found: Dict[str, List[Tuple[float, float]]] = {name: [] for name in ("bicubic", *upscalers)}
     for pair in pairs:
@@ -141,6 +142,8 @@ def measure(
             if low.shape[:2] != (height, width):
                 sizes = f"{low.shape[1]}x{low.shape[0]}; expected {width}x{height}, {pair.hr} by {scale}"
                 raise UserError(f"{pair.lr} has {sizes} (--lr).")
+        if jpeg is not None:
+            low = compressed(low, jpeg)
         rows = {"bicubic": lambda x: resize(x, x.shape[0] * scale, x.shape[1] * scale), **upscalers}
         for name, upscale in rows.items():
             try:
@@ -197,6 +200,8 @@ def evaluate(args: argparse.Namespace) -> None:
         each = ", ".join(f"{name} x{scale}" for name, scale in scales.items())
         raise UserError(f"the scales differ ({each}); pass networks of one scale (FILE).")
     scale = next(iter(scales.values()))
+    if args.jpeg is not None and not 1 <= args.jpeg <= 100:
+        raise UserError(f"{args.jpeg} is no JPEG quality; pass 1 to 100 (--jpeg).")
     if args.lr and len(args.lr) != len(args.hr):
         raise UserError(f"--lr has {len(args.lr)} folders and --hr {len(args.hr)}; pass one for each (--lr).")
     lows = args.lr or [None] * len(args.hr)
@@ -204,7 +209,7 @@ def evaluate(args: argparse.Namespace) -> None:
     table: Table = {name: {} for name in ("bicubic", *networks)}
     upscalers = {name: upscale for name, (upscale, _) in networks.items()}
     for folder, pairs in folders.items():
-        for name, values in measure(upscalers, pairs, scale).items():
+        for name, values in measure(upscalers, pairs, scale, args.jpeg).items():
             table[name][folder] = values
     print(markdown(table, folders, args.each))
 
@@ -228,6 +233,8 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     )
     text = "scale for bicubic alone, without FILE"
     parser.add_argument("--scale", type=int, choices=(1, 2, 3, 4, 8), help=text)
+    text = "compress the low-resolution pictures first: quality 1 to 100"
+    parser.add_argument("--jpeg", type=int, metavar="QUALITY", help=text)
     parser.add_argument("--each", action="store_true", help="also print a row for each picture")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     return parser.parse_args(argv)
