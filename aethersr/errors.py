@@ -24,9 +24,8 @@ def missing_package(error: ImportError, why: str, extra: str) -> UserError:
     """
     name = (error.name or first_line(error)).split(".")[0]
     name = {"PIL": "pillow", "cv2": "opencv-python"}.get(name, name)
-    return UserError(
-        f"{why} needs the package {name}: pip install {name} (or pip install 'aethersr[{extra}]')."
-    )
+    ours = f"""pip install ".[{extra}]" in AetherNet's folder"""
+    return UserError(f"{why} needs the package {name}: pip install {name} (or {ours}).")
 
 
 # What the allocators of PyTorch and ONNX Runtime say when memory runs out. The word "memory" alone is not

@@ -9,9 +9,11 @@ Needs only NumPy; ``compressed`` also Pillow.
 from __future__ import annotations
 
 import io
-from typing import Tuple
+from typing import Optional, Tuple
 
 import numpy as np
+
+from aethersr.errors import UserError
 
 LUMA = np.array([65.481, 128.553, 24.966]) / 255  # ITU-R BT.601, as in MATLAB's rgb2ycbcr
 
@@ -45,6 +47,11 @@ def compressed(picture: np.ndarray, quality: int) -> np.ndarray:
     file = io.BytesIO()
     Image.fromarray(picture).save(file, "JPEG", quality=quality)
     return np.asarray(Image.open(file))
+
+
+def check_jpeg(quality: Optional[int]) -> None:
+    if quality is not None and not 1 <= quality <= 100:
+        raise UserError(f"{quality} is no JPEG quality; pass 1 to 100 (--jpeg).")
 
 
 def resize_matrix(size: int, target: int) -> np.ndarray:

@@ -70,5 +70,6 @@ def test_what_the_user_can_mend_is_one_printable_line_for_each_problem(capsys: A
 
 def test_a_missing_package_is_named_as_the_index_names_it() -> None:
     assert str(missing_package(ImportError(name="PIL.Image"), "--calibration", "upscale")) == (
-        "--calibration needs the package pillow: pip install pillow (or pip install 'aethersr[upscale]')."
+        "--calibration needs the package pillow: pip install pillow "
+        '(or pip install ".[upscale]" in AetherNet\'s folder).'
     )

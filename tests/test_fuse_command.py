@@ -281,7 +281,7 @@ HIDDEN = ("safetensors", "onnx", "onnxruntime", "onnxslim", "numpy", "yaml", "tq
         ("--output_path out.pth", ""),
         ("--check-fp16", ""),
         ("--output_path out.safetensors", "pip install safetensors"),
-        ("--output_path a.pth --onnx fp32", "pip install onnx (or pip install 'aethersr[onnx]')"),
+        ("--output_path a.pth --onnx fp32", 'pip install onnx (or pip install ".[onnx]" in'),
     ],
 )
 def test_what_the_command_loads_needs_torch_alone(

@@ -13,8 +13,6 @@ import sys
 from pathlib import Path
 from typing import Dict, List, Optional, Tuple
 
-import numpy as np
-import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,35 +23,33 @@ from sheet import CROPS, side_by_side  # noqa: E402
 from aethersr.commands import exit_code  # noqa: E402
 from aethersr.errors import UserError  # noqa: E402
 from aethersr.files import Together  # noqa: E402
-from aethersr.network import load_network  # noqa: E402
-from aethersr.quality import compressed, crop_to_multiple, psnr, resize  # noqa: E402
+from aethersr.quality import check_jpeg, compressed, crop_to_multiple, psnr, resize  # noqa: E402
+from aethersr.upscalers import open_upscaler, read_rgb  # noqa: E402
 
 
-@torch.no_grad()
 def columns(photograph: Path, networks: Dict[str, Path], jpeg: Optional[int]) -> Dict[str, Image.Image]:
     """Label -> picture."""
-    nets = {label: load_network(path, "cpu", fp16=False) for label, path in networks.items()}
-    scales = {net.scale for net in nets.values()}
+    found = {label: open_upscaler(path, "cpu", "LABEL=FILE") for label, path in networks.items()}
+    scales = {scale for _, scale in found.values()}
     if len(scales) != 1:
         raise UserError(
             f"the networks' scales are {sorted(scales)}; pass networks of one scale (LABEL=FILE)."
         )
     scale = scales.pop()
-    truth = crop_to_multiple(np.asarray(Image.open(photograph).convert("RGB")), scale)
+    truth = crop_to_multiple(read_rgb(photograph, "PHOTOGRAPH"), scale)
     low = resize(truth, truth.shape[0] // scale, truth.shape[1] // scale)
     low = low if jpeg is None else compressed(low, jpeg)
-    x = torch.from_numpy(low.copy()).permute(2, 0, 1)[None].float() / 255
-    found = {"bicubic": resize(low, *truth.shape[:2])}
-    for label, net in nets.items():
-        found[label] = (net(x)[0].permute(1, 2, 0).clamp(0, 1) * 255).round().byte().numpy()
-    shown = {f"{label} {psnr(truth, each, scale):.2f} dB": each for label, each in found.items()}
-    return {label: Image.fromarray(each) for label, each in {**shown, "photograph": truth}.items()}
+    shown = {"bicubic": resize(low, *truth.shape[:2])}
+    shown.update((label, upscale(low)) for label, (upscale, _) in found.items())
+    labelled = {f"{label} {psnr(truth, each, scale):.2f} dB": each for label, each in shown.items()}
+    return {label: Image.fromarray(each) for label, each in {**labelled, "photograph": truth}.items()}
 
 
 def compare(args: argparse.Namespace) -> None:
     networks = dict(tuple(each.split("=", 1)) for each in args.networks if "=" in each)
-    if len(networks) != len(args.networks):
-        raise UserError("name each network once, as LABEL=FILE.")
+    if len(networks) != len(args.networks) or "bicubic" in networks:
+        raise UserError("give each network a label of its own other than bicubic (LABEL=FILE).")
+    check_jpeg(args.jpeg)
     pictures = columns(args.photograph, {label: Path(file) for label, file in networks.items()}, args.jpeg)
     with Together() as files:
         side_by_side(pictures, args.details, zoom=3).save(files.part(args.output), "JPEG", quality=92)
@@ -67,15 +63,14 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
         return x, y
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
-    parser.add_argument("photograph", type=Path)
+    parser.add_argument("photograph", type=Path, metavar="PHOTOGRAPH")
     parser.add_argument("output", type=Path, metavar="OUTPUT.jpg")
     parser.add_argument("networks", nargs="+", metavar="LABEL=FILE")
     parser.add_argument(
         "--jpeg", type=int, metavar="QUALITY", help="compress the reduced photograph, 1 to 100"
     )
-    parser.add_argument(
-        "--details", type=corner, nargs="+", metavar="X,Y", default=CROPS, help="corners of what is enlarged"
-    )
+    text = "corners of what is enlarged (default: details of scikit-image's astronaut)"
+    parser.add_argument("--details", type=corner, nargs="+", metavar="X,Y", default=CROPS, help=text)
     return parser.parse_args(argv)
 
 

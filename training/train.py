@@ -1,7 +1,7 @@
 """Start or continue the training of the released weights in traiNNer-redux, in the background.
 
     python training/train.py --traiNNer-redux CHECKOUT --data FOLDER   # start, continue, or see how far it is
-    python training/train.py --traiNNer-redux CHECKOUT --pause         # and --resume, --stop
+    python training/train.py --traiNNer-redux CHECKOUT --status        # and --pause, --resume, --stop
     python training/train.py --traiNNer-redux CHECKOUT --keep          # newest averaged weights to weights/
     python training/train.py --traiNNer-redux CHECKOUT --data FOLDER_X4 --scale 4 --pretrained X2_WEIGHTS
 
@@ -9,11 +9,12 @@ FOLDER is what training/prepare_pictures.py wrote. The environment variables AET
 AETHER_TRAINING_DATA and AETHER_TRAINING_PYTHON replace ``--traiNNer-redux``, ``--data`` and ``--python``, for
 ``make train``.
 
-The options are those of the template in options/ with CHANGES. A training continues from its newest state. If
-there is none, it continues from the weights that ``--keep`` wrote, with a short warm-up and the learning rate
-of that iteration; without those it starts from scratch. It runs in one thread at the lowest priority and
-writes NAME.yml, NAME.log, NAME.pid and experiments/NAME in CHECKOUT. Without CUDA it starts traiNNer-redux
-through tests/launchers/trainner_redux_cpu.py.
+The options are those of the template in options/ with CHANGES. A training continues from its newest state,
+with the options it began with. If there is none, it starts from ``--pretrained``; or, without ``--name``,
+continues from the weights in weights/ that ``--keep`` wrote, with a short warm-up and the learning rate of
+that iteration; or from scratch. It runs in one thread at the lowest priority and writes NAME.yml, NAME.log,
+NAME.pid and experiments/NAME in CHECKOUT. Without CUDA it starts traiNNer-redux through
+tests/launchers/trainner_redux_cpu.py. Linux and macOS only.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ from aethersr.files import Together  # noqa: E402
 TEMPLATES = ROOT / "options" / "traiNNer-redux" / "train" / "AetherNet"
 KEPT = "weights/{scale}x_AetherNet_small{stage}_training_fp16.safetensors"
 # What to change for one CPU core.
-CHANGES: Dict[str, Any] = {"lq_size": 32, "batch_size_per_gpu": 8, "num_worker_per_gpu": 1}
+CHANGES: Dict[str, Any] = {"num_worker_per_gpu": 1}
+CROP, BATCH = 32, 8
 # Degraded on the fly, for the model that repairs pictures: mildly, so that sharp pictures stay sharp.
 DEGRADATIONS: Dict[str, Any] = {
     "blur_prob": 0.2, "resize_prob": [0, 0, 1], "gaussian_noise_prob": 0.3, "noise_range": [1, 6],
@@ -115,13 +117,13 @@ class Training:
         return "\n".join(lines)
 
 
-def options(stage: str, scale: int, data: Path, iterations: int) -> Dict[str, Any]:
+def options(stage: str, scale: int, data: Path, iterations: int, crop: int, batch: int) -> Dict[str, Any]:
     path = TEMPLATES / f"AetherNet_small_x{scale}_{STAGES[stage]}.yml"
     if not path.is_file():
         raise UserError(f"there is no template {path.name}: --stage {stage} is for x2 and x4 (--scale).")
     result: Dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
     pictures = result["datasets"]["train"]
-    pictures.update(CHANGES)
+    pictures.update(CHANGES, lq_size=crop, batch_size_per_gpu=batch)
     for kind in ("gt", "lq"):
         if f"dataroot_{kind}" in pictures:  # degraded on the fly: gt alone
             pictures[f"dataroot_{kind}"] = [str(data / kind)]
@@ -166,7 +168,8 @@ def keep(training: Training, target: Path) -> None:
     if training.options.is_file():
         began = yaml.safe_load(training.options.read_text(encoding="utf-8"))["path"]
     source = Path(began.get("pretrain_network_g") or "")
-    before = done_before(source) if source.suffix == ".safetensors" and source.is_file() else 0
+    counts = source.suffix == ".safetensors" and source.is_file() and began.get("strict_load_g")
+    before = done_before(source) if counts else 0  # another scale's iterations are not this network's
     state = {name: value.half().contiguous() for name, value in read_checkpoint(path).state.items()}
     broken = [name for name, value in state.items() if not torch.isfinite(value).all()]
     if broken:
@@ -186,14 +189,13 @@ def start(training: Training, args: argparse.Namespace) -> None:
         raise UserError(
             f"--stage {args.stage} needs float weights to start from; pass them with --pretrained."
         )
-    chosen = options(args.stage, args.scale, args.data.resolve(), args.iterations)
+    chosen = options(args.stage, args.scale, args.data.resolve(), args.iterations, args.crop, args.batch)
     settings = {**chosen, "name": training.name}
-    settings["datasets"]["train"].update(lq_size=args.crop, batch_size_per_gpu=args.batch)
     if args.rate:
         settings["train"]["optim_g"]["lr"] = args.rate
     kept = None if args.pretrained else args.kept
     if training.newest("training_states/*.state"):
-        begins = "continues from its newest state"
+        begins = "continues from its newest state, with the options it began with"
         if training.options.is_file():  # as it began
             settings = yaml.safe_load(training.options.read_text(encoding="utf-8"))
     elif args.pretrained:
@@ -227,7 +229,7 @@ def start(training: Training, args: argparse.Namespace) -> None:
             stdout=log,
             stderr=log,
             start_new_session=True,
-            preexec_fn=None if os.name == "nt" else lambda: os.nice(19),
+            preexec_fn=lambda: os.nice(19),
         )
     training.pid_file.write_text(str(process.pid), encoding="utf-8")
     print(f"{training.name} {begins}; pid {process.pid}, log {training.log}", flush=True)
@@ -239,7 +241,10 @@ def run(args: argparse.Namespace) -> None:
     if args.checkout is None or not (args.checkout / "traiNNer" / "archs").is_dir():
         raise UserError(f"{args.checkout} is no checkout of traiNNer-redux; pass one (--traiNNer-redux).")
     training = Training(args.checkout.resolve(), args.name or f"{args.scale}x_AetherNet_small_{args.stage}")
-    if args.kept is None:
+    if args.kept is None and args.name:
+        if args.keep:
+            raise UserError(f"say where to write the weights of {args.name}; pass a file (--kept).")
+    elif args.kept is None:
         stage = "" if args.stage == "float" else f"_{args.stage}"
         args.kept = ROOT / KEPT.format(scale=args.scale, stage=stage)
     signals = {"pause": "SIGSTOP", "resume": "SIGCONT", "stop": "SIGTERM"}
@@ -268,13 +273,16 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser.add_argument("--python", default=python, help="one with traiNNer-redux's packages (default: this)")
     parser.add_argument("--name", help="the training's name (default: SCALEx_AetherNet_small_STAGE)")
     parser.add_argument("--scale", type=int, choices=(2, 3, 4), default=2)
-    parser.add_argument("--stage", choices=tuple(STAGES), default="float")
+    text = "float (default), otf: degraded on the fly, qat or qat_full: int8 (placement default or full)"
+    parser.add_argument("--stage", choices=tuple(STAGES), default="float", help=text)
     parser.add_argument("--iterations", type=int, default=100000)
     parser.add_argument("--pretrained", type=Path, help="weights to start from; the qat stages need them")
     parser.add_argument("--rate", type=float, help="learning rate (default: the template's)")
-    parser.add_argument("--crop", type=int, default=CHANGES["lq_size"], help="side in low-resolution pixels")
-    parser.add_argument("--batch", type=int, default=CHANGES["batch_size_per_gpu"], help="crops a step")
-    parser.add_argument("--kept", type=Path, help=f"weights that --keep writes (default: {KEPT})")
+    parser.add_argument("--crop", type=int, default=CROP, help="side in low-resolution pixels")
+    parser.add_argument("--batch", type=int, default=BATCH, help="crops a step")
+    parser.add_argument(
+        "--kept", type=Path, help="weights that --keep writes and a training without --name continues from"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--wait", action="store_true", help="return only when the training ends")
     action = parser.add_mutually_exclusive_group()

@@ -16,17 +16,15 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
+from typing import Dict, List, NamedTuple, Optional, Tuple
 
 import torch
 
 from aethersr.commands import exit_code
-from aethersr.errors import UserError, first_line, missing_package
+from aethersr.errors import UserError, missing_package
+from aethersr.upscalers import Upscaler, open_upscaler, read_rgb
 
 KINDS = (".png", ".bmp", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
-MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")  # of Pillow, 8 bits
-TILE = 1024  # largest side of a low-resolution picture that is not cut into tiles; the result is the same
-Upscaler = Callable[[Any], Any]  # (H, W, 3) uint8 -> (scale * H, scale * W, 3) uint8
 Table = Dict[str, Dict[str, List[Tuple[float, float]]]]  # [row][folder] -> (PSNR, SSIM) of each picture
 
 
@@ -61,70 +59,6 @@ def pictures(path: Path, flag: str) -> List[Path]:
     return found
 
 
-def read(path: Path, flag: str) -> Any:
-    """(H, W, 3) uint8."""
-    import numpy as np
-    from PIL import Image
-
-    try:
-        with Image.open(path) as picture:
-            mode = picture.mode
-            if mode in MODES:
-                return np.asarray(picture.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} can't be read: {first_line(error)}; leave it out ({flag}).") from None
-    raise UserError(f"{path} has pixels of the kind {mode}; pass pictures of 8 bits a channel ({flag}).")
-
-
-def open_network(path: Path, device: str) -> Tuple[Upscaler, int]:
-    """The network in a file as a function from pictures to pictures, and its scale."""
-    from aethersr.network import load_network
-    from aethersr.tiling import upscale_tiled
-
-    if path.suffix.lower() == ".param":
-        run = ncnn_network(path)
-        return of_pictures(run, 3), run(torch.zeros(1, 3, 8, 8)).shape[-1] // 8
-    try:
-        net = load_network(path, device, fp16=False)
-    except UserError as error:
-        raise UserError(str(error).replace("--model", "FILE")) from None
-    if net.in_chans not in (1, 3):
-        raise UserError(f"{path} takes {net.in_chans} channels; pass a network for 1 or 3 (FILE).")
-    overlap = net.reach if net.size is None else min(net.reach, min(net.size) // 4)  # as aether-upscale
-    return of_pictures(lambda x: upscale_tiled(net, x, TILE, overlap, size=net.size), net.in_chans), net.scale
-
-
-def ncnn_network(path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
-    from aethersr.ncnn import run
-
-    try:
-        import ncnn
-    except ImportError:
-        raise UserError(f"{path} needs the package ncnn: pip install ncnn, or leave it out (FILE).") from None
-    net = ncnn.Net()
-    weights = path.with_suffix(".bin")
-    if (
-        not (path.is_file() and weights.is_file())
-        or net.load_param(str(path))
-        or net.load_model(str(weights))
-    ):
-        raise UserError(
-            f"{path} and {weights.name} are not the two files of an NCNN network; pass others (FILE)."
-        )
-    return lambda x: run(net, x)
-
-
-def of_pictures(net: Callable[[torch.Tensor], torch.Tensor], channels: int) -> Upscaler:
-    def upscale(picture: Any) -> Any:
-        x = torch.from_numpy(picture.copy()).permute(2, 0, 1)[None].float() / 255
-        x = x.reshape(-1, channels, *x.shape[2:])  # a greyscale network sees each colour separately
-        out = net(x)
-        out = out.reshape(3, *out.shape[2:]).permute(1, 2, 0)
-        return (out.clamp(0, 1) * 255).round().to(torch.uint8).numpy()
-
-    return upscale
-
-
 def measure(
     upscalers: Dict[str, Upscaler], pairs: List[Pair], scale: int, jpeg: Optional[int] = None
 ) -> Dict[str, List[Tuple[float, float]]]:
@@ -133,12 +67,12 @@ def measure(
 
     found: Dict[str, List[Tuple[float, float]]] = {name: [] for name in ("bicubic", *upscalers)}
     for pair in pairs:
-        truth = crop_to_multiple(read(pair.hr, "--hr"), scale)
+        truth = crop_to_multiple(read_rgb(pair.hr, "--hr"), scale)
         height, width = (side // scale for side in truth.shape[:2])
         if pair.lr is None:
             low = resize(truth, height, width)
         else:
-            low = read(pair.lr, "--lr")
+            low = read_rgb(pair.lr, "--lr")
             if low.shape[:2] != (height, width):
                 sizes = f"{low.shape[1]}x{low.shape[0]}; expected {width}x{height}, {pair.hr} by {scale}"
                 raise UserError(f"{pair.lr} has {sizes} (--lr).")
@@ -188,7 +122,9 @@ def evaluate(args: argparse.Namespace) -> None:
         import PIL  # noqa: F401
     except ImportError as error:
         raise missing_package(error, "aether-evaluate", "upscale") from None
-    networks = {name: open_network(path, args.device) for name, path in names(args.files).items()}
+    from aethersr.quality import check_jpeg
+
+    networks = {name: open_upscaler(path, args.device, "FILE") for name, path in names(args.files).items()}
     scales = {name: scale for name, (_, scale) in networks.items()}
     if args.scale:
         scales["--scale"] = args.scale
@@ -200,8 +136,9 @@ def evaluate(args: argparse.Namespace) -> None:
         each = ", ".join(f"{name} x{scale}" for name, scale in scales.items())
         raise UserError(f"the scales differ ({each}); pass networks of one scale (FILE).")
     scale = next(iter(scales.values()))
-    if args.jpeg is not None and not 1 <= args.jpeg <= 100:
-        raise UserError(f"{args.jpeg} is no JPEG quality; pass 1 to 100 (--jpeg).")
+    check_jpeg(args.jpeg)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda was given, but PyTorch finds no CUDA device; pass --device cpu.")
     if args.lr and len(args.lr) != len(args.hr):
         raise UserError(f"--lr has {len(args.lr)} folders and --hr {len(args.hr)}; pass one for each (--lr).")
     lows = args.lr or [None] * len(args.hr)
@@ -236,7 +173,7 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     text = "compress the low-resolution pictures first: quality 1 to 100"
     parser.add_argument("--jpeg", type=int, metavar="QUALITY", help=text)
     parser.add_argument("--each", action="store_true", help="also print a row for each picture")
-    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default: cpu")
     return parser.parse_args(argv)
 
 

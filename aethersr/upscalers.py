@@ -1,0 +1,80 @@
+"""Networks in files of every kind, as functions from pictures to pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Callable, Tuple
+
+import torch
+
+from aethersr.errors import UserError, first_line
+
+MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")  # of Pillow, 8 bits
+TILE = 1024  # larger low-resolution pictures are cut into tiles; the result is the same without attention
+Upscaler = Callable[[Any], Any]  # (H, W, 3) uint8 -> (scale * H, scale * W, 3) uint8
+
+
+def read_rgb(path: Path, flag: str) -> Any:
+    """A picture of 8 bits a channel, (H, W, 3) uint8. Errors name ``flag``, with which it was passed."""
+    import numpy as np
+    from PIL import Image
+
+    try:
+        with Image.open(path) as picture:
+            mode = picture.mode
+            if mode in MODES:
+                return np.asarray(picture.convert("RGB"))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} can't be read: {first_line(error)}; leave it out ({flag}).") from None
+    raise UserError(f"{path} has pixels of the kind {mode}; pass pictures of 8 bits a channel ({flag}).")
+
+
+def open_upscaler(path: Path, device: str, flag: str) -> Tuple[Upscaler, int]:
+    """The network in a file, and its scale. Errors name ``flag``, with which the file was passed."""
+    from aethersr.network import load_network
+    from aethersr.tiling import upscale_tiled
+
+    if path.suffix.lower() == ".param":
+        run = ncnn_network(path, flag)
+        return of_pictures(run, 3), run(torch.zeros(1, 3, 8, 8)).shape[-1] // 8
+    try:
+        net = load_network(path, device, fp16=False)
+    except UserError as error:
+        raise UserError(str(error).replace("--model", flag)) from None
+    if net.in_chans not in (1, 3):
+        raise UserError(f"{path} takes {net.in_chans} channels; pass a network for 1 or 3 ({flag}).")
+    overlap = net.reach if net.size is None else min(net.reach, min(net.size) // 4)  # as aether-upscale
+    return of_pictures(lambda x: upscale_tiled(net, x, TILE, overlap, size=net.size), net.in_chans), net.scale
+
+
+def ncnn_network(path: Path, flag: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    from aethersr.ncnn import run
+
+    try:
+        import ncnn
+    except ImportError:
+        raise UserError(
+            f"{path} needs the package ncnn: pip install ncnn, or leave it out ({flag})."
+        ) from None
+    net = ncnn.Net()
+    weights = path.with_suffix(".bin")
+    if (
+        not (path.is_file() and weights.is_file())
+        or net.load_param(str(path))
+        or net.load_model(str(weights))
+    ):
+        raise UserError(
+            f"{path} and {weights.name} are not the two files of an NCNN network; pass others ({flag})."
+        )
+    return lambda x: run(net, x)
+
+
+def of_pictures(net: Callable[[torch.Tensor], torch.Tensor], channels: int) -> Upscaler:
+    def upscale(picture: Any) -> Any:
+        x = torch.from_numpy(picture.copy()).permute(2, 0, 1)[None].float() / 255
+        x = x.reshape(-1, channels, *x.shape[2:])  # a greyscale network sees each colour separately
+        out = net(x)
+        out = out.reshape(3, *out.shape[2:]).permute(1, 2, 0)
+        return (out.clamp(0, 1) * 255).round().to(torch.uint8).numpy()
+
+    return upscale
