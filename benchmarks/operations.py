@@ -30,10 +30,11 @@ def kind_of(operation: str, shapes: List[List[int]]) -> str:
     if operation in ("Conv", "QLinearConv"):
         depthwise = len(shapes[1]) == 4 and shapes[1][1:] == [1, 11, 11]  # integer ones are dense
         return CONVOLUTIONS[0] if depthwise else CONVOLUTIONS[1]
-    same = shapes[0] == shapes[1 if operation in ("Mul", "Add") else 0]
-    if operation in ("QuickGelu", "Sigmoid", "QLinearSigmoid", "QLinearMul") or (operation == "Mul" and same):
+    whole = [shape for shape in shapes if len(shape) == 4]  # without scales and zero points
+    same = len(whole) == 2 and whole[0] == whole[1]
+    if operation in ("QuickGelu", "Sigmoid", "QLinearSigmoid") or (same and operation.endswith("Mul")):
         return KINDS[2]
-    if operation in ("Add", "QLinearAdd") and same and shapes[0][1] > 48:  # not the tail's outputs
+    if same and operation.endswith("Add") and whole[0][1] > 48:  # not the tail's outputs
         return KINDS[3]
     if operation in ("ReorderInput", "ReorderOutput", "Transpose", "QuantizeLinear", "DequantizeLinear"):
         return KINDS[4]

@@ -163,6 +163,7 @@ def test_pictures_can_be_degraded_while_training_at_x2_and_x4(checkout: Path, ca
     assert command(checkout, "--stage", "otf", "--wait") == 0
     written = settings(checkout, "2x_AetherNet_small_otf")
     assert written["high_order_degradation"]
+    assert written["jpeg_range2"] == train.DEGRADATIONS["jpeg_range2"]
     assert "dataroot_lq" not in written["datasets"]["train"]
     assert command(checkout, "--stage", "otf", "--scale", 3) == 2
     assert "--scale" in capsys.readouterr().err
@@ -229,6 +230,29 @@ def test_kept_weights_are_the_newest_average_and_count_what_came_before(checkout
     assert command(checkout, "--keep") == 2
     assert "not finite" in capsys.readouterr().err
     assert (checkout / "kept").read_bytes() == before
+
+
+def test_a_named_training_does_not_replace_the_released_weights(checkout: Path, capsys: Any) -> None:
+    base = ["--traiNNer-redux", str(checkout), "--name", "2x_mine"]
+    assert train.main([*base, "--keep"]) == 2
+    assert "pass a file (--kept)" in capsys.readouterr().err
+    models = checkout / "experiments" / "2x_mine" / "models"
+    models.mkdir(parents=True)
+    save_file(small_net(2).float().state_dict(), models / "net_g_ema_10.safetensors")
+    assert train.main([*base, "--keep", "--kept", str(checkout / "mine.safetensors")]) == 0
+    assert (checkout / "mine.safetensors").is_file()
+
+
+def test_the_iterations_of_another_scale_are_not_counted(checkout: Path) -> None:
+    python(checkout, seconds=0)
+    save_file(small_net(2).state_dict(), checkout / "x2.safetensors", {"iterations": "2000"})
+    assert command(checkout, "--scale", 4, "--pretrained", checkout / "x2.safetensors", "--wait") == 0
+    models = checkout / "experiments" / "4x_AetherNet_small_float" / "models"
+    models.mkdir(parents=True)
+    save_file(small_net(4).float().state_dict(), models / "net_g_ema_10.safetensors")
+    assert command(checkout, "--scale", 4, "--keep") == 0
+    with safe_open(str(checkout / "kept"), "pt") as file:
+        assert file.metadata()["iterations"] == "10"
 
 
 def test_the_status_shows_the_last_line_of_the_log(checkout: Path, capsys: Any) -> None:
