@@ -79,10 +79,10 @@ def draw(title: str, found: List[Point], path: Path) -> None:
         return
     figure, axis = pyplot.subplots(figsize=(8, 5))
     for point in found:
-        ours = point.name.split(",")[0] in equal_budget.OURS
-        axis.plot(point.ms, point.decibels, "o", color="C3" if ours else "C0")
-        name = point.name.split(",")[0]
-        axis.annotate(name, (point.ms, point.decibels), (6, 4), textcoords="offset points")
+        name, *options = point.name.split(",")
+        axis.plot(point.ms, point.decibels, "o", color="C3" if name in equal_budget.OURS else "C0")
+        label = " ".join([name, *(each for each in options if each.startswith("embed_dim"))])
+        axis.annotate(label, (point.ms, point.decibels), (6, 4), textcoords="offset points")
     axis.set(xlabel="ms a picture, ONNX Runtime", ylabel="PSNR-Y, dB", xscale="log")
     axis.set_title(title, fontsize=7, wrap=True)
     axis.grid(alpha=0.3)
