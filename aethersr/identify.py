@@ -59,8 +59,6 @@ def aether_from_state_dict(state_dict: Mapping[str, Any], img_range: float = 1.0
     form: Any = form_of(state)
     if form is not AetherNet:
         options.update(form.layout(state))
-    if "placement" in options:
-        state = form.with_channel_ranges(state)
 
     def checked() -> AetherBase:
         net: AetherBase = form(**options, img_range=img_range)

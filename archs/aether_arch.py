@@ -321,13 +321,9 @@ class AetherBase(nn.Module):
     def _take_form_of(self, state_dict: Dict[str, Tensor], prefix: str, strict: bool) -> None:
         """Take a state dict's form, bound and norms. RuntimeError, and no change, if it doesn't fit."""
         # Without strict, BasicSR and traiNNer-redux append ".ignore" to names of tensors with other shapes.
-        given = [name for name in state_dict if name.startswith(prefix)]
-        names = {name: name[len(prefix) :].split(".ignore")[0] for name in given}
-        form, other = form_of(names.values()), self
-        if hasattr(form, "with_channel_ranges"):  # version 0.1 had one range for all
-            state_dict.update(form.with_channel_ranges(state_dict, prefix))
-        own = {names[name]: state_dict[name] for name in given}
-        scale = scale_of(own)
+        named = ((name[len(prefix) :], state_dict[name]) for name in state_dict if name.startswith(prefix))
+        own = {name.split(".ignore")[0]: value for name, value in named}
+        form, scale, other = form_of(own), scale_of(own), self
         bound = float(own["bound"]) if "bound" in own else None
         if form and not (isinstance(self, form) and form.layout(own).items() <= vars(self).items()):
             other = form(**{**self.options, "bound": bound}, **form.layout(own))

@@ -92,7 +92,6 @@ class Quantizer(nn.Module):
         high: largest value, if known (a picture); otherwise it is observed.
         spread: images up to this many times the median one are not clipped. More than 1 where the picture
             itself passes through and saturated colours matter; elsewhere finer steps matter more.
-        channels: if not 1, each of so many channels has its own range.
     """
 
     WATCH = 100
@@ -101,28 +100,20 @@ class Quantizer(nn.Module):
     enabled = True
     signed = False  # int8 about zero instead of uint8 about 128: the same values, faster in some runtimes
 
-    def __init__(
-        self,
-        low: Any = None,
-        low_ratio: Any = None,
-        high: Any = None,
-        spread: float = 1.0,
-        channels: int = 1,
-    ) -> None:
+    def __init__(self, low: Any = None, low_ratio: Any = None, high: Any = None, spread: float = 1.0) -> None:
         super().__init__()
         self.low, self.low_ratio, self.high, self.spread = low, low_ratio, high, spread
-        self.range_sum = nn.Parameter(torch.zeros(channels), requires_grad=False)
+        self.range_sum = nn.Parameter(torch.zeros(1), requires_grad=False)
         self.watched = nn.Parameter(torch.zeros(1), requires_grad=False)  # training batches, up to WATCH
 
     @property
     def largest(self) -> Tensor:
-        """The largest value (in a symmetric range, magnitude) that can be represented: (channels,)."""
+        """The largest value (in a symmetric range, magnitude) that can be represented: (1,)."""
         return (self.range_sum / self.watched.clamp_min(1e-9)).clamp(max=self.limit or math.inf)
 
     @torch.no_grad()
     def watch(self, x: Tensor) -> None:
-        each = tuple(range(1 if self.range_sum.numel() == 1 else 2, x.dim()))
-        largest = (x.abs() if self.low is None else x).amax(each).float()
+        largest = (x.abs() if self.low is None else x).flatten(1).amax(1).float()
         seen = (self.usual(largest) * self.margin).clamp(1e-6, self.limit)
         if self.high is not None:
             seen = torch.full_like(seen, self.high)
@@ -150,7 +141,7 @@ class Quantizer(nn.Module):
         return scale, (-low / scale).round().to(torch.int32)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training and self.enabled:
+        if self.training:
             self.watch(x)
         limited = x if self.limit is None else x.clamp(-self.limit, self.limit)
         if not self.enabled:
@@ -161,11 +152,7 @@ class Quantizer(nn.Module):
         if torch.onnx.is_in_onnx_export():  # runtimes accept only constants as scale and zero point
             return fake_quantize(x, float(scale), int(zero_point), low, high)
         with torch.autocast(x.device.type, enabled=False):  # rounding to 256 values needs float32
-            value, scale = x.float(), scale.float().clamp_min(1e-12)
-            if len(scale) > 1:
-                rounded = torch.fake_quantize_per_channel_affine(value, scale, zero_point, 1, low, high)
-            else:
-                rounded = fake_quantize(value, scale, zero_point, low, high)
+            rounded = fake_quantize(x.float(), scale.float().clamp_min(1e-12), zero_point, low, high)
         return torch.where(self.watched > 0, rounded.to(x.dtype), limited)
 
 
@@ -271,7 +258,6 @@ class StoredConv2d(nn.Module):
     bias: Tensor
     weight: Tensor
     weight_scale: Optional[Tensor]
-    out_gain: Optional[Tensor]
 
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
@@ -279,7 +265,6 @@ class StoredConv2d(nn.Module):
         self.groups = conv.groups
         self.quant_in: nn.Module = getattr(conv, "quant_in", nn.Identity())
         self.quant_out: nn.Module = getattr(conv, "quant_out", nn.Identity())
-        self.register_buffer("out_gain", None, persistent=False)  # of the output, see share_range
         self.register_buffer("bias", _bias(conv).detach().float())
         self.register_buffer("weight_scale", None)
         if isinstance(conv, QuantConv2d):
@@ -292,18 +277,7 @@ class StoredConv2d(nn.Module):
         if self.weight_scale is not None:
             weight = weight * self.weight_scale
         out = F.conv2d(self.quant_in(x), weight, self.bias, padding=self.padding, groups=self.groups)
-        out = self.quant_out(out)
-        return out if self.out_gain is None else out * self.out_gain
-
-    def share_range(self) -> None:
-        """Give all output channels one range, as runtimes need it, and make them larger afterwards."""
-        quantizer: Any = self.quant_out
-        largest = quantizer.largest
-        gain = (largest / largest.max()).clamp_min(2**-16)
-        self.bias = self.bias / gain
-        self.weight_scale = self.weight_scale / gain.view(-1, 1, 1, 1)
-        self.out_gain = gain.view(1, -1, 1, 1)
-        quantizer.range_sum = nn.Parameter((largest / gain).amax().view(1), requires_grad=False)
+        return self.quant_out(out)
 
 
 class QuantAetherBlock(arch.FusedAetherBlock):
@@ -337,9 +311,9 @@ class QuantAetherNet(arch.FusedAetherNet):
     """FusedAetherNet with fake quantisation, for quantisation-aware training. Made by prepare_qat.
 
     Args: those of FusedAetherNet, and
-        placement: "default" quantises the blocks' 1x1 convolutions, everything between them, and the 3x3 one
-            after the blocks. "full" leaves only the first and the depthwise convolutions float: faster, less
-            exact.
+        placement: "default" quantises the blocks' 1x1 convolutions and everything between them. "full" leaves
+            only the first, the depthwise and (in ONNX Runtime) the 3x3 convolution after the blocks float:
+            faster, less exact.
         stored: weights are int8, or half precision if not quantised, and can't be trained.
     """
 
@@ -354,9 +328,9 @@ class QuantAetherNet(arch.FusedAetherNet):
         super().__init__(**options)
         self.placement, self.stored = placement, False
         full = placement == "full"
-        # A few channels carry the picture, and reach ten times as far as the others.
-        wide = Quantizer(channels=self.options["embed_dim"], spread=2.0)
-        self.body_conv = QuantConv2d.like(self.body_conv, quant_in=Quantizer(), quant_out=wide)
+        self.body_conv = QuantConv2d.like(self.body_conv, quant_in=Quantizer(), quant_out=Quantizer())
+        # A few channels of its output carry the picture itself, which 8 bits are too few for. 0.1 rounded it.
+        self.body_conv.quant_out.enabled = False  # type: ignore[assignment]
         if full:
             blocks = [block for block in self.stages.modules() if isinstance(block, QuantAetherBlock)]
             blocks[0].quant_start = Quantizer()
@@ -382,14 +356,6 @@ class QuantAetherNet(arch.FusedAetherNet):
             "placement": "full" if "fusion.quant_in.range_sum" in names else "default",
             "stored": any(name.endswith(".reparam_conv.weight_scale") for name in names),
         }
-
-    @staticmethod
-    def with_channel_ranges(state: Mapping[str, Tensor], prefix: str = "") -> Dict[str, Tensor]:
-        """A state dict in which every output channel of body_conv has its range; files of 0.1 have one."""
-        found, name, bias = dict(state), f"{prefix}body_conv.quant_out.range_sum", f"{prefix}body_conv.bias"
-        if name in found and bias in found and found[name].numel() == 1:
-            found[name] = found[name].expand(found[bias].shape).clone()
-        return found
 
     def set_bound(self, bound: Optional[float]) -> None:
         super().set_bound(bound)
@@ -514,9 +480,8 @@ class QuantAetherNet(arch.FusedAetherNet):
         for name, quantizer in other.quantizers().items():
             quantizer.signed = target != "onnxruntime"
             before = name.endswith(("quant_in", "reparam_conv.quant_out"))
-            quantizer.enabled = target == "onnxruntime" or before
-        if other.body_conv.quant_out.enabled:  # type: ignore[union-attr]
-            other.body_conv.share_range()  # type: ignore[operator]
+            wanted = name != "body_conv.quant_in" if target == "onnxruntime" else before
+            quantizer.enabled = quantizer.enabled and wanted
         other._round_biases()
         return other
 
@@ -545,7 +510,7 @@ class QuantAetherNet(arch.FusedAetherNet):
         file. If weights are nearly zero (a dead channel), 32 bits are too few and they get a larger step.
         """
         for conv, source in self._sources():
-            if not (isinstance(conv, StoredConv2d) and isinstance(source, Quantizer)):
+            if not (isinstance(conv, StoredConv2d) and isinstance(source, Quantizer) and source.enabled):
                 continue
             if conv.weight_scale is not None:
                 scale = source.scale_and_zero_point()[0]

@@ -6,12 +6,12 @@ import copy
 import math
 import warnings
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any, Dict, List
 
 import pytest
 import torch
 from aether_arch import AetherBase, AetherNet, FusedAetherNet, aether_small
-from aether_quant import QuantAetherNet, QuantConv2d, Quantizer, StoredConv2d, _to_int8
+from aether_quant import TARGETS, QuantAetherNet, QuantConv2d, Quantizer, StoredConv2d, _to_int8
 from conftest import randomize, small_net
 
 from aethersr.identify import aether_from_state_dict
@@ -147,7 +147,6 @@ def test_saturated_colours_are_held_where_the_picture_itself_runs_through_and_wi
     assert float(finer.largest) == pytest.approx(0.6 * Quantizer.margin)
     net = quantised("full")
     assert {name for name, each in net.quantizers().items() if each.spread > 1} == {
-        "body_conv.quant_out",
         "conv_before_upsample.0.quant_in",
         "tail.quant_in",
     }
@@ -161,38 +160,17 @@ def test_saturated_colours_are_held_where_the_picture_itself_runs_through_and_wi
 
 
 @torch.no_grad()
-def test_a_channel_that_reaches_far_takes_no_steps_from_the_others_after_the_blocks(
-    placement: str, image: torch.Tensor
-) -> None:
-    """body_conv's channels that carry the picture reach ten times as far as the rest."""
+def test_the_picture_that_body_conv_passes_on_is_not_rounded(placement: str, image: torch.Tensor) -> None:
     net = quantised(placement)
-    net.body_conv.weight[:3] *= 100
-    net.body_conv.bias[:3] *= 100
-    net.calibrate([image])
-    quantizer = net.body_conv.quant_out
-    x = torch.randn(1, len(quantizer.range_sum), 5, 7) * quantizer.largest.view(1, -1, 1, 1) / 4
-    off = (quantizer(x) - x).abs().amax((0, 2, 3))
-    assert (off <= quantizer.largest / 127 / 2 * 1.01).all()
-    assert quantizer.largest.max() > 20 * quantizer.largest.median()
     stored = net.convert_to_quantized()
-    written = stored.for_target("onnxruntime")
-    assert written.body_conv.quant_out.range_sum.shape == (1,), "runtimes give an output one scale"
-    assert float((written(image) - stored(image)).abs().max()) < 1e-3
-    assert (
-        float((stored.for_target("openvino").body_conv.weight_scale / stored.body_conv.weight_scale).std())
-        == 0
-    )
-
-
-def test_a_file_with_one_range_for_all_channels_loads_as_it_was(placement: str, image: torch.Tensor) -> None:
-    net = quantised(placement)
-    name, state = "body_conv.quant_out.range_sum", net.state_dict()
-    state[name] = state[name].max().view(1)
-    for other in (quantised(placement), aether_from_state_dict(state)):
-        other.load_state_dict(state)
-        assert other.state_dict()[name].unique().numel() == 1
-        assert other.state_dict()[name].shape == net.state_dict()[name].shape
-        assert other.eval()(image).isfinite().all()
+    for each in (net, stored, *(stored.for_target(target) for target in TARGETS)):
+        values: List[torch.Tensor] = []
+        hook = each.body_conv.register_forward_hook(
+            lambda module, inputs, out, values=values: values.append(out)
+        )
+        each(image)
+        hook.remove()
+        assert len(values[0].unique()) > 0.9 * values[0].numel()
 
 
 def test_the_range_stands_still_after_the_first_batches() -> None:
