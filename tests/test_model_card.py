@@ -141,16 +141,19 @@ def test_a_card_keeps_every_rule_and_says_what_the_files_are(files: list[Path]) 
     ]
 
 
+def weights_of(card: Path) -> Path:
+    return card.with_name(f"{card.stem.replace('-', '_')}_fp16.safetensors")
+
+
 def test_every_released_file_has_a_card() -> None:
-    released = {path.name.split("_")[0] for path in (ROOT / "weights").glob("*_wallpapers_fp16.safetensors")}
-    assert released == {path.name.split("-")[0] for path in (ROOT / "weights").glob("*.json")} != set()
+    files = [path for path in (ROOT / "weights").glob("*_fp16.safetensors") if "_training_" not in path.name]
+    assert {weights_of(path) for path in (ROOT / "weights").glob("*.json")} == set(files) != set()
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "weights").glob("*.json")), ids=lambda path: path.name)
 def test_the_card_of_shipped_weights_lacks_their_address_alone(path: Path) -> None:
     scale = int(path.name.split("x")[0])
-    (weights,) = (ROOT / "weights").glob(f"{scale}x_*wallpapers_fp16.safetensors")
-    says_what_the_files_are(path, weights)
+    says_what_the_files_are(path, weights_of(path))
     assert problems(path) == ["resources"]
     card = json.loads(path.read_text(encoding="utf-8"))
     card["resources"][0]["urls"] = ["https://example.org/x"]
