@@ -40,18 +40,17 @@ def resize(picture: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.clip(np.floor(out + 0.5), 0, 255).astype(np.uint8)
 
 
-def compressed(picture: np.ndarray, quality: int) -> np.ndarray:
-    """What a JPEG file of this quality (1 to 100) leaves of ``picture``."""
+def compressed(picture: np.ndarray, quality: Optional[int]) -> np.ndarray:
+    """What a JPEG file of this quality (--jpeg, 1 to 100) leaves of ``picture``. None: ``picture`` itself."""
     from PIL import Image
 
+    if quality is None:
+        return picture
+    if not 1 <= quality <= 100:
+        raise UserError(f"{quality} is no JPEG quality; pass 1 to 100 (--jpeg).")
     file = io.BytesIO()
     Image.fromarray(picture).save(file, "JPEG", quality=quality)
     return np.asarray(Image.open(file))
-
-
-def check_jpeg(quality: Optional[int]) -> None:
-    if quality is not None and not 1 <= quality <= 100:
-        raise UserError(f"{quality} is no JPEG quality; pass 1 to 100 (--jpeg).")
 
 
 def resize_matrix(size: int, target: int) -> np.ndarray:

@@ -480,6 +480,7 @@ class QuantAetherNet(arch.FusedAetherNet):
         for name, quantizer in other.quantizers().items():
             quantizer.signed = target != "onnxruntime"
             before = name.endswith(("quant_in", "reparam_conv.quant_out"))
+            # body_conv's output is not rounded, so rounding its input would gain ONNX Runtime nothing.
             wanted = name != "body_conv.quant_in" if target == "onnxruntime" else before
             quantizer.enabled = quantizer.enabled and wanted
         other._round_biases()

@@ -16,7 +16,7 @@ import contextlib
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Tuple
+from typing import Any, Callable, Dict, List, Sequence, Tuple
 
 import numpy as np
 import onnx
@@ -51,13 +51,13 @@ def float_network(scale: int) -> aether_arch.AetherBase:
 # ------------------------------------------------------------------------------------------------------ speed
 
 
-def files(scale: int, folder: Path) -> Dict[str, Path]:
+def files(scale: int, folder: Path, targets: Sequence[str] = ("onnxruntime", "openvino")) -> Dict[str, Path]:
     net = float_network(scale)
     found = {"fp32": folder / "fp32.onnx"}
     export_onnx(net, scale, "fp32", str(found["fp32"]))
     for placement in PLACEMENTS:
         quantised = aether_quant.prepare_qat(net.fused(), placement)
-        for target in ("onnxruntime", "openvino"):
+        for target in targets:
             found[f"{placement} {target}"] = folder / f"{placement}_{target}.onnx"
             export_onnx(quantised, scale, "int8", str(found[f"{placement} {target}"]), target)
     return found

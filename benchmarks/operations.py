@@ -21,24 +21,26 @@ import onnxruntime
 from int8 import RESULTS, files
 from report import processor, table, today, write
 
-CONVOLUTIONS = ("depthwise 11x11", "other convolutions")
-KINDS = (*CONVOLUTIONS, "SiLU and product", "sums", "layout and rounding", "border correction and the rest")
+CONVOLUTIONS = DEPTHWISE, DENSE = "depthwise 11x11", "other convolutions"
+GATING, SUMS, LAYOUT = "SiLU and product", "sums", "layout and rounding"
+REST = "border correction and the rest"
+KINDS = (*CONVOLUTIONS, GATING, SUMS, LAYOUT, REST)
 
 
 def kind_of(operation: str, shapes: List[List[int]]) -> str:
     """The row of an operation, by its name and its inputs' shapes."""
     if operation in ("Conv", "QLinearConv"):
         depthwise = len(shapes[1]) == 4 and shapes[1][1:] == [1, 11, 11]  # integer ones are dense
-        return CONVOLUTIONS[0] if depthwise else CONVOLUTIONS[1]
+        return DEPTHWISE if depthwise else DENSE
     whole = [shape for shape in shapes if len(shape) == 4]  # without scales and zero points
     same = len(whole) == 2 and whole[0] == whole[1]
     if operation in ("QuickGelu", "Sigmoid", "QLinearSigmoid") or (same and operation.endswith("Mul")):
-        return KINDS[2]
+        return GATING
     if same and operation.endswith("Add") and whole[0][1] > 48:  # not the tail's outputs
-        return KINDS[3]
+        return SUMS
     if operation in ("ReorderInput", "ReorderOutput", "Transpose", "QuantizeLinear", "DequantizeLinear"):
-        return KINDS[4]
-    return KINDS[5]
+        return LAYOUT
+    return REST
 
 
 def milliseconds(profile: Path) -> Dict[str, float]:
@@ -62,15 +64,14 @@ def measure(scale: int, size: int, rounds: int) -> Dict[str, Dict[str, float]]:
     image = np.random.default_rng(0).random((1, 3, size, size), dtype=np.float32)
     with tempfile.TemporaryDirectory() as folder:
         sessions: Dict[str, Any] = {}
-        for name, path in files(scale, Path(folder)).items():
-            if "openvino" not in name:
-                options = onnxruntime.SessionOptions()
-                options.intra_op_num_threads = 1
-                options.enable_profiling = True
-                options.profile_file_prefix = str(Path(folder, name.split()[0]))
-                sessions[name] = onnxruntime.InferenceSession(
-                    str(path), options, providers=["CPUExecutionProvider"]
-                )
+        for name, path in files(scale, Path(folder), ["onnxruntime"]).items():
+            options = onnxruntime.SessionOptions()
+            options.intra_op_num_threads = 1
+            options.enable_profiling = True
+            options.profile_file_prefix = str(Path(folder, name.split()[0]))
+            sessions[name] = onnxruntime.InferenceSession(
+                str(path), options, providers=["CPUExecutionProvider"]
+            )
         for _ in range(rounds):
             for each in sessions.values():
                 each.run(None, {each.get_inputs()[0].name: image})
@@ -81,7 +82,7 @@ def report(scale: int, size: int, found: Dict[str, Dict[str, float]]) -> List[st
     totals = {name: sum(kinds.values()) for name, kinds in found.items()}
     base = totals["fp32"]
     bare = {name: sum(kinds[each] for each in CONVOLUTIONS) for name, kinds in found.items()}
-    gated = {name: bare[name] + found[name][KINDS[2]] for name in found}
+    gated = {name: bare[name] + found[name][GATING] for name in found}
     rows = [[kind, *(f"{found[name][kind]:.0f}" for name in found)] for kind in KINDS]
     rows.append(["all", *(f"{totals[name]:.0f} ({base / totals[name]:.2f})" for name in found)])
     rows.append(["all, over its convolutions", *(f"{totals[name] / bare[name]:.2f}" for name in found)])

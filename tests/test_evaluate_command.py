@@ -173,6 +173,10 @@ def test_grey_pictures_and_grey_networks_work(folder: Path, tmp_path: Path, caps
 
 
 def test_what_it_cannot_do_is_said_in_one_line(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    if not torch.cuda.is_available():
+        torch.save(network().state_dict(), tmp_path / "cuda.pth")
+        message = refused(capsys, tmp_path / "cuda.pth", "--hr", folder / "hr", "--device", "cuda")
+        assert "finds no CUDA device" in message
     hr = folder / "hr"
     torch.save(network().state_dict(), tmp_path / "x2.pth")
     torch.save(network(scale=4).state_dict(), tmp_path / "x4.pth")

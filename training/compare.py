@@ -23,7 +23,7 @@ from sheet import CROPS, side_by_side  # noqa: E402
 from aethersr.commands import exit_code  # noqa: E402
 from aethersr.errors import UserError  # noqa: E402
 from aethersr.files import Together  # noqa: E402
-from aethersr.quality import check_jpeg, compressed, crop_to_multiple, psnr, resize  # noqa: E402
+from aethersr.quality import compressed, crop_to_multiple, psnr, resize  # noqa: E402
 from aethersr.upscalers import open_upscaler, read_rgb  # noqa: E402
 
 
@@ -37,8 +37,7 @@ def columns(photograph: Path, networks: Dict[str, Path], jpeg: Optional[int]) ->
         )
     scale = scales.pop()
     truth = crop_to_multiple(read_rgb(photograph, "PHOTOGRAPH"), scale)
-    low = resize(truth, truth.shape[0] // scale, truth.shape[1] // scale)
-    low = low if jpeg is None else compressed(low, jpeg)
+    low = compressed(resize(truth, truth.shape[0] // scale, truth.shape[1] // scale), jpeg)
     shown = {"bicubic": resize(low, *truth.shape[:2])}
     shown.update((label, upscale(low)) for label, (upscale, _) in found.items())
     labelled = {f"{label} {psnr(truth, each, scale):.2f} dB": each for label, each in shown.items()}
@@ -49,7 +48,6 @@ def compare(args: argparse.Namespace) -> None:
     networks = dict(tuple(each.split("=", 1)) for each in args.networks if "=" in each)
     if len(networks) != len(args.networks) or "bicubic" in networks:
         raise UserError("give each network a label of its own other than bicubic (LABEL=FILE).")
-    check_jpeg(args.jpeg)
     pictures = columns(args.photograph, {label: Path(file) for label, file in networks.items()}, args.jpeg)
     with Together() as files:
         side_by_side(pictures, args.details, zoom=3).save(files.part(args.output), "JPEG", quality=92)

@@ -78,7 +78,7 @@ class Training:
         except (OSError, ValueError):
             return None
         command = Path(f"/proc/{pid}/cmdline")
-        if command.parents[1].joinpath("self").exists():  # without /proc, trust the number
+        if Path("/proc/self").exists():  # without /proc, trust the number
             with contextlib.suppress(OSError):
                 for _ in range(20):  # it is empty while a program starts, and after it has ended
                     if command.read_bytes():
@@ -241,10 +241,9 @@ def run(args: argparse.Namespace) -> None:
     if args.checkout is None or not (args.checkout / "traiNNer" / "archs").is_dir():
         raise UserError(f"{args.checkout} is no checkout of traiNNer-redux; pass one (--traiNNer-redux).")
     training = Training(args.checkout.resolve(), args.name or f"{args.scale}x_AetherNet_small_{args.stage}")
-    if args.kept is None and args.name:
-        if args.keep:
-            raise UserError(f"say where to write the weights of {args.name}; pass a file (--kept).")
-    elif args.kept is None:
+    if args.keep and args.name and args.kept is None:
+        raise UserError(f"say where to write the weights of {args.name}; pass a file (--kept).")
+    if args.kept is None and not args.name:
         stage = "" if args.stage == "float" else f"_{args.stage}"
         args.kept = ROOT / KEPT.format(scale=args.scale, stage=stage)
     signals = {"pause": "SIGSTOP", "resume": "SIGCONT", "stop": "SIGTERM"}

@@ -20,6 +20,14 @@ def program_name(installed: str, script: str) -> str:
     return installed if Path(sys.argv[0]).stem == installed else script
 
 
+def check_device(device: str) -> None:
+    """Raises UserError if there is no such device ("cpu" or "cuda")."""
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda was given, but PyTorch finds no CUDA device; pass --device cpu.")
+
+
 def exit_code(program: str, action: Callable[[], None], stopped: str) -> int:
     """Run a command and return 0, 2 after a line about what the user can fix, or 130 if the user stopped it.
 

@@ -18,9 +18,7 @@ import sys
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional, Tuple
 
-import torch
-
-from aethersr.commands import exit_code
+from aethersr.commands import check_device, exit_code
 from aethersr.errors import UserError, missing_package
 from aethersr.upscalers import Upscaler, open_upscaler, read_rgb
 
@@ -76,8 +74,7 @@ def measure(
             if low.shape[:2] != (height, width):
                 sizes = f"{low.shape[1]}x{low.shape[0]}; expected {width}x{height}, {pair.hr} by {scale}"
                 raise UserError(f"{pair.lr} has {sizes} (--lr).")
-        if jpeg is not None:
-            low = compressed(low, jpeg)
+        low = compressed(low, jpeg)
         rows = {"bicubic": lambda x: resize(x, x.shape[0] * scale, x.shape[1] * scale), **upscalers}
         for name, upscale in rows.items():
             try:
@@ -122,8 +119,7 @@ def evaluate(args: argparse.Namespace) -> None:
         import PIL  # noqa: F401
     except ImportError as error:
         raise missing_package(error, "aether-evaluate", "upscale") from None
-    from aethersr.quality import check_jpeg
-
+    check_device(args.device)
     networks = {name: open_upscaler(path, args.device, "FILE") for name, path in names(args.files).items()}
     scales = {name: scale for name, (_, scale) in networks.items()}
     if args.scale:
@@ -136,9 +132,6 @@ def evaluate(args: argparse.Namespace) -> None:
         each = ", ".join(f"{name} x{scale}" for name, scale in scales.items())
         raise UserError(f"the scales differ ({each}); pass networks of one scale (FILE).")
     scale = next(iter(scales.values()))
-    check_jpeg(args.jpeg)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda was given, but PyTorch finds no CUDA device; pass --device cpu.")
     if args.lr and len(args.lr) != len(args.hr):
         raise UserError(f"--lr has {len(args.lr)} folders and --hr {len(args.hr)}; pass one for each (--lr).")
     lows = args.lr or [None] * len(args.hr)

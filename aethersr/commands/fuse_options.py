@@ -17,7 +17,7 @@ from aether_quant import PLACEMENTS, TARGETS
 
 from aethersr import ncnn
 from aethersr.checkpoint import ENDINGS
-from aethersr.commands import program_name
+from aethersr.commands import check_device, program_name
 from aethersr.errors import UserError, missing_package
 from aethersr.onnx import OPSETS, PRECISIONS
 
@@ -79,8 +79,7 @@ def exports(args: argparse.Namespace) -> bool:
 
 
 def check_numbers(args: argparse.Namespace) -> None:
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda was given, but PyTorch finds no CUDA device; pass --device cpu.")
+    check_device(args.device)
     if not (math.isfinite(args.img_range) and args.img_range > 0):
         expected = "expected a number above 0, 1.0 unless the network was trained with another"
         raise UserError(f"--img_range {args.img_range} is not possible; {expected}.")

@@ -21,7 +21,7 @@ from typing import Any, Iterator, List, Optional, Tuple, Union
 
 import torch
 
-from aethersr.commands import exit_code, program_name
+from aethersr.commands import check_device, exit_code, program_name
 from aethersr.errors import UserError, missing_package
 
 PROGRAM = program_name("aether-upscale", "upscale.py")
@@ -90,8 +90,7 @@ def choose_overlap(network: Any, wanted: Union[int, str, None]) -> int:
 
 def upscale(args: argparse.Namespace) -> None:
     """What the command does; raises UserError."""
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda was given, but PyTorch finds no CUDA device; pass --device cpu.")
+    check_device(args.device)
     if args.fp16 and args.device == "cpu":
         raise UserError("--fp16 is slower than float32 on a CPU; pass --device cuda, or leave --fp16 out.")
     if args.tile < 1:
