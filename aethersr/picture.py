@@ -344,6 +344,14 @@ def _to_srgb(image: Image.Image, profile: Optional[bytes]) -> Image.Image:
     return image.convert("RGB")
 
 
+def opaque(image: Image.Image) -> Image.Image:
+    """``image`` in RGB, in front of white: what transparent pixels hide is often rubbish."""
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
 def _of_256_colours(image: Image.Image) -> Image.Image:
     """For GIF: 256 colours, or 255 and a transparent one where alpha is below half."""
     if image.mode in ("L", "RGB"):

@@ -15,15 +15,17 @@ Upscaler = Callable[[Any], Any]  # (H, W, 3) uint8 -> (scale * H, scale * W, 3) 
 
 
 def read_rgb(path: Path, flag: str) -> Any:
-    """A picture of 8 bits a channel, (H, W, 3) uint8. Errors name ``flag``, with which it was passed."""
+    """A picture of 8 bits a channel, (H, W, 3) uint8, in front of white. Errors name ``flag``."""
     import numpy as np
     from PIL import Image
+
+    from aethersr.picture import opaque
 
     try:
         with Image.open(path) as picture:
             mode = picture.mode
             if mode in MODES:
-                return np.asarray(picture.convert("RGB"))
+                return np.asarray(opaque(picture))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} can't be read: {first_line(error)}; leave it out ({flag}).") from None
     raise UserError(f"{path} has pixels of the kind {mode}; pass pictures of 8 bits a channel ({flag}).")

@@ -164,6 +164,17 @@ def test_two_folders_and_two_files_of_one_name_stay_apart(folder: Path, tmp_path
     assert rows[1][1] != rows[1][2]
 
 
+def test_transparent_pictures_stand_on_white(tmp_path: Path, capsys: Any) -> None:
+    picture = photographs.astronaut()[:60, 200:260]
+    shown = picture.copy()
+    shown[20:30] = 255
+    alpha = np.where((shown == 255).all(2), 0, 255).astype(np.uint8)
+    Image.fromarray(shown).save(tmp_path / "shown.png")
+    Image.fromarray(np.dstack([picture, alpha])).save(tmp_path / "clear.png")
+    tables = [table(capsys, "--scale", 2, "--hr", tmp_path / name)[1] for name in ("shown.png", "clear.png")]
+    assert tables[0] == tables[1]
+
+
 def test_grey_pictures_and_grey_networks_work(folder: Path, tmp_path: Path, capsys: Any) -> None:
     torch.save(network(in_chans=1).state_dict(), tmp_path / "grey.pth")
     Image.fromarray(photographs.camera()[:40, :44]).save(tmp_path / "grey.png")

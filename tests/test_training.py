@@ -307,6 +307,22 @@ def test_pairs_of_own_pictures_are_sharp_cuts_and_their_reductions(tmp_path: Pat
         prepare_pictures.main([str(tmp_path / "none"), "--pictures", str(mine), "--reductions", "4"])
 
 
+def test_transparent_pictures_stand_on_white(tmp_path: Path, capsys: Any) -> None:
+    picture = photographs.astronaut()
+    hole = np.full(picture.shape[:2], 255, np.uint8)
+    hole[::40] = 0
+    (tmp_path / "seen").mkdir()
+    (tmp_path / "clear").mkdir()
+    seen = np.where(hole[..., None] > 0, picture, 255).astype(np.uint8)
+    Image.fromarray(seen).save(tmp_path / "seen/a.png")
+    Image.fromarray(np.dstack([picture, hole])).save(tmp_path / "clear/a.png")  # a colour behind each hole
+    for name in ("seen", "clear"):
+        pairs = [str(tmp_path / f"{name}_pairs"), "--pictures", str(tmp_path / name), "--reductions", "1"]
+        prepare_pictures.main(pairs)
+    cuts = [sorted((tmp_path / f"{name}_pairs/gt").iterdir()) for name in ("seen", "clear")]
+    assert [path.read_bytes() for path in cuts[0]] == [path.read_bytes() for path in cuts[1]]
+
+
 def place(picture: np.ndarray, cut: np.ndarray) -> tuple[int, int]:
     for y in range(0, picture.shape[0] - 191, 192):
         for x in range(0, picture.shape[1] - 191, 192):

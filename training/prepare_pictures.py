@@ -7,7 +7,7 @@ Writes FOLDER/gt and FOLDER/lq (PNG pairs with the same names), FOLDER/sources.c
 bicubic PSNR-Y of every pair) and, for the packages, FOLDER/copyright (their authors and licences; several
 licences require attribution). The packages need Debian or Ubuntu: apt-get downloads them into FOLDER/packages
 and dpkg-deb unpacks them; nothing is installed. ``--packages`` names a folder that already has them.
-``--pictures`` uses your own folder instead, with its subfolders.
+``--pictures`` uses your own folder instead, with its subfolders; transparent pictures stand on white.
 
 ===========================  ============================================  ==========================
 package                      authors                                       licence
@@ -40,6 +40,9 @@ from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from aethersr.picture import opaque
 
 PACKAGES = (
     "gnome-backgrounds",
@@ -124,7 +127,7 @@ def cuts_of_reduction(picture: Image.Image, reduction: int, scale: int) -> Itera
 def cuts(path: Path, scale: int, reductions: Sequence[int]) -> List[Cut]:
     """At most PER_PICTURE crops of a picture: those on which bicubic interpolation does worst."""
     with Image.open(path) as opened:
-        picture = opened.convert("RGB")
+        picture = opaque(opened)
     found = [cut for reduction in reductions for cut in cuts_of_reduction(picture, reduction, scale)]
     return sorted(found, key=lambda cut: cut.bicubic_db)[:PER_PICTURE]
 

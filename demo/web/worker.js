@@ -53,7 +53,7 @@ async function run(planes, width, height) {
   return { data: output.data.map((value) => Math.min(1, Math.max(0, value))), width: output.dims[3] };
 }
 
-/** For each value the lowest or highest of the 5x5 round it: within these, what was clear stays clear. */
+/** For each value the lowest or highest of the 5x5 round it. */
 function around(values, width, pick) {
   const along = values.map((_, k) => {
     const x = k % width;
@@ -74,21 +74,21 @@ async function upscale({ pixels, width, height }) {
     }
     return run(planes, width, height);
   };
-  const alphas = pixels.filter((_, k) => k % 4 === 3);
-  const opaque = alphas.every((value) => value === 255);
-  const black = await over(0);
-  const white = opaque ? black : await over(1);
-  const [low, high] = opaque ? [] : [Math.min, Math.max].map((pick) => around(alphas, width, pick));
-  const scale = black.width / width;
-  const larger = area * scale ** 2;
-  const out = new Uint8ClampedArray(4 * larger);
-  for (let k = 0; k < larger; k++) {
-    let alpha = 1;
-    for (let p = k; !opaque && p < 3 * larger; p += larger) alpha -= (white.data[p] - black.data[p]) / 3;
+  const channels = [0, 1, 2, 3].map((c) => pixels.filter((_, k) => k % 4 === c));
+  const opaque = channels[3].every((value) => value === 255);
+  const [black, white] = opaque ? Array(2).fill(await over(0)) : [await over(0), await over(1)];
+  const [low, high] = [Math.min, Math.max].map((pick) =>
+    channels.map((c) => (opaque ? new Uint8Array(area).fill(pick(0, 255)) : around(c, width, pick))));
+  const [scale, out] = [black.width / width, new Uint8ClampedArray((4 / 3) * black.data.length)];
+  for (let k = 0; k < out.length / 4; k++) {
     const place = Math.floor(k / black.width / scale) * width + Math.floor((k % black.width) / scale);
-    if (!opaque) alpha = Math.min(high[place] / 255, Math.max(low[place] / 255, alpha));
-    for (let c = 0, p = k; c < 3; c++, p += larger) {
-      out[4 * k + c] = alpha && (127.5 * (black.data[p] + white.data[p] - 1 + alpha)) / alpha;
+    const [b, w] = [black, white].map(({ data }) => [0, 1, 2].map((c) => data[k + (c * out.length) / 4]));
+    const [least, most] = [Math.min, Math.max].map((pick) => pick(...b.map((value, c) => w[c] - value)));
+    const fit = (2 * Math.max(...b, ...w.map((value) => 1 - value)) + 1 - most) / 3;
+    const alpha = Math.min(high[3][place] && 1, Math.max(low[3][place] === 255, 1 - (least + most) / 2, fit));
+    for (let c = 0; c < 3; c++) {
+      const [given, spare] = [(255 * (b[c] + w[c] - 1 + alpha)) / Math.max(2 * alpha, 1e-4), low[3][place]];
+      out[4 * k + c] = Math.min(high[c][place] + spare, Math.max(low[c][place] - spare, given));
     }
     out[4 * k + 3] = 255 * alpha;
   }
