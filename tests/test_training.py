@@ -5,8 +5,11 @@ from __future__ import annotations
 import csv
 import math
 import os
+import shutil
+import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 from typing import Any, Callable
 
@@ -301,10 +304,18 @@ def test_pairs_of_own_pictures_are_sharp_cuts_and_their_reductions(tmp_path: Pat
         if row["picture"] == "a.png":
             y, x = place(picture, gt)
             assert np.array_equal(whole[y // 2 : y // 2 + 96, x // 2 : x // 2 + 96], lq)
-    with pytest.raises(SystemExit, match="exists; remove it"):
-        prepare_pictures.main(arguments)
-    with pytest.raises(SystemExit, match="is sharp enough"):
-        prepare_pictures.main([str(tmp_path / "none"), "--pictures", str(mine), "--reductions", "4"])
+    capsys.readouterr()
+    assert prepare_pictures.main(arguments) == 2
+    assert "exists; remove it" in capsys.readouterr().err
+    again = [str(tmp_path / "none"), "--pictures", str(mine), "--reductions", "4"]
+    assert prepare_pictures.main(again) == 2
+    assert "is sharp enough" in capsys.readouterr().err
+    (mine / "broken.png").write_bytes((mine / "a.png").read_bytes()[:5000])
+    assert prepare_pictures.main(again) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "broken.png can't be read" in error
+    assert error.endswith("leave it out (--pictures).")
+    assert not (tmp_path / "none" / "gt").exists()
 
 
 def test_transparent_pictures_stand_on_white(tmp_path: Path, capsys: Any) -> None:
@@ -321,6 +332,35 @@ def test_transparent_pictures_stand_on_white(tmp_path: Path, capsys: Any) -> Non
         prepare_pictures.main(pairs)
     cuts = [sorted((tmp_path / f"{name}_pairs/gt").iterdir()) for name in ("seen", "clear")]
     assert [path.read_bytes() for path in cuts[0]] == [path.read_bytes() for path in cuts[1]]
+
+
+@pytest.mark.skipif(not shutil.which("dpkg-deb"), reason="needs dpkg-deb, of Debian and Ubuntu")
+def test_textures_come_from_the_archives_in_their_packages(tmp_path: Path, monkeypatch: Any) -> None:
+    picture = Image.fromarray(photographs.astronaut())
+    for name in ("wallpaper", "game"):
+        folder = tmp_path / "made" / name
+        (folder / "DEBIAN").mkdir(parents=True)
+        control = f"Package: {name}\nVersion: 1\nArchitecture: all\nMaintainer: a <a@b.c>\nDescription: a\n"
+        (folder / "DEBIAN" / "control").write_text(control)
+        (folder / "usr/share/doc" / name).mkdir(parents=True)
+        (folder / "usr/share/doc" / name / "copyright").write_text(name)
+        picture.resize((1100, 1100)).save(folder / "usr" / f"{name}.png")
+    picture.save(tmp_path / "saved.png")
+    with zipfile.ZipFile(tmp_path / "made/game/usr/base.pk3", "w") as archive:
+        for name in ("wall", "wall_nm"):  # and its normal map
+            archive.write(tmp_path / "saved.png", f"textures/{name}.png")
+    for name in ("wallpaper", "game"):
+        subprocess.run(["dpkg-deb", "-b", tmp_path / "made" / name, tmp_path / f"{name}_1.deb"], check=True)
+    monkeypatch.setattr(prepare_pictures, "WALLPAPERS", ("wallpaper",))
+    monkeypatch.setattr(prepare_pictures, "TEXTURES", ("game",))
+    found = {}
+    for flags in ((), ("--textures",)):
+        pairs = tmp_path / f"pairs{len(flags)}"
+        assert prepare_pictures.main([str(pairs), "--packages", str(tmp_path), *flags]) == 0
+        with (pairs / "sources.csv").open(encoding="utf-8") as file:
+            found[flags] = {Path(row["picture"]).name for row in csv.DictReader(file)}
+    assert found == {(): {"wallpaper.png"}, ("--textures",): {"wallpaper.png", "game.png", "wall.png"}}
+    assert (tmp_path / "pairs1/copyright/game").read_text() == "game"
 
 
 def place(picture: np.ndarray, cut: np.ndarray) -> tuple[int, int]:

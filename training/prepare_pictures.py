@@ -1,6 +1,6 @@
 """Make training pairs from free pictures in Debian packages or from your own pictures.
 
-    python training/prepare_pictures.py FOLDER [--scale 2] [--packages DIR]
+    python training/prepare_pictures.py FOLDER [--scale 2] [--textures] [--packages DIR]
     python training/prepare_pictures.py FOLDER --pictures MINE [--reductions 1 2]
 
 Writes FOLDER/gt and FOLDER/lq (PNG pairs with the same names), FOLDER/sources.csv (source, reduction and
@@ -18,17 +18,23 @@ lomiri-wallpapers-20.04      photographers named in the files' names       CC-BY
 mate-backgrounds             authors named in copyright/mate-backgrounds   GPL-2+, CC-BY-SA-4.0
 plasma-workspace-wallpapers  KDE Visual Design Group and those it names    GPL-2+
 ukui-wallpapers              Ubuntu Kylin community                        CC-BY-SA-3.0
+supertuxkart-data            authors named in copyright/supertuxkart-data  CC-BY-SA, CC-BY, GPL, CC0
+ufoai-textures               authors named in copyright/ufoai-textures     GPL-2+, CC-BY-SA, CC0
 ===========================  ============================================  ==========================
 
 Wallpapers are large and soft, and a soft crop teaches nothing, because bicubic reproduces it. So pictures are
 first reduced to 1/2, 1/3, 1/4 and 1/6 (``--reductions``; 1 leaves sharp pictures as they are), and only crops
 on which bicubic interpolation reaches 20 to 37 dB are kept. Low-resolution pictures are Pillow's bicubic
 reductions of whole pictures, cropped afterwards, so that crops have no borders of their own.
+
+``--textures`` adds the last two packages, textures of games (1 GB): photographed surfaces, drawn signs and
+figures. They are smaller and sharper, and reduced to 1/2 and 1/3.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import re
 import shutil
@@ -42,9 +48,11 @@ from PIL import Image
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from aethersr.commands import exit_code
+from aethersr.errors import UserError, first_line
 from aethersr.picture import opaque
 
-PACKAGES = (
+WALLPAPERS = (
     "gnome-backgrounds",
     "lomiri-wallpapers-16.04",
     "lomiri-wallpapers-20.04",
@@ -52,9 +60,11 @@ PACKAGES = (
     "plasma-workspace-wallpapers",
     "ukui-wallpapers",
 )
+TEXTURES = ("supertuxkart-data", "ufoai-textures")
+NO_PICTURE = re.compile(r"_(nm|norm|normal|n|s|sm|gm|rm)$|[Nn]ormal")  # directions and gloss of a surface
 KINDS = {".jpg", ".jpeg", ".png", ".webp"}
 SHORTEST = 1000  # smaller ones are thumbnails of the same pictures
-REDUCTIONS = (2, 3, 4, 6)
+REDUCTIONS, OF_TEXTURES = (2, 3, 4, 6), (2, 3)
 SIZE = 192  # of a crop in high-resolution pixels
 PER_PICTURE = 60
 BICUBIC_DB = (20.0, 37.0)  # PSNR-Y of bicubic interpolation: below is noise, above nothing to learn
@@ -68,20 +78,22 @@ class Cut(NamedTuple):
     lq: Image.Image
 
 
-def unpack(packages: Path, folder: Path) -> None:
-    """Unpack each of PACKAGES from ``packages`` into ``folder``/NAME; download those that are missing."""
+def unpack(names: Sequence[str], packages: Path, folder: Path) -> None:
+    """Unpack each from ``packages`` into ``folder``/NAME; download those that are missing."""
     packages.mkdir(parents=True, exist_ok=True)
-    missing = [name for name in PACKAGES if not list(packages.glob(f"{name}_*.deb"))]
+    missing = [name for name in names if not list(packages.glob(f"{name}_*.deb"))]
     if missing:
         if not shutil.which("apt-get"):
-            sys.exit(
-                f"prepare_pictures: no apt-get here to download {', '.join(missing)}; "
-                "--packages names a folder that has them"
+            raise UserError(
+                f"no apt-get here to download {', '.join(missing)}; pass a folder that has them (--packages)."
             )
-        subprocess.run(["apt-get", "download", *missing], cwd=packages, check=True)
-    for name in PACKAGES:
+        if subprocess.run(["apt-get", "download", *missing], cwd=packages).returncode:
+            raise UserError(f"apt-get could not download all of {', '.join(missing)} (--packages).")
+    for name in names:
         package = str(next(packages.glob(f"{name}_*.deb")))
         subprocess.run(["dpkg-deb", "-x", package, str(folder / name)], check=True)
+        for archive in (folder / name).rglob("*.pk3"):  # a game's files
+            shutil.unpack_archive(archive, archive.with_suffix(""), "zip")
 
 
 def pictures(folder: Path, shortest: int, packages: bool) -> List[Path]:
@@ -90,8 +102,9 @@ def pictures(folder: Path, shortest: int, packages: bool) -> List[Path]:
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() not in KINDS or path.is_symlink():
             continue
-        with Image.open(path) as image:
-            width, height = image.size
+        if folder.name in TEXTURES and NO_PICTURE.search(path.stem):
+            continue
+        width, height = size_of(path)
         if min(width, height) < shortest:
             continue
         key = path
@@ -101,6 +114,19 @@ def pictures(folder: Path, shortest: int, packages: bool) -> List[Path]:
         if key not in best or width > best[key][0]:
             best[key] = (width, path)
     return [path for _, path in best.values()]
+
+
+def size_of(path: Path) -> Tuple[int, int]:
+    with readable(path), Image.open(path) as image:
+        return image.size
+
+
+@contextlib.contextmanager
+def readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} can't be read: {first_line(error)}; leave it out (--pictures).") from None
 
 
 def luma(image: Image.Image) -> np.ndarray:
@@ -126,48 +152,62 @@ def cuts_of_reduction(picture: Image.Image, reduction: int, scale: int) -> Itera
 
 def cuts(path: Path, scale: int, reductions: Sequence[int]) -> List[Cut]:
     """At most PER_PICTURE crops of a picture: those on which bicubic interpolation does worst."""
-    with Image.open(path) as opened:
+    with readable(path), Image.open(path) as opened:
         picture = opaque(opened)
     found = [cut for reduction in reductions for cut in cuts_of_reduction(picture, reduction, scale)]
     return sorted(found, key=lambda cut: cut.bicubic_db)[:PER_PICTURE]
 
 
-def main(argv: Optional[List[str]] = None) -> None:
+def main(argv: Optional[List[str]] = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
-    parser.add_argument("folder", type=Path, help="where gt/, lq/, sources.csv and copyright/ go")
+    parser.add_argument(
+        "folder", type=Path, metavar="FOLDER", help="for gt/, lq/, sources.csv and copyright/"
+    )
     parser.add_argument("--scale", type=int, choices=(2, 3, 4), default=2)
     parser.add_argument("--packages", type=Path, help="folder with .deb files (default: FOLDER/packages)")
     parser.add_argument("--pictures", type=Path, help="folder with your own pictures, instead of packages")
-    text = "reduce pictures to 1/N before cropping (default: %(default)s)"
-    parser.add_argument("--reductions", type=int, nargs="+", default=REDUCTIONS, metavar="N", help=text)
+    parser.add_argument("--textures", action="store_true", help="also textures of games, 1 GB to download")
+    text = f"reduce pictures to 1/N before cropping (default: {' '.join(map(str, REDUCTIONS))})"
+    parser.add_argument("--reductions", type=int, nargs="+", metavar="N", help=text)
     args = parser.parse_args(argv)
+    return exit_code("prepare_pictures.py", lambda: prepare(args), f"{args.folder} is not complete.")
+
+
+def prepare(args: argparse.Namespace) -> None:
     if (args.folder / "gt").exists():
-        sys.exit(f"prepare_pictures: {args.folder / 'gt'} exists; remove it or name another folder")
+        raise UserError(f"{args.folder / 'gt'} exists; remove it or name another folder (FOLDER).")
     if args.pictures and not args.pictures.is_dir():
-        sys.exit(f"prepare_pictures: there is no folder {args.pictures} (--pictures)")
+        raise UserError(f"there is no folder {args.pictures}; pass one with pictures (--pictures).")
     unpacked = args.folder / "unpacked"
     unpacked.mkdir(parents=True, exist_ok=True)
-    if not args.pictures:
-        unpack(args.packages or args.folder / "packages", unpacked)
+    if args.pictures:
+        kinds = {args.pictures: (SIZE, args.reductions or REDUCTIONS)}
+    else:
+        kinds = {unpacked / name: (SHORTEST, args.reductions or REDUCTIONS) for name in WALLPAPERS}
+        kinds.update({unpacked / name: (2 * SIZE, OF_TEXTURES) for name in TEXTURES if args.textures})
+        unpack([folder.name for folder in kinds], args.packages or args.folder / "packages", unpacked)
         (args.folder / "copyright").mkdir(exist_ok=True)
-        for name in PACKAGES:
-            shutil.copy(
-                unpacked / name / "usr/share/doc" / name / "copyright", args.folder / "copyright" / name
-            )
+        for folder in kinds:
+            documents = folder / "usr/share/doc" / folder.name
+            shutil.copy(documents / "copyright", args.folder / "copyright" / folder.name)
     source = args.pictures or unpacked
     rows: List[Tuple[str, str, int, str]] = []
     for sub in ("gt", "lq"):
         shutil.rmtree(args.folder / f"{sub}.partial", ignore_errors=True)
         (args.folder / f"{sub}.partial").mkdir()
-    found = pictures(source, SIZE if args.pictures else SHORTEST, not args.pictures)
-    for path in tqdm(found, unit="picture"):
-        for cut in cuts(path, args.scale, args.reductions):
+    found = {
+        path: reductions
+        for folder, (shortest, reductions) in kinds.items()
+        for path in pictures(folder, shortest, not args.pictures)
+    }
+    for path, reductions in tqdm(found.items(), unit="picture"):
+        for cut in cuts(path, args.scale, reductions):
             name = f"{len(rows):05d}.png"
             cut.gt.save(args.folder / "gt.partial" / name, compress_level=1)
             cut.lq.save(args.folder / "lq.partial" / name, compress_level=1)
             rows.append((name, str(path.relative_to(source)), cut.reduction, f"{cut.bicubic_db:.2f}"))
     if not rows:
-        sys.exit(f"prepare_pictures: no crop of {source} is sharp enough; try other --reductions")
+        raise UserError(f"no crop of {source} is sharp enough; try others (--reductions).")
     with open(args.folder / "sources.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("cut", "picture", "reduction", "bicubic_db"), *rows])
     for sub in ("lq", "gt"):  # gt last: once it exists, all is complete
@@ -178,4 +218,4 @@ def main(argv: Optional[List[str]] = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
