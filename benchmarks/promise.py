@@ -3,7 +3,8 @@
     python benchmarks/promise.py benchmarks/results/equal_budget_peers.json --traiNNer-redux CHECKOUT
 
 The quality is that of the comparison's last measurement, the mean of its seeds. The time is ONNX Runtime's on
-this CPU, all networks in turn in one run; ours are fused. Writes promise.md and promise.png beside the JSON.
+this CPU, all networks in turn in one run; ours are fused. Writes promise.md and promise.png beside the JSON;
+in the picture a line through a point spans its seeds.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from aethersr.timing import interleaved
 
 class Point(NamedTuple):
     name: str
-    decibels: float
+    decibels: List[float]  # of each seed
     ms: float
     relative: str  # to the first network
 
@@ -58,7 +59,7 @@ def points(result: Dict[str, Any], args: argparse.Namespace) -> List[Point]:
     return [
         Point(
             text,
-            statistics.mean(found),
+            found,
             times.median(text),
             f"{np.round(times.ratio(text, first).value, 2):.2f}",
         )
@@ -67,9 +68,11 @@ def points(result: Dict[str, Any], args: argparse.Namespace) -> List[Point]:
 
 
 def table(title: str, found: List[Point]) -> str:
-    lines = [title, "", "| network | ms | relative | PSNR-Y, dB |", "| --- | ---: | ---: | ---: |"]
+    lines = [title, "", "| network | ms | relative | PSNR-Y, dB | each seed |"]
+    lines.append("| --- | ---: | ---: | ---: | --- |")
     for point in sorted(found, key=lambda point: point.ms):
-        lines.append(f"| {point.name} | {point.ms:.0f} | {point.relative} | {point.decibels:.2f} |")
+        mean, each = statistics.mean(point.decibels), ", ".join(f"{value:.2f}" for value in point.decibels)
+        lines.append(f"| {point.name} | {point.ms:.0f} | {point.relative} | {mean:.2f} | {each} |")
     return "\n".join(lines) + "\n"
 
 
@@ -80,9 +83,11 @@ def draw(title: str, found: List[Point], path: Path) -> None:
     figure, axis = pyplot.subplots(figsize=(8, 5))
     for point in found:
         name, *options = point.name.split(",")
-        axis.plot(point.ms, point.decibels, "o", color="C3" if name in equal_budget.OURS else "C0")
+        color, mean = "C3" if name in equal_budget.OURS else "C0", statistics.mean(point.decibels)
+        axis.vlines(point.ms, min(point.decibels), max(point.decibels), color)
+        axis.plot(point.ms, mean, "o", color=color)
         label = " ".join([name, *(each for each in options if each.startswith("embed_dim"))])
-        axis.annotate(label, (point.ms, point.decibels), (6, 4), textcoords="offset points")
+        axis.annotate(label, (point.ms, mean), (6, 4), textcoords="offset points")
     axis.set(xlabel="ms a picture, ONNX Runtime", ylabel="PSNR-Y, dB", xscale="log")
     axis.set_title(title, fontsize=7, wrap=True)
     axis.grid(alpha=0.3)
