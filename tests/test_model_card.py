@@ -145,18 +145,24 @@ def weights_of(card: Path) -> Path:
     return card.with_name(f"{card.stem.replace('-', '_')}_fp16.safetensors")
 
 
+def int8_of(card: Path) -> Path:
+    return Path(str(weights_of(card)).replace("_fp16.safetensors", "_int8.onnx"))
+
+
 def test_every_released_file_has_a_card() -> None:
-    files = [path for path in (ROOT / "weights").glob("*_fp16.safetensors") if "_training_" not in path.name]
-    assert {weights_of(path) for path in (ROOT / "weights").glob("*.json")} == set(files) != set()
+    released = {path for path in (ROOT / "weights").glob("*_*.*") if "_training_" not in path.name}
+    cards = sorted((ROOT / "weights").glob("*.json"))
+    assert {path for card in cards for path in (weights_of(card), int8_of(card))} == released != set()
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "weights").glob("*.json")), ids=lambda path: path.name)
 def test_the_card_of_shipped_weights_lacks_their_address_alone(path: Path) -> None:
     scale = int(path.name.split("x")[0])
-    says_what_the_files_are(path, weights_of(path))
+    says_what_the_files_are(path, weights_of(path), int8_of(path))
     assert problems(path) == ["resources"]
     card = json.loads(path.read_text(encoding="utf-8"))
-    card["resources"][0]["urls"] = ["https://example.org/x"]
+    for resource in card["resources"]:
+        resource["urls"] = ["https://example.org/x"]
     assert broken(card, REQUIRED) == []
     assert card["scale"] == scale
     net = aether_arch.aether_small(scale=scale)

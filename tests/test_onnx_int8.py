@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any, Dict, List
@@ -167,7 +168,7 @@ def test_the_shipped_weights_give_the_same_picture_as_network_and_as_file(
     ]
     stored = net.prepare_qat(placement, pictures).eval().convert_to_quantized()
     low, truth = pair(photographs.astronaut())
-    outputs = [stored(low), run(exported(tmp_path, stored), low)]
+    outputs = [stored.for_target("onnxruntime")(low), run(exported(tmp_path, stored), low)]
     steps = [(each.clamp(0, 1) * 255).round() for each in outputs]
     far = float(((steps[0] - steps[1]).abs() > 1).float().mean())
     losses = [float(10 * torch.log10((each - truth * 255).square().mean())) for each in steps]
@@ -176,3 +177,20 @@ def test_the_shipped_weights_give_the_same_picture_as_network_and_as_file(
         f"{far:.2%} of the values are more than 1/255 apart"
     )
     assert abs(losses[0] - losses[1]) <= 0.01, f"{abs(losses[0] - losses[1]):.4f} dB apart"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("path", sorted((ROOT / "weights").glob("*_int8.onnx")), ids=lambda path: path.stem)
+def test_the_shipped_int8_files_are_as_good_as_the_shipped_weights(path: Path) -> None:
+    net = aether_from_state_dict(load_file(str(path).replace("_int8.onnx", "_fp16.safetensors")))
+    truth = Image.fromarray(photographs.astronaut()).crop(
+        (100, 60, 100 + 64 * net.scale, 60 + 64 * net.scale)
+    )
+    low = np.asarray(truth.resize((64, 64), Image.Resampling.BICUBIC), np.float32) / 255
+    image = torch.from_numpy(low).permute(2, 0, 1)[None]
+    wanted = torch.from_numpy(np.array(truth)).permute(2, 0, 1)[None].double()
+    weights, file = (
+        10 * math.log10(float(((output.clamp(0, 1) * 255).round() - wanted).square().mean()))
+        for output in (net.eval()(image), run(onnx.load(path), image))
+    )
+    assert abs(weights - file) <= 0.05
