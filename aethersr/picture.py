@@ -5,13 +5,14 @@ Needs numpy and Pillow, and OpenCV to read 16 bits, which Pillow supports only i
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
 import struct
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import numpy as np
 from PIL import Image, ImageCms, TiffImagePlugin, UnidentifiedImageError, features
@@ -342,6 +343,15 @@ def _to_srgb(image: Image.Image, profile: Optional[bytes]) -> Image.Image:
         except (ImageCms.PyCMSError, OSError):
             pass
     return image.convert("RGB")
+
+
+@contextlib.contextmanager
+def readable(path: Path, flag: str) -> Iterator[None]:
+    """Raises UserError if the picture opened inside can't be read; ``flag`` is what passed the path."""
+    try:
+        yield
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} can't be read: {first_line(error)}; leave it out ({flag}).") from None
 
 
 def opaque(image: Image.Image) -> Image.Image:

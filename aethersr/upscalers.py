@@ -7,7 +7,7 @@ from typing import Any, Callable, Tuple
 
 import torch
 
-from aethersr.errors import UserError, first_line
+from aethersr.errors import UserError
 
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")  # of Pillow, 8 bits
 TILE = 1024  # larger low-resolution pictures are cut into tiles; the result is the same without attention
@@ -19,15 +19,12 @@ def read_rgb(path: Path, flag: str) -> Any:
     import numpy as np
     from PIL import Image
 
-    from aethersr.picture import opaque
+    from aethersr.picture import opaque, readable
 
-    try:
-        with Image.open(path) as picture:
-            mode = picture.mode
-            if mode in MODES:
-                return np.asarray(opaque(picture))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} can't be read: {first_line(error)}; leave it out ({flag}).") from None
+    with readable(path, flag), Image.open(path) as picture:
+        mode = picture.mode
+        if mode in MODES:
+            return np.asarray(opaque(picture))
     raise UserError(f"{path} has pixels of the kind {mode}; pass pictures of 8 bits a channel ({flag}).")
 
 

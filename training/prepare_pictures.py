@@ -34,7 +34,6 @@ figures. They are smaller and sharper, and reduced to 1/2 and 1/3.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import csv
 import re
 import shutil
@@ -49,8 +48,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from aethersr.commands import exit_code
-from aethersr.errors import UserError, first_line
-from aethersr.picture import opaque
+from aethersr.errors import UserError
+from aethersr.picture import opaque, readable
 
 WALLPAPERS = (
     "gnome-backgrounds",
@@ -104,7 +103,8 @@ def pictures(folder: Path, shortest: int, packages: bool) -> List[Path]:
             continue
         if folder.name in TEXTURES and NO_PICTURE.search(path.stem):
             continue
-        width, height = size_of(path)
+        with readable(path, "--pictures"), Image.open(path) as image:
+            width, height = image.size
         if min(width, height) < shortest:
             continue
         key = path
@@ -114,19 +114,6 @@ def pictures(folder: Path, shortest: int, packages: bool) -> List[Path]:
         if key not in best or width > best[key][0]:
             best[key] = (width, path)
     return [path for _, path in best.values()]
-
-
-def size_of(path: Path) -> Tuple[int, int]:
-    with readable(path), Image.open(path) as image:
-        return image.size
-
-
-@contextlib.contextmanager
-def readable(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} can't be read: {first_line(error)}; leave it out (--pictures).") from None
 
 
 def luma(image: Image.Image) -> np.ndarray:
@@ -152,7 +139,7 @@ def cuts_of_reduction(picture: Image.Image, reduction: int, scale: int) -> Itera
 
 def cuts(path: Path, scale: int, reductions: Sequence[int]) -> List[Cut]:
     """At most PER_PICTURE crops of a picture: those on which bicubic interpolation does worst."""
-    with readable(path), Image.open(path) as opened:
+    with readable(path, "--pictures"), Image.open(path) as opened:
         picture = opaque(opened)
     found = [cut for reduction in reductions for cut in cuts_of_reduction(picture, reduction, scale)]
     return sorted(found, key=lambda cut: cut.bicubic_db)[:PER_PICTURE]
