@@ -13,14 +13,15 @@ traiNNer-redux (plksr_tiny, span, compact, artcnn_r8f64, realplksr_tiny, ...) an
     optimizer=AdamW  torch's, or one of pytorch-optimizer (SOAP, Muon, StableAdamW, ...)
     batch=8        crops a step
     patch=32       side of a crop in low-resolution pixels
+    loss=mse       squared error instead of Charbonnier's loss (almost l1)
     skip=1         add a bicubic enlargement of the input to the output
     start=plain    AetherNet: random weights instead of an interpolation
     start=quiet    AetherNet: small weights inside the blocks, as before version 0.2
     freeze_at=N    AetherNet: keep the norms' statistics fixed from iteration N on
 
-and every other option goes to the network (drop_path_rate=0.1, bound=1.0, ...). The loss is Charbonnier's.
-The moving average of the weights is measured: PSNR-Y, the mean over the folder's pictures (the centre of
-each, ``--side`` pixels), and the largest magnitude inside, see cuts.py. Seconds count only the training
+and every other option goes to the network (drop_path_rate=0.1, bound=1.0, ...). The moving average of the
+weights is measured: PSNR-Y, the mean over the folder's pictures (the centre of each, ``--side`` pixels), and
+the largest magnitude inside, see cuts.py; at the end the last weights, too. Seconds count only the training
 steps, on a CPU their computing time, so that other work matters less.
 
 Writes OUTPUT.json, .md and .png. Runs that the JSON file already holds are not repeated, so a table can grow
@@ -55,9 +56,23 @@ from cpu_speed import speed_up_on_cpu  # noqa: E402
 from cuts import Cuts, Validation  # noqa: E402
 
 OURS = ("aether_small", "aether_medium", "aether_large", "AetherNet")
-DEFAULTS: Dict[str, Any] = {"rate": 1e-3, "optimizer": "AdamW", "batch": 8, "patch": 32, "skip": 0}
+DEFAULTS: Dict[str, Any] = {
+    "rate": 1e-3,
+    "optimizer": "AdamW",
+    "batch": 8,
+    "patch": 32,
+    "loss": "charbonnier",
+    "skip": 0,
+}
 START = ("start", "freeze_at")  # of AetherNet
 POINTS = 6  # measurements of a run
+
+
+def charbonnier(out: Tensor, target: Tensor) -> Tensor:
+    return ((out - target).square() + 1e-12).sqrt().mean()
+
+
+LOSSES: Dict[str, Callable[[Tensor, Tensor], Tensor]] = {"charbonnier": charbonnier, "mse": F.mse_loss}
 
 
 class Run(NamedTuple):
@@ -78,6 +93,8 @@ def parse_run(text: str, base: Optional[str] = None) -> Run:
         with contextlib.suppress(SyntaxError, ValueError):  # a word stays one
             value = ast.literal_eval(value)
         (training if name in DEFAULTS or name in START else options)[name] = value
+    if training["loss"] not in LOSSES:
+        raise SystemExit(f"{text!r}: expected loss={' or loss='.join(LOSSES)} (--run)")
     return Run(text, network, training, options)
 
 
@@ -189,7 +206,7 @@ def train(
         low, high = (x.to(device) for x in cuts.batch(options["batch"], options["patch"], random))
         with torch.autocast(device, torch.bfloat16, enabled=args.bf16):
             out = net(low.contiguous(memory_format=torch.channels_last))
-        loss = ((out.float() - high).square() + 1e-12).sqrt().mean()
+        loss = LOSSES[options["loss"]](out.float(), high)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -201,7 +218,13 @@ def train(
             points.append((iteration, seconds, validation.measure(averaged, device)))
             text = f"{run.text}, seed {seed}: {iteration} iterations, {seconds:.0f} s, {points[-1][2]:.3f} dB"
             print(text, flush=True)
-    return {"run": run.text, "seed": seed, "points": points, "largest": validation.largest(averaged, device)}
+    return {
+        "run": run.text,
+        "seed": seed,
+        "points": points,
+        "last": validation.measure(net.eval(), device),
+        "largest": validation.largest(averaged, device),
+    }
 
 
 def cpu_seconds() -> float:
@@ -221,17 +244,20 @@ CLOCKS: Dict[str, Callable[[], float]] = {"cpu": cpu_seconds, "cuda": cuda_secon
 
 def table(result: Dict[str, Any]) -> str:
     """Markdown: a row for each run, the mean of its seeds."""
-    lines = [result["title"], "", "| run | seeds | iterations | seconds | PSNR-Y, dB | each seed | largest |"]
-    lines.append("| --- | ---: | ---: | ---: | ---: | --- | ---: |")
+    names = ("run", "seeds", "iterations", "seconds", "PSNR-Y, dB", "each seed", "not averaged", "largest")
+    lines = [result["title"], "", f"| {' | '.join(names)} |"]
+    lines.append("| --- | ---: | ---: | ---: | ---: | --- | ---: | ---: |")
     for text in dict.fromkeys(row["run"] for row in result["rows"]):
         rows = [row for row in result["rows"] if row["run"] == text]
         last = [row["points"][-1] for row in rows]
         iterations, seconds, decibels = (statistics.mean(values) for values in zip(*last))
         each = ", ".join(f"{point[2]:.2f}" for point in last)
+        raw = ""
+        if all("last" in row for row in rows):  # files of earlier versions lack it
+            raw = f"{statistics.mean(row['last'] for row in rows):.2f}"
+        largest = max(row["largest"] for row in rows)
         budget = f"{len(rows)} | {iterations:.0f} | {seconds:.0f}"
-        lines.append(
-            f"| {text} | {budget} | {decibels:.2f} | {each} | {max(row['largest'] for row in rows):.3g} |"
-        )
+        lines.append(f"| {text} | {budget} | {decibels:.2f} | {each} | {raw} | {largest:.3g} |")
     return "\n".join(lines) + "\n"
 
 

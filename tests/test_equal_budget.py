@@ -90,6 +90,17 @@ def test_training_learns_and_a_budget_in_seconds_ends(folder: Path, tmp_path: Pa
     assert points[-1][1] >= 3 > points[-2][1]
     assert points[-1][2] > points[0][2] + 0.05
     assert 0.1 < result["rows"][0]["largest"] < 100
+    assert abs(result["rows"][0]["last"] - points[-1][2]) < 1
+
+
+def test_the_loss_changes_what_is_learned(folder: Path, tmp_path: Path) -> None:
+    runs = ["--run", "base", "--run", "base,loss=charbonnier", "--run", "base,loss=mse"]
+    rows = run(folder, tmp_path / "l", "--iterations", "6", *runs)["rows"]
+    usual, charbonnier, mse = (row["last"] for row in rows)
+    assert usual == charbonnier != mse
+    out, target = torch.tensor([0.0, 1.0]), torch.tensor([0.5, 1.0])
+    assert equal_budget.LOSSES["charbonnier"](out, target).item() == pytest.approx(0.25, abs=1e-6)
+    assert equal_budget.LOSSES["mse"](out, target).item() == pytest.approx(0.125)
 
 
 def test_another_comparison_is_not_mixed_into_a_file(folder: Path, tmp_path: Path) -> None:
@@ -107,6 +118,8 @@ def test_a_run_is_read_with_values_words_and_brackets() -> None:
     assert parsed.training == {**equal_budget.DEFAULTS, "rate": 1e-4, "start": "plain"}
     with pytest.raises(SystemExit, match="expected NAME,OPTION=VALUE"):
         equal_budget.parse_run("aether_small,fast")
+    with pytest.raises(SystemExit, match="loss=charbonnier or loss=mse"):
+        equal_budget.parse_run("aether_small,loss=huber")
 
 
 def test_a_crop_and_its_reduction_show_the_same_place_turned_the_same_way(folder: Path) -> None:
