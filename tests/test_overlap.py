@@ -1,0 +1,76 @@
+"""training/overlap.py finds a test picture among training cuts, however it was cut, and nothing else."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any, Callable
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from PIL import Image
+from skimage import data as photographs
+
+sys.path.insert(0, str(ROOT / "training"))
+import overlap
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[Path, Path]:
+    """Cuts of a cat, a flat cut, and test pictures that they are not from."""
+    cuts, tests = tmp_path / "cuts", tmp_path / "tests"
+    cuts.mkdir()
+    tests.mkdir()
+    for k in range(2):
+        Image.fromarray(photographs.chelsea()[k * 100 : k * 100 + 192, 100:292]).save(cuts / f"cat{k}.png")
+    Image.new("RGB", (64, 64), "grey").save(cuts / "flat.png")
+    for name in ("astronaut", "coffee"):
+        Image.fromarray(getattr(photographs, name)()).save(tests / f"{name}.png")
+    return cuts, tests
+
+
+def test_other_pictures_have_nothing_in_common(folders: tuple[Path, Path], capsys: Any) -> None:
+    assert overlap.main([str(folder) for folder in folders]) == 0
+    assert "2 pictures, 3 cuts" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda cut: cut,
+        lambda cut: cut.rotate(90),
+        lambda cut: cut.resize((192, 192), Image.Resampling.BICUBIC),
+        lambda cut: cut.crop((90, 60, 282, 252)).convert("L"),
+    ],
+    ids=["as it is", "turned", "reduced", "cropped and grey"],
+)
+def test_a_test_picture_among_the_cuts_is_found(
+    folders: tuple[Path, Path], change: Callable[[Image.Image], Image.Image], capsys: Any
+) -> None:
+    cuts, tests = folders
+    face = Image.fromarray(photographs.astronaut()[20:404, 100:484])
+    change(face).save(cuts / "face.jpg", quality=75)
+    assert overlap.main([str(cuts), str(tests)]) == 1
+    assert "of face.jpg in astronaut.png" in capsys.readouterr().out
+
+
+def test_a_repeated_pattern_that_looks_like_one_place_does_not_count(folders: tuple[Path, Path]) -> None:
+    cuts, tests = folders
+    eye = np.zeros((48, 48, 3), np.uint8)
+    eye[16:32, 12:36] = 255
+    Image.fromarray(np.pad(eye, ((40, 40), (40, 40), (0, 0)))).save(tests / "eye.png")
+    Image.fromarray(np.tile(eye, (4, 4, 1))).save(cuts / "eyes.png")
+    assert overlap.main([str(cuts), str(tests)]) == 0
+
+
+def test_a_folder_that_is_missing_and_pictures_without_details_end_with_one_line(
+    folders: tuple[Path, Path], tmp_path: Path, capsys: Any
+) -> None:
+    cuts, _ = folders
+    assert overlap.main([str(cuts), str(tmp_path / "none")]) == 2
+    assert "does not exist" in capsys.readouterr().err
+    (tmp_path / "flat").mkdir()
+    Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(tmp_path / "flat" / "black.png")
+    assert overlap.main([str(cuts), str(tmp_path / "flat")]) == 2
+    assert "no pictures with details" in capsys.readouterr().err
