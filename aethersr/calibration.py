@@ -49,6 +49,8 @@ def calibration_pairs(folder: Path, net: AetherBase, flag: str = "--calibration"
             continue
         try:
             with Image.open(path) as opened:
+                if opened.mode == "F":  # no known range
+                    continue
                 if opened.mode.startswith("I"):  # 16 bits; Pillow would clip everything above 255
                     deep = np.asarray(opened).clip(0, 65535)
                     image = Image.fromarray((deep // 257).astype(np.uint8)).convert(mode)

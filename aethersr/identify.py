@@ -75,6 +75,17 @@ def aether_from_state_dict(state_dict: Mapping[str, Any], img_range: float = 1.0
     return net
 
 
+def bounded(state: Mapping[str, Tensor], bound: float) -> Dict[str, Tensor]:
+    """The state dict with another bound. ValueError for fused weights that had none.
+
+    Their blocks' values may be rescaled for half precision, by powers that the file doesn't hold, and a bound
+    would have to be rescaled with them.
+    """
+    if form_name(state) == "fused" and "bound" not in state:
+        raise ValueError("fused weights can't get a bound, a training checkpoint can.")
+    return {**state, "bound": torch.tensor([bound])}
+
+
 def read_options(state: Mapping[str, Tensor]) -> Dict[str, Any]:
     """Constructor options from the shapes of a state dict without wrappers.
 
@@ -108,8 +119,8 @@ def read_options(state: Mapping[str, Tensor]) -> Dict[str, Any]:
     scale, bound = scale_of(state), state.get("bound")
     if scale is None:
         raise ValueError(f"the upsampling tensors fit none of the scales {SCALES}.")
-    if bound is not None and (bound.numel() != 1 or not 1e-3 <= float(bound) < 1e6):
-        raise ValueError("'bound' is not one number from 1e-3 to 1e6.")
+    if bound is not None and (tuple(bound.shape) != (1,) or not 1e-3 <= float(bound) < 1e6):
+        raise ValueError("'bound' is not one number from 1e-3 to 1e6, of shape (1,).")
     ratio = hidden / embed_dim
     return {
         "scale": scale,

@@ -164,11 +164,27 @@ def _compare(param: Path, weights: Path, reference: AetherBase) -> None:
             )
 
 
+def channels_of(param: Path) -> int:
+    """The channels that the first convolution of an NCNN file takes; 0 if it has none.
+
+    ncnn itself doesn't check: a picture with others makes it read past the weights.
+    """
+    for line in param.read_text(encoding="utf-8", errors="replace").splitlines():
+        if line.startswith("Convolution "):
+            found = {int(key): int(value) for key, value in re.findall(r" ([016])=(\d+)", line)}
+            return found.get(6, 0) // max(1, found.get(0, 0) * found.get(1, 0) ** 2)
+    return 0
+
+
 def run(net: Any, image: Tensor) -> Tensor:
-    """An ncnn.Net's output for one picture (1, in_chans, H, W)."""
+    """An ncnn.Net's output for one picture (1, in_chans, H, W). ValueError: its blobs have other names."""
     import ncnn
     import numpy as np
 
     extractor = net.create_extractor()
-    extractor.input("data", ncnn.Mat(np.ascontiguousarray(image[0].numpy())).clone())
-    return torch.from_numpy(np.array(extractor.extract("output")[1]))[None]
+    pixels = np.ascontiguousarray(image[0].numpy())  # a Mat doesn't keep what it reads alive
+    failed = extractor.input("data", ncnn.Mat(pixels).clone())
+    failed, output = (failed, None) if failed else extractor.extract("output")
+    if failed:
+        raise ValueError("ncnn finds no blobs named data and output")
+    return torch.from_numpy(np.array(output))[None]

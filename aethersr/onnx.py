@@ -84,7 +84,7 @@ def export_onnx(
     with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
         if precision == "int8":
             quantised: Any = model.convert_to_quantized()
-            reference = quantised.cpu().for_target(target, reduce_range)
+            reference = quantised.for_target(target, reduce_range).cpu()
             described.update(placement=reference.placement, target=target)
         else:
             reference = model.fused().cpu().float()

@@ -92,7 +92,7 @@ class Picture:
                 _, turn = _exif(image)
                 done = image.format == "TIFF" and _ORIENTATION in image.tag_v2  # by who reads it
                 image.load()  # raises where the file is cut or damaged, which OpenCV fills with black
-                if ";16" in tile:
+                if ";16" in tile and image.format != "BMP":  # there it means all three channels in 16 bits
                     picture = cls._deep(path, content, image, tile)
                 else:
                     picture, done = cls._plain(path, image), image.format == "TIFF"
@@ -355,7 +355,12 @@ def readable(path: Path, flag: str) -> Iterator[None]:
 
 
 def opaque(image: Image.Image) -> Image.Image:
-    """``image`` in RGB, in front of white: what transparent pixels hide is often rubbish."""
+    """``image`` in RGB, in front of white: what transparent pixels hide is often rubbish.
+
+    ValueError if it has more than 8 bits a channel, which Pillow would clip.
+    """
+    if image.mode not in _MODES:
+        raise ValueError(f"its pixels are of the kind {image.mode}, expected 8 bits a channel")
     if not image.has_transparency_data:
         return image.convert("RGB")
     image = image.convert("RGBA")

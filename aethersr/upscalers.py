@@ -9,7 +9,6 @@ import torch
 
 from aethersr.errors import UserError
 
-MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")  # of Pillow, 8 bits
 TILE = 1024  # larger low-resolution pictures are cut into tiles; the result is the same without attention
 Upscaler = Callable[[Any], Any]  # (H, W, 3) uint8 -> (scale * H, scale * W, 3) uint8
 
@@ -22,10 +21,7 @@ def read_rgb(path: Path, flag: str) -> Any:
     from aethersr.picture import opaque, readable
 
     with readable(path, flag), Image.open(path) as picture:
-        mode = picture.mode
-        if mode in MODES:
-            return np.asarray(opaque(picture))
-    raise UserError(f"{path} has pixels of the kind {mode}; pass pictures of 8 bits a channel ({flag}).")
+        return np.asarray(opaque(picture))
 
 
 def open_upscaler(path: Path, device: str, flag: str) -> Tuple[Upscaler, int]:
@@ -34,8 +30,12 @@ def open_upscaler(path: Path, device: str, flag: str) -> Tuple[Upscaler, int]:
     from aethersr.tiling import upscale_tiled
 
     if path.suffix.lower() == ".param":
-        run = ncnn_network(path, flag)
-        return of_pictures(run, 3), run(torch.zeros(1, 3, 8, 8)).shape[-1] // 8
+        run, channels = ncnn_network(path, flag)
+        try:
+            scale = run(torch.zeros(1, channels, 8, 8)).shape[-1] // 8
+        except ValueError as error:
+            raise UserError(f"{path}: {error}; pass a file that aether-fuse wrote ({flag}).") from None
+        return of_pictures(run, channels), scale
     try:
         net = load_network(path, device, fp16=False)
     except UserError as error:
@@ -46,8 +46,9 @@ def open_upscaler(path: Path, device: str, flag: str) -> Tuple[Upscaler, int]:
     return of_pictures(lambda x: upscale_tiled(net, x, TILE, overlap, size=net.size), net.in_chans), net.scale
 
 
-def ncnn_network(path: Path, flag: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    from aethersr.ncnn import run
+def ncnn_network(path: Path, flag: str) -> Tuple[Callable[[torch.Tensor], torch.Tensor], int]:
+    """The network in an NCNN file, and its channels: 1 or 3."""
+    from aethersr.ncnn import channels_of, run
 
     try:
         import ncnn
@@ -65,14 +66,17 @@ def ncnn_network(path: Path, flag: str) -> Callable[[torch.Tensor], torch.Tensor
         raise UserError(
             f"{path} and {weights.name} are not the two files of an NCNN network; pass others ({flag})."
         )
-    return lambda x: run(net, x)
+    channels = channels_of(path)
+    if channels not in (1, 3):
+        raise UserError(f"{path} takes {channels or 'unknown'} channels; pass a network for 1 or 3 ({flag}).")
+    return lambda x: run(net, x), channels
 
 
 def of_pictures(net: Callable[[torch.Tensor], torch.Tensor], channels: int) -> Upscaler:
     def upscale(picture: Any) -> Any:
         x = torch.from_numpy(picture.copy()).permute(2, 0, 1)[None].float() / 255
         x = x.reshape(-1, channels, *x.shape[2:])  # a greyscale network sees each colour separately
-        out = net(x)
+        out = torch.cat([net(each) for each in x.split(1)])
         out = out.reshape(3, *out.shape[2:]).permute(1, 2, 0)
         return (out.clamp(0, 1) * 255).round().to(torch.uint8).numpy()
 

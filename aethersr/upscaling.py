@@ -127,6 +127,8 @@ def upscale_picture(
 ) -> Picture:
     """A picture of any size and channels, upscaled. Constant alpha costs no extra work."""
     pixels, even = picture.pixels, None
+    if pixels.dtype == np.uint16 and not hasattr(torch, "uint16"):
+        raise UserError("pictures of 16 bits need PyTorch 2.3 or newer; update it, or pass 8 bits (--input).")
     if picture.alpha and pixels[..., -1].min() == pixels[..., -1].max():
         pixels, even = pixels[..., :-1], pixels[0, 0, -1]
     see_through = picture.alpha and even is None

@@ -295,7 +295,8 @@ class AetherBase(nn.Module):
         other.to(device=self.mean.device, dtype=self.mean.dtype).train(self.training)
         if any(value.dim() == 4 and not value.is_contiguous() for value in weights):
             other.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if weights and not any(value.requires_grad for value in weights):
+        stored = getattr(self, "stored", False)  # as int8, which is never trainable
+        if weights and not stored and not any(value.requires_grad for value in weights):
             other.requires_grad_(False)
         self.__class__ = type(other)  # as torch.nn.utils.parametrize does: forward belongs to the class
         for name in ("keep_norm", "placement", "stored"):  # attributes that only some forms have
@@ -324,6 +325,8 @@ class AetherBase(nn.Module):
         named = ((name[len(prefix) :], state_dict[name]) for name in state_dict if name.startswith(prefix))
         own = {name.split(".ignore")[0]: value for name, value in named}
         form, scale, other = form_of(own), scale_of(own), self
+        if "bound" in own and own["bound"].shape != (1,):
+            raise RuntimeError(f"{type(self).__name__}: 'bound' is not one number of shape (1,).")
         bound = float(own["bound"]) if "bound" in own else None
         if form and not (isinstance(self, form) and form.layout(own).items() <= vars(self).items()):
             other = form(**{**self.options, "bound": bound}, **form.layout(own))

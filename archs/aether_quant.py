@@ -536,6 +536,8 @@ class QuantAetherNet(arch.FusedAetherNet):
     def convert_to_quantized(self) -> QuantAetherNet:
         """A copy in evaluation mode with int8 weights: a third of the float file's size, not trainable.
 
+        A network that has int8 weights already is returned itself.
+
         Raises:
             ValueError: ranges are unknown (no training, no calibrate), or weights are beyond half precision.
         """

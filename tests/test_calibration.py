@@ -45,6 +45,8 @@ def test_pictures_that_are_broken_are_passed_over_and_16_bits_are_not_cut_off(pi
     (pictures / "broken.ppm").write_bytes(b"P6 12 x 255\n")
     (pictures / "notes.txt").write_text("no picture")
     assert len(calibration_pairs(pictures, net)) == len(before) == 2
+    Image.fromarray(np.ones((96, 96), np.float32)).save(pictures / "float.tif")
+    assert len(calibration_pairs(pictures, net)) == 2
     grey = photographs.camera()[:96, :96].astype(np.uint16) * 257
     Image.fromarray(grey).save(pictures / "a16.png")
     (_, picture), *_ = calibration_pairs(pictures, net)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -118,8 +119,26 @@ def test_ncnn_files_are_measured(folder: Path, tmp_path: Path, capsys: Any) -> N
     rows = table(capsys, tmp_path / "net.pth", param, "--hr", folder / "hr")
     decibels = [float(row[1].split(" / ")[0]) for row in rows[2:]]
     assert decibels[1] == pytest.approx(decibels[0], abs=0.05)
+    renamed = Path(param).read_text(encoding="utf-8").replace(" data", " in0")
+    Path(param).with_name("other.param").write_text(renamed, encoding="utf-8")
+    shutil.copy(weights, Path(param).with_name("other.bin"))
+    message = refused(capsys, Path(param).with_name("other.param"), "--hr", folder / "hr")
+    assert "ncnn finds no blobs named data and output" in message
     Path(weights).unlink()
     assert "net.bin are not the two files" in refused(capsys, param, "--hr", folder / "hr")
+
+
+def test_ncnn_files_for_grey_pictures_see_each_colour(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    pytest.importorskip("ncnn")
+    pytest.importorskip("pnnx")
+    from aethersr.ncnn import export_ncnn
+
+    net = network(in_chans=1)
+    torch.save(net.state_dict(), tmp_path / "net.pth")
+    param, _ = export_ncnn(net, 2, str(tmp_path / "net.param"))
+    rows = table(capsys, tmp_path / "net.pth", param, "--hr", folder / "hr")
+    decibels = [float(row[1].split(" / ")[0]) for row in rows[2:]]
+    assert decibels[1] == pytest.approx(decibels[0], abs=0.05)
 
 
 def test_pairs_of_ones_own_are_taken_as_they_are(folder: Path, tmp_path: Path, capsys: Any) -> None:
@@ -205,7 +224,8 @@ def test_what_it_cannot_do_is_said_in_one_line(folder: Path, tmp_path: Path, cap
         (["--scale", 2, "--hr", tmp_path / "broken.png"], "broken.png can't be read"),
         (["--scale", 2, "--hr", tmp_path / "deep.png"], "8 bits"),
         (["--scale", 2, "--hr", tmp_path / "small.png"], "small.png: 14x40 is too small"),
-        (["--scale", 2, "--hr", hr, hr, "--lr", hr], "--lr has 1"),
+        (["--scale", 2, "--hr", hr, tmp_path, "--lr", hr], "--lr has 1"),
+        (["--scale", 2, "--hr", hr, hr, "--lr", hr, tmp_path], f"{hr} was given twice"),
     ):
         error = refused(capsys, *arguments)
         assert part in error, error

@@ -193,6 +193,7 @@ def test_weights_that_are_not_fused_end_in_one_line_that_names_the_file(tmp_path
         ("negative variance", {**STATE, "norm.running_var": -STATE["norm.running_var"]}),
         ("the fused weights are not finite in float32", {**STATE, **infinite}),
         ("was trained with 8-bit ranges", qat, "--bound", "1"),
+        ("fused weights can't get a bound", FUSED, "--bound", "1"),
         ("needs pictures to find its ranges: pass --calibration FOLDER", STATE, "--int8"),
         ("before its first training step", {**qat, **new}, "--int8"),
     ):

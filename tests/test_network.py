@@ -266,6 +266,18 @@ def test_an_impossible_bound_is_refused_and_the_old_one_stays(value: Any) -> Non
     assert (net.options["bound"], net.stages[0][0].bound, float(net.bound)) == (BOUND, BOUND, BOUND)
 
 
+@pytest.mark.parametrize("shape", [(), (2,), (0,)])
+def test_a_bound_of_another_shape_is_refused_and_nothing_is_loaded(shape: Any) -> None:
+    net = small_net(2, bound=BOUND)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    state = {**small_net(2, bound=BOUND).state_dict(), "bound": torch.ones(shape), "mean": net.mean + 1}
+    with pytest.raises(RuntimeError, match="'bound' is not one number"):
+        net.load_state_dict(state)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    with pytest.raises(ValueError, match="'bound'"):
+        aether_arch.aether_from_state_dict(state)
+
+
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
 def test_a_bounded_network_is_the_written_out_one(training: bool) -> None:
     net = small_net(2, bound=BOUND, drop_path_rate=0.0, norm="batch").train(training)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -154,12 +155,20 @@ def test_palettes_and_bits_and_transparent_colours_become_channels(
     assert (back.pixels.shape[2], back.alpha) == (channels, channels in (2, 4))
 
 
+def test_a_bmp_with_all_three_channels_in_16_bits_is_read(tmp_path: Path) -> None:
+    pixels = np.array([[0xF800, 0x07E0], [0x001F, 0xFFFF]], "<u2")  # red, green; blue, white; from below
+    head = struct.pack("<IiiHHIIiiII", 40, 2, 2, 1, 16, 3, pixels.nbytes, 0, 0, 0, 0)
+    masks = struct.pack("<III", 0xF800, 0x07E0, 0x001F)
+    content = struct.pack("<2sIHHI", b"BM", 66 + pixels.nbytes, 0, 0, 66) + head + masks + pixels.tobytes()
+    back = read(tmp_path, content, "in.bmp")
+    assert back.pixels.tolist() == [[[0, 0, 255], [255] * 3], [[255, 0, 0], [0, 255, 0]]]
+
+
 def test_one_transparent_colour_of_16_bits_becomes_alpha(tmp_path: Path) -> None:
     content = Picture(waves(3, np.uint16)).encode("PNG")
     clear = waves(3, np.uint16)[3, 4]
     with Image.open(io.BytesIO(content)) as image:
         assert image.size == (20, 12)
-    import struct
     import zlib
 
     data = b"tRNS" + struct.pack(">HHH", *clear)

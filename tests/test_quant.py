@@ -341,6 +341,23 @@ def test_stored_weights_stay_in_evaluation_mode_and_survive_half_precision(image
     assert float(stored.half().body_conv.quant_in.largest) == pytest.approx(700 * Quantizer.margin, rel=1e-3)  # type: ignore[arg-type, union-attr]
 
 
+@pytest.mark.parametrize("way", ["prepare_qat", "fused", "load"])
+def test_int8_weights_become_trainable_again_but_not_what_a_user_froze(way: str, image: torch.Tensor) -> None:
+    def changed(net: Any) -> Any:
+        if way == "load":
+            net.load_state_dict(float_net().state_dict())
+            return net
+        return net.prepare_qat() if way == "prepare_qat" else net.fused()
+
+    net = changed(quantised("default").convert_to_quantized()).train()
+    weights = [value for name, value in net.named_parameters() if name.endswith(("weight", "bias"))]
+    assert weights
+    assert all(value.requires_grad for value in weights)
+    net(image).mean().backward()
+    frozen = changed(quantised("default").requires_grad_(False))
+    assert not any(value.requires_grad for value in frozen.parameters())
+
+
 def test_weights_beyond_half_precision_are_refused() -> None:
     net = quantised("full")
     net.head.weight.data[0, 0, 0, 0] = 1e5

@@ -223,7 +223,7 @@ def test_kept_weights_are_the_newest_average_and_count_what_came_before(checkout
     (models / "net_g_ema_latest.safetensors").write_bytes(b"written at the end of a training")
     assert command(checkout, "--keep") == 0
     with safe_open(str(checkout / "kept"), "pt") as file:
-        assert file.metadata() == {"format": "pt", "form": "training", "iterations": "3500"}
+        assert file.metadata() == {"format": "pt", "form": "training", "stage": "float", "iterations": "3500"}
     kept = load_file(checkout / "kept")
     assert set(kept) == set(states[1500])
     assert all(torch.equal(value, states[1500][name].half()) for name, value in kept.items())
@@ -256,6 +256,31 @@ def test_the_iterations_of_another_scale_are_not_counted(checkout: Path) -> None
     assert command(checkout, "--scale", 4, "--keep") == 0
     with safe_open(str(checkout / "kept"), "pt") as file:
         assert file.metadata()["iterations"] == "10"
+
+
+def test_the_iterations_of_another_stage_are_not_counted(checkout: Path) -> None:
+    python(checkout, seconds=0)
+    begun = checkout / "x2.safetensors"
+    models = checkout / "experiments" / "2x_AetherNet_small_otf" / "models"
+    models.mkdir(parents=True)
+    save_file(small_net(2).float().state_dict(), models / "net_g_ema_10.safetensors")
+    for notes, count in (
+        ({"iterations": "2000"}, 10),  # kept before stages were noted: of float
+        ({"iterations": "2000", "stage": "qat"}, 10),
+        ({"iterations": "2000", "stage": "otf"}, 2010),
+    ):
+        save_file(small_net(2).state_dict(), begun, notes)
+        assert command(checkout, "--stage", "otf", "--pretrained", begun, "--wait") == 0
+        assert command(checkout, "--stage", "otf", "--keep") == 0
+        with safe_open(str(checkout / "kept"), "pt") as file:
+            assert file.metadata() == {
+                "format": "pt",
+                "form": "training",
+                "stage": "otf",
+                "iterations": str(count),
+            }
+    for stage in train.STAGES:
+        assert train.stage_of(train.options(stage, 2, checkout, 10, 32, 8)) == stage
 
 
 def test_the_status_shows_the_last_line_of_the_log(checkout: Path, capsys: Any) -> None:
@@ -310,6 +335,11 @@ def test_pairs_of_own_pictures_are_sharp_cuts_and_their_reductions(tmp_path: Pat
     again = [str(tmp_path / "none"), "--pictures", str(mine), "--reductions", "4"]
     assert prepare_pictures.main(again) == 2
     assert "is sharp enough" in capsys.readouterr().err
+    assert prepare_pictures.main([*again[:-1], "0"]) == 2
+    assert "no reduction to 1/0; pass 1 or more (--reductions)" in capsys.readouterr().err
+    Image.fromarray(picture[..., 0].astype(np.uint16) * 257).save(mine / "deep.png")
+    assert prepare_pictures.main(again) == 2
+    assert "expected 8 bits a channel; leave it out (--pictures)" in capsys.readouterr().err
     (mine / "broken.png").write_bytes((mine / "a.png").read_bytes()[:5000])
     assert prepare_pictures.main(again) == 2
     error = capsys.readouterr().err.splitlines()[-1]
@@ -335,7 +365,9 @@ def test_transparent_pictures_stand_on_white(tmp_path: Path, capsys: Any) -> Non
 
 
 @pytest.mark.skipif(not shutil.which("dpkg-deb"), reason="needs dpkg-deb, of Debian and Ubuntu")
-def test_textures_come_from_the_archives_in_their_packages(tmp_path: Path, monkeypatch: Any) -> None:
+def test_textures_come_from_the_archives_in_their_packages(
+    tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
     picture = Image.fromarray(photographs.astronaut())
     for name in ("wallpaper", "game"):
         folder = tmp_path / "made" / name
@@ -361,6 +393,10 @@ def test_textures_come_from_the_archives_in_their_packages(tmp_path: Path, monke
             found[flags] = {Path(row["picture"]).name for row in csv.DictReader(file)}
     assert found == {(): {"wallpaper.png"}, ("--textures",): {"wallpaper.png", "game.png", "wall.png"}}
     assert (tmp_path / "pairs1/copyright/game").read_text() == "game"
+    package = tmp_path / "wallpaper_1.deb"
+    package.write_bytes(package.read_bytes()[:2000])
+    assert prepare_pictures.main([str(tmp_path / "cut"), "--packages", str(tmp_path)]) == 2
+    assert "wallpaper_1.deb is damaged" in capsys.readouterr().err
 
 
 def place(picture: np.ndarray, cut: np.ndarray) -> tuple[int, int]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from aethersr import upscaling
+from aethersr.errors import UserError
 from aethersr.jobs import Job
 from aethersr.network import TorchNetwork, load_network
 from aethersr.picture import Picture
@@ -164,6 +165,12 @@ def test_one_alpha_everywhere_stays_and_changes_no_colour(new: TorchNetwork) -> 
         out = upscaled(np.dstack([colours, np.full((20, 24), alpha, np.uint8)]), new, True)
         assert np.array_equal(out[..., :3], plain)
         assert (out[..., 3] == alpha).all()
+
+
+def test_16_bits_on_an_older_pytorch_are_one_line(new: TorchNetwork, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch, "uint16")
+    with pytest.raises(UserError, match="need PyTorch 2.3 or newer"):
+        upscaled(np.zeros((8, 8, 3), np.uint16), new)
 
 
 def test_a_network_for_grey_takes_colours_too() -> None:

@@ -22,7 +22,7 @@ from sheet import CROPS, side_by_side  # noqa: E402
 
 from aethersr.commands import exit_code  # noqa: E402
 from aethersr.errors import UserError  # noqa: E402
-from aethersr.files import Together  # noqa: E402
+from aethersr.files import Together, check_output  # noqa: E402
 from aethersr.quality import compressed, crop_to_multiple, psnr, resize  # noqa: E402
 from aethersr.upscalers import open_upscaler, read_rgb  # noqa: E402
 
@@ -48,6 +48,7 @@ def compare(args: argparse.Namespace) -> None:
     networks = dict(tuple(each.split("=", 1)) for each in args.networks if "=" in each)
     if len(networks) != len(args.networks) or "bicubic" in networks:
         raise UserError("give each network a label of its own other than bicubic (LABEL=FILE).")
+    check_output(args.output, [args.photograph], True, "OUTPUT")
     pictures = columns(args.photograph, {label: Path(file) for label, file in networks.items()}, args.jpeg)
     with Together() as files:
         side_by_side(pictures, args.details, zoom=3).save(files.part(args.output), "JPEG", quality=92)

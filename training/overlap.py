@@ -26,7 +26,7 @@ from aethersr.commands.evaluate import pictures  # noqa: E402
 from aethersr.errors import UserError  # noqa: E402
 from aethersr.upscalers import read_rgb  # noqa: E402
 
-LEAST = 12  # chance gives two cuts of one texture six to eight
+LEAST = 12  # of 3855 cuts and 95 test pictures, chance gave none more than 4
 DISTINCT = 0.8  # Lowe's ratio: the nearest keypoint must be so much nearer than the second
 KEYPOINTS = 2000  # of a picture at most
 

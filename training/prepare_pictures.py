@@ -90,7 +90,8 @@ def unpack(names: Sequence[str], packages: Path, folder: Path) -> None:
             raise UserError(f"apt-get could not download all of {', '.join(missing)} (--packages).")
     for name in names:
         package = str(next(packages.glob(f"{name}_*.deb")))
-        subprocess.run(["dpkg-deb", "-x", package, str(folder / name)], check=True)
+        if subprocess.run(["dpkg-deb", "-x", package, str(folder / name)], check=False).returncode:
+            raise UserError(f"{package} is damaged; remove it, or pass another folder (--packages).")
         for archive in (folder / name).rglob("*.pk3"):  # a game's files
             shutil.unpack_archive(archive, archive.with_suffix(""), "zip")
 
@@ -163,6 +164,8 @@ def main(argv: Optional[List[str]] = None) -> int:
 def prepare(args: argparse.Namespace) -> None:
     if (args.folder / "gt").exists():
         raise UserError(f"{args.folder / 'gt'} exists; remove it or name another folder (FOLDER).")
+    if min(args.reductions or REDUCTIONS) < 1:
+        raise UserError(f"there is no reduction to 1/{min(args.reductions)}; pass 1 or more (--reductions).")
     if args.pictures and not args.pictures.is_dir():
         raise UserError(f"there is no folder {args.pictures}; pass one with pictures (--pictures).")
     unpacked = args.folder / "unpacked"

@@ -16,15 +16,14 @@ from typing import List, Optional
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "archs")]
 
-import torch  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
+from safetensors.torch import save  # noqa: E402
 
 from aethersr.checkpoint import read_checkpoint  # noqa: E402
 from aethersr.commands import exit_code  # noqa: E402
 from aethersr.errors import UserError  # noqa: E402
 from aethersr.files import Together  # noqa: E402
 from aethersr.half_precision import fit_half_precision_  # noqa: E402
-from aethersr.identify import aether_from_state_dict, variant_name  # noqa: E402
+from aethersr.identify import aether_from_state_dict, bounded, variant_name  # noqa: E402
 
 
 def release(checkpoint: Path, target: Path, bound: Optional[float]) -> None:
@@ -33,9 +32,9 @@ def release(checkpoint: Path, target: Path, bound: Optional[float]) -> None:
     if not target.parent.is_dir():
         raise UserError(f"the folder {target.parent} does not exist; make it or pass another TARGET.")
     state = dict(read_checkpoint(checkpoint, "CHECKPOINT").state)
-    if bound is not None:
-        state["bound"] = torch.tensor([bound])
     try:
+        if bound is not None:
+            state = bounded(state, bound)
         fused = aether_from_state_dict(state).fused()
     except ValueError as error:
         raise UserError(f"{checkpoint}: {error} Pass the weights of an AetherNet (CHECKPOINT).") from None
@@ -45,10 +44,16 @@ def release(checkpoint: Path, target: Path, bound: Optional[float]) -> None:
     for note in fit.notes():
         print(note)
     metadata = {"architecture": variant_name(fused.options), "scale": str(fused.scale), "form": "fused"}
-    with Together() as files:
-        halves = {name: value.half().contiguous() for name, value in fused.state_dict().items()}
-        save_file(halves, files.part(target), {"format": "pt", **metadata})
-        files.commit()
+    halves = {name: value.half().contiguous() for name, value in fused.state_dict().items()}
+    beyond = [name for name, value in halves.items() if not value.isfinite().all()]
+    if beyond:
+        raise UserError(f"{checkpoint}: {beyond[0]} is beyond half precision; pass others (CHECKPOINT).")
+    try:
+        with Together() as files:
+            files.part(target).write_bytes(save(halves, {"format": "pt", **metadata}))
+            files.commit()
+    except OSError as error:
+        raise UserError(f"{target} can't be written: {error.strerror} (TARGET).") from None
     print(f"Wrote {target}, {target.stat().st_size / 1e6:.2f} MB")
 
 

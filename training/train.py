@@ -152,10 +152,18 @@ def go_on_from(weights: Path, done: int, settings: Dict[str, Any]) -> None:
     settings["path"]["pretrain_network_g"] = str(weights)
 
 
-def done_before(weights: Path) -> int:
-    """The number of iterations behind kept weights."""
+def stage_of(settings: Dict[str, Any]) -> str:
+    """The stage that options are of, see STAGES."""
+    qat = settings["network_g"].get("qat")
+    degraded = "otf" if DEGRADATIONS.items() <= settings.items() else "float"
+    return {True: "qat", "full": "qat_full"}.get(qat, degraded)
+
+
+def done_before(weights: Path, stage: str) -> int:
+    """The number of iterations of a stage behind kept weights; those of an earlier stage don't count."""
     with safe_open(str(weights), "pt") as file:
-        return int((file.metadata() or {}).get("iterations", 0))
+        metadata = file.metadata() or {}
+    return int(metadata.get("iterations", 0)) if metadata.get("stage", "float") == stage else 0
 
 
 def keep(training: Training, target: Path) -> None:
@@ -165,16 +173,18 @@ def keep(training: Training, target: Path) -> None:
         raise UserError(f"{training.folder / 'models'} holds no net_g_ema_*.safetensors; train first.")
     iteration, path = newest
     began: Dict[str, Any] = {}
+    stage = "float"
     if training.options.is_file():
-        began = yaml.safe_load(training.options.read_text(encoding="utf-8"))["path"]
+        settings = yaml.safe_load(training.options.read_text(encoding="utf-8"))
+        began, stage = settings["path"], stage_of(settings)
     source = Path(began.get("pretrain_network_g") or "")
     counts = source.suffix == ".safetensors" and source.is_file() and began.get("strict_load_g")
-    before = done_before(source) if counts else 0  # another scale's iterations are not this network's
+    before = done_before(source, stage) if counts else 0  # another scale's iterations are not this network's
     state = {name: value.half().contiguous() for name, value in read_checkpoint(path).state.items()}
     broken = [name for name, value in state.items() if not torch.isfinite(value).all()]
     if broken:
         raise UserError(f"{path}: {broken[0]} is not finite in half precision; nothing was written.")
-    notes = {"format": "pt", "form": "training", "iterations": str(before + iteration)}
+    notes = {"format": "pt", "form": "training", "stage": stage, "iterations": str(before + iteration)}
     with Together() as files:
         save_file(state, str(files.part(target)), notes)
         files.commit()
@@ -203,7 +213,7 @@ def start(training: Training, args: argparse.Namespace) -> None:
         other = scale_of(read_checkpoint(args.pretrained).state) != args.scale  # a new tail on the body
         settings["path"].update(pretrain_network_g=str(args.pretrained.resolve()), strict_load_g=not other)
     elif kept and kept.is_file():
-        done = done_before(kept)
+        done = done_before(kept, args.stage)
         begins = f"continues from {kept} ({done} iterations), with a warm-up"
         go_on_from(kept.resolve(), done, settings)
     else:

@@ -25,7 +25,6 @@ import copy
 from pathlib import Path
 from typing import Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
-import torch
 from aether_arch import AetherBase, FusedAetherNet
 from aether_quant import PLACEMENTS, QuantAetherNet
 from torch import Tensor
@@ -48,7 +47,7 @@ from aethersr.commands.fuse_options import (
 from aethersr.errors import UserError, first_line, is_out_of_memory
 from aethersr.files import Together, check_output
 from aethersr.half_precision import changed_by_bound, fit_half_precision_, with_ranges_of
-from aethersr.identify import aether_from_state_dict, form_name, variant_name
+from aethersr.identify import aether_from_state_dict, bounded, form_name, variant_name
 from aethersr.onnx import export_onnx
 
 OTHER_CHECKPOINT = "pass another checkpoint (--model_path)"
@@ -72,12 +71,12 @@ def build(path: Path, state: Mapping[str, Tensor], args: argparse.Namespace) -> 
             remedy = "pass --accept_older_fused to fuse the rest of it"
         found = f"{path} is fused already ({form} form), expected a training checkpoint"
         raise UserError(f"{found}; {remedy}, or pass another (--model_path).")
-    if args.bound is not None:
-        if form == "quantised":
-            found = f"{path} was trained with 8-bit ranges, which are bounds already"
-            raise UserError(f"{found}; leave --bound out.")
-        state = {**state, "bound": torch.tensor([args.bound])}
+    if args.bound is not None and form == "quantised":
+        found = f"{path} was trained with 8-bit ranges, which are bounds already"
+        raise UserError(f"{found}; leave --bound out.")
     try:
+        if args.bound is not None:
+            state = bounded(state, args.bound)
         net = aether_from_state_dict(state, img_range=args.img_range)
     except ValueError as error:
         raise UserError(f"{path}: {error} Pass a training checkpoint of AetherNet (--model_path).") from None
