@@ -169,7 +169,7 @@ def test_one_alpha_everywhere_stays_and_changes_no_colour(new: TorchNetwork) -> 
 
 def test_16_bits_on_an_older_pytorch_are_one_line(new: TorchNetwork, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch, "uint16")
-    with pytest.raises(UserError, match="need PyTorch 2.3 or newer"):
+    with pytest.raises(UserError, match=r"need PyTorch 2\.3 or newer"):
         upscaled(np.zeros((8, 8, 3), np.uint16), new)
 
 
