@@ -279,7 +279,10 @@ class AetherBase(nn.Module):
         raise ValueError("convert_to_quantized: call prepare_qat() first, and fine-tune.")
 
     def set_bound(self, bound: Optional[float]) -> None:
-        """Clamp every block's norm to [-bound, bound], 1e-3 to 1e6 (else ValueError); None: no limit."""
+        """Clamp every block's norm to [-bound, bound], 1e-3 to 1e6 (else ValueError); None: no limit.
+
+        Do it before fusing: a fused file's values may be rescaled for half precision, unknown to the bound.
+        """
         _check_options({**self.options, "bound": bound})
         self.options = {**self.options, "bound": bound}
         self._buffers.pop("bound", None)
