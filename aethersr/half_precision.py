@@ -48,7 +48,8 @@ class Fit(NamedTuple):
         lines = []
         if self.lost:
             first = ", ".join(self.lost[:3]) + (", ..." if len(self.lost) > 3 else "")
-            remedy = "; --bound 1 prevents it" if self.plain.options.get("bound") is None else ""
+            bounded = self.plain.options.get("bound") is not None
+            remedy = "" if bounded else "; --bound 1, with the training checkpoint, prevents it"
             count = f"{len(self.lost)} of {len(self.lost) + len(self.pictures)}"
             found = "hard pictures the network runs away, in float32 too"
             lines.append(f"Note: on {count} {found}: {first}{remedy}")

@@ -76,11 +76,13 @@ def aether_from_state_dict(state_dict: Mapping[str, Any], img_range: float = 1.0
 
 
 def bounded(state: Mapping[str, Tensor], bound: float) -> Dict[str, Tensor]:
-    """The state dict with another bound. ValueError for fused weights that had none.
+    """The state dict with another bound. ValueError for quantised weights, and for fused ones that had none.
 
-    Their blocks' values may be rescaled for half precision, by powers that the file doesn't hold, and a bound
+    Fused blocks' values may be rescaled for half precision, by powers that the file doesn't hold, and a bound
     would have to be rescaled with them.
     """
+    if form_name(state) == "quantised":
+        raise ValueError("it was trained with 8-bit ranges, which are bounds already; leave --bound out.")
     if form_name(state) == "fused" and "bound" not in state:
         raise ValueError("fused weights can't get a bound, a training checkpoint can.")
     return {**state, "bound": torch.tensor([bound])}

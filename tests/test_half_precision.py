@@ -320,7 +320,7 @@ def test_a_picture_on_which_the_network_itself_runs_away_is_named_and_does_not_c
     report = capsys.readouterr().out
     assert (
         f"Note: on 1 of {len(pictures) + 1} hard pictures the network runs away, in float32 too: glare; "
-        "--bound 1 prevents it\n" in report
+        "--bound 1, with the training checkpoint, prevents it\n" in report
     )
     assert "Rescaled" not in report
     assert f" dB over {len(pictures)} hard pictures" in report

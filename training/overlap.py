@@ -5,6 +5,9 @@
 Finds SIFT keypoints (Lowe, "Distinctive Image Features from Scale-Invariant Keypoints", IJCV 2004) of every
 cut in every test picture, and counts those that one shift, turn and enlargement explain. Prints the most
 similar pair of each test folder. Exit code 1 if a cut and a picture share ``--least`` keypoints or more.
+
+Not found: mirrored pictures, cuts with fewer keypoints than that, and pictures that a test folder holds
+twice, since a keypoint must be unlike all others of the folder.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ AETHER_TRAINING_DATA and AETHER_TRAINING_PYTHON replace ``--traiNNer-redux``, ``
 The options are those of the template in options/ with CHANGES. A training continues from its newest state,
 with the options it began with. If there is none, it starts from ``--pretrained``; or, without ``--name``,
 continues from the weights in weights/ that ``--keep`` wrote, with a short warm-up and the learning rate of
-that iteration; or from scratch. It runs in one thread at the lowest priority and writes NAME.yml, NAME.log,
-NAME.pid and experiments/NAME in CHECKOUT. Without CUDA it starts traiNNer-redux through
+that iteration; or from scratch. It runs in one thread at the lowest priority and writes NAME.yml, NAME.json,
+NAME.log, NAME.pid and experiments/NAME in CHECKOUT. Without CUDA it starts traiNNer-redux through
 tests/launchers/trainner_redux_cpu.py. Linux and macOS only.
 """
 
@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import math
 import os
 import re
@@ -68,6 +69,7 @@ class Training:
     def __init__(self, checkout: Path, name: str) -> None:
         self.checkout, self.name = checkout, name
         self.options, self.log, self.pid_file = (checkout / f"{name}.{end}" for end in ("yml", "log", "pid"))
+        self.begun = checkout / f"{name}.json"  # its stage, and the iterations behind what it started from
         self.folder = checkout / "experiments" / name
 
     def pid(self) -> Optional[int]:
@@ -152,13 +154,6 @@ def go_on_from(weights: Path, done: int, settings: Dict[str, Any]) -> None:
     settings["path"]["pretrain_network_g"] = str(weights)
 
 
-def stage_of(settings: Dict[str, Any]) -> str:
-    """The stage that options are of, see STAGES."""
-    qat = settings["network_g"].get("qat")
-    degraded = "otf" if DEGRADATIONS.items() <= settings.items() else "float"
-    return {True: "qat", "full": "qat_full"}.get(qat, degraded)
-
-
 def done_before(weights: Path, stage: str) -> int:
     """The number of iterations of a stage behind kept weights; those of an earlier stage don't count."""
     with safe_open(str(weights), "pt") as file:
@@ -172,14 +167,10 @@ def keep(training: Training, target: Path) -> None:
     if newest is None:
         raise UserError(f"{training.folder / 'models'} holds no net_g_ema_*.safetensors; train first.")
     iteration, path = newest
-    began: Dict[str, Any] = {}
-    stage = "float"
-    if training.options.is_file():
-        settings = yaml.safe_load(training.options.read_text(encoding="utf-8"))
-        began, stage = settings["path"], stage_of(settings)
-    source = Path(began.get("pretrain_network_g") or "")
-    counts = source.suffix == ".safetensors" and source.is_file() and began.get("strict_load_g")
-    before = done_before(source, stage) if counts else 0  # another scale's iterations are not this network's
+    begun = {"stage": "float", "before": 0}
+    if training.begun.is_file():
+        begun = json.loads(training.begun.read_text(encoding="utf-8"))
+    stage, before = begun["stage"], begun["before"]
     state = {name: value.half().contiguous() for name, value in read_checkpoint(path).state.items()}
     broken = [name for name, value in state.items() if not torch.isfinite(value).all()]
     if broken:
@@ -204,7 +195,9 @@ def start(training: Training, args: argparse.Namespace) -> None:
     if args.rate:
         settings["train"]["optim_g"]["lr"] = args.rate
     kept = None if args.pretrained else args.kept
-    if training.newest("training_states/*.state"):
+    before = 0
+    going_on = training.newest("training_states/*.state") is not None
+    if going_on:
         begins = "continues from its newest state, with the options it began with"
         if training.options.is_file():  # as it began
             settings = yaml.safe_load(training.options.read_text(encoding="utf-8"))
@@ -212,10 +205,12 @@ def start(training: Training, args: argparse.Namespace) -> None:
         begins = f"starts from {args.pretrained}"
         other = scale_of(read_checkpoint(args.pretrained).state) != args.scale  # a new tail on the body
         settings["path"].update(pretrain_network_g=str(args.pretrained.resolve()), strict_load_g=not other)
+        if not other and args.pretrained.suffix == ".safetensors":  # another scale's iterations don't count
+            before = done_before(args.pretrained, args.stage)
     elif kept and kept.is_file():
-        done = done_before(kept, args.stage)
-        begins = f"continues from {kept} ({done} iterations), with a warm-up"
-        go_on_from(kept.resolve(), done, settings)
+        before = done_before(kept, args.stage)
+        begins = f"continues from {kept} ({before} iterations), with a warm-up"
+        go_on_from(kept.resolve(), before, settings)
     else:
         begins = "starts from scratch"
     cuda = subprocess.run(
@@ -228,6 +223,8 @@ def start(training: Training, args: argparse.Namespace) -> None:
     for name in ("aether_arch.py", "aether_quant.py")[: 1 + args.stage.startswith("qat")]:
         shutil.copy(ROOT / "archs" / name, training.checkout / "traiNNer" / "archs")
     training.options.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+    if not going_on:
+        training.begun.write_text(json.dumps({"stage": args.stage, "before": before}), encoding="utf-8")
     command = [args.python, *launcher, "--auto_resume", "-opt", training.options.name]
     threads = {name: str(args.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     with open(training.log, "ab") as log:

@@ -132,8 +132,9 @@ def evaluate(args: argparse.Namespace) -> None:
         each = ", ".join(f"{name} x{scale}" for name, scale in scales.items())
         raise UserError(f"the scales differ ({each}); pass networks of one scale (FILE).")
     scale = next(iter(scales.values()))
-    if len(set(args.hr)) < len(args.hr):
-        raise UserError(f"{max(args.hr, key=args.hr.count)} was given twice; pass each folder once (--hr).")
+    for path in args.hr:
+        if [each.resolve() for each in args.hr].count(path.resolve()) > 1:
+            raise UserError(f"{path} was given twice; pass each folder once (--hr).")
     if args.lr and len(args.lr) != len(args.hr):
         raise UserError(f"--lr has {len(args.lr)} folders and --hr {len(args.hr)}; pass one for each (--lr).")
     lows = args.lr or [None] * len(args.hr)

@@ -71,9 +71,6 @@ def build(path: Path, state: Mapping[str, Tensor], args: argparse.Namespace) -> 
             remedy = "pass --accept_older_fused to fuse the rest of it"
         found = f"{path} is fused already ({form} form), expected a training checkpoint"
         raise UserError(f"{found}; {remedy}, or pass another (--model_path).")
-    if args.bound is not None and form == "quantised":
-        found = f"{path} was trained with 8-bit ranges, which are bounds already"
-        raise UserError(f"{found}; leave --bound out.")
     try:
         if args.bound is not None:
             state = bounded(state, args.bound)

@@ -42,7 +42,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     text = "the training option of this name, which checkpoints don't record (default: 1.0)"
     add("--img_range", type=float, default=1.0, help=text)
     text = "limit each block's norm to -B..B, for instance 1, if the weights run away on some pictures; "
-    add("--bound", type=float, metavar="B", help=text + "takes fused weights too")
+    add("--bound", type=float, metavar="B", help=text + "takes a training checkpoint")
     text = "ONNX files to write beside --output_path: fp32, fp16, int8, separated by commas"
     add("--onnx", metavar="LIST", help=text)
     add("--int8", action="store_true", help="the same as int8 in --onnx")
