@@ -177,14 +177,16 @@ def channels_of(param: Path) -> int:
 
 
 def run(net: Any, image: Tensor) -> Tensor:
-    """An ncnn.Net's output for one picture (1, in_chans, H, W). ValueError: its blobs have other names."""
+    """An ncnn.Net's output for one picture (1, in_chans, H, W). ValueError: there is none."""
     import ncnn
     import numpy as np
 
+    if "data" not in net.input_names() or "output" not in net.output_names():
+        raise ValueError("ncnn finds no blobs named data and output")
     extractor = net.create_extractor()
     pixels = np.ascontiguousarray(image[0].numpy())  # a Mat doesn't keep what it reads alive
     failed = extractor.input("data", ncnn.Mat(pixels).clone())
     failed, output = (failed, None) if failed else extractor.extract("output")
     if failed:
-        raise ValueError("ncnn finds no blobs named data and output")
+        raise ValueError(f"ncnn stopped with code {failed} on a picture of {image.shape[3]}x{image.shape[2]}")
     return torch.from_numpy(np.array(output))[None]

@@ -1,16 +1,29 @@
-"""Networks in files of every kind, as functions from pictures to pictures."""
+"""What is compared: pictures, and networks in files of every kind as functions from pictures to pictures."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Callable, Tuple
+from typing import Any, Callable, List, Tuple
 
 import torch
 
 from aethersr.errors import UserError
 
+KINDS = (".png", ".bmp", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
 TILE = 1024  # larger low-resolution pictures are cut into tiles; the result is the same without attention
 Upscaler = Callable[[Any], Any]  # (H, W, 3) uint8 -> (scale * H, scale * W, 3) uint8
+
+
+def find_pictures(path: Path, flag: str) -> List[Path]:
+    """The pictures in a folder, by name; a picture's own path is one. Errors name ``flag``."""
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise UserError(f"{path} does not exist; pass a folder of pictures, or a picture ({flag}).")
+    found = sorted(entry for entry in path.iterdir() if entry.suffix.lower() in KINDS)
+    if not found:
+        raise UserError(f"{path} holds no picture ({', '.join(KINDS)}); pass another folder ({flag}).")
+    return found
 
 
 def read_rgb(path: Path, flag: str) -> Any:

@@ -25,9 +25,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "archs")]
 
 from aethersr.commands import exit_code  # noqa: E402
-from aethersr.commands.evaluate import pictures  # noqa: E402
 from aethersr.errors import UserError  # noqa: E402
-from aethersr.upscalers import read_rgb  # noqa: E402
+from aethersr.upscalers import find_pictures, read_rgb  # noqa: E402
 
 LEAST = 12  # of 3855 cuts and 95 test pictures, chance gave none more than 4
 DISTINCT = 0.8  # Lowe's ratio: the nearest keypoint must be so much nearer than the second
@@ -56,7 +55,7 @@ class Folder:
     """The pictures of a test set, as one index of keypoints."""
 
     def __init__(self, folder: Path) -> None:
-        self.files = pictures(folder, "TEST")
+        self.files = find_pictures(folder, "TEST")
         found = [keypoints(path, "TEST") for path in self.files]
         self.owner = np.repeat(np.arange(len(found)), [len(each.places) for each in found])
         self.places = np.concatenate([each.places for each in found])
@@ -88,7 +87,7 @@ class Folder:
 def overlap(args: argparse.Namespace) -> int:
     folders = {folder: Folder(folder) for folder in args.tests}
     best = {folder: Pair(0, Path(), Path()) for folder in folders}
-    cuts = pictures(args.cuts, "CUTS")
+    cuts = find_pictures(args.cuts, "CUTS")
     for path in tqdm(cuts, unit="cut", disable=None):
         of = keypoints(path, "CUTS")
         for folder, test in folders.items():

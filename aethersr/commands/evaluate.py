@@ -20,9 +20,8 @@ from typing import Dict, List, NamedTuple, Optional, Tuple
 
 from aethersr.commands import check_device, exit_code
 from aethersr.errors import UserError, missing_package
-from aethersr.upscalers import Upscaler, open_upscaler, read_rgb
+from aethersr.upscalers import Upscaler, find_pictures, open_upscaler, read_rgb
 
-KINDS = (".png", ".bmp", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
 Table = Dict[str, Dict[str, List[Tuple[float, float]]]]  # [row][folder] -> (PSNR, SSIM) of each picture
 
 
@@ -34,27 +33,16 @@ class Pair(NamedTuple):
 
 def find_pairs(folder: Path, low: Optional[Path], scale: int) -> List[Pair]:
     """A folder's pictures, each with its low-resolution version: the same name or, as in DIV2K, NAMEx2."""
-    found = pictures(folder, "--hr")
+    found = find_pictures(folder, "--hr")
     if low is None:
         return [Pair(path.name, path, None) for path in found]
-    lows = {path.stem: path for path in pictures(low, "--lr")}
+    lows = {path.stem: path for path in find_pictures(low, "--lr")}
     pairs = [Pair(p.name, p, lows.get(p.stem, lows.get(f"{p.stem}x{scale}"))) for p in found]
     lonely = [pair.name for pair in pairs if pair.lr is None]
     if lonely:
         count = f"{len(lonely)} of {len(pairs)} pictures of {folder} have no pair there"
         raise UserError(f"{low} lacks {lonely[0]} ({count}); give both the same names (--lr).")
     return pairs
-
-
-def pictures(path: Path, flag: str) -> List[Path]:
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise UserError(f"{path} does not exist; pass a folder of pictures, or a picture ({flag}).")
-    found = sorted(entry for entry in path.iterdir() if entry.suffix.lower() in KINDS)
-    if not found:
-        raise UserError(f"{path} holds no picture ({', '.join(KINDS)}); pass another folder ({flag}).")
-    return found
 
 
 def measure(
