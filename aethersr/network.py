@@ -49,15 +49,18 @@ class TorchNetwork:
 class OnnxNetwork:
     """An exported AetherNet."""
 
-    def __init__(self, path: Path, device: str) -> None:
+    def __init__(self, path: Path, device: Optional[str]) -> None:
         try:
             import onnx
             import onnxruntime
         except ImportError as error:
             raise missing_package(error, str(path), "onnx") from None
         again = "export it again (--model)"
-        provider = "CUDAExecutionProvider" if device == "cuda" else "CPUExecutionProvider"
-        if provider not in onnxruntime.get_available_providers():
+        cuda, provider = "CUDAExecutionProvider", "CPUExecutionProvider"
+        has_cuda = cuda in onnxruntime.get_available_providers()
+        if device == "cuda" or (device is None and has_cuda and torch.cuda.is_available()):
+            provider = cuda
+        if provider == cuda and not has_cuda:
             raise UserError(
                 f"--device cuda was given, but this ONNX Runtime has no {provider}: "
                 "pip install onnxruntime-gpu, or pass --device cpu."
@@ -119,8 +122,10 @@ def _receptive_field(graph: Any) -> int:
     return max(reach.values())
 
 
-def load_network(path: Path, device: str, fp16: bool) -> Network:
+def load_network(path: Path, device: Optional[str], fp16: bool) -> Network:
     """The network in a file: weights of any form, which are fused, or an exported ONNX file.
+
+    Without ``device`` it runs on the GPU, if there is one and what runs the file can use it.
 
     Raises:
         UserError: the file holds no network, or device or precision don't fit it.
@@ -144,5 +149,6 @@ def load_network(path: Path, device: str, fp16: bool) -> Network:
         raise UserError(
             f"--fp16 can't change {path}, whose int8 weights are rounded in float32; leave --fp16 out."
         )
-    net = net.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # the faster layout
+    net = net.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # the faster layout
     return TorchNetwork(net.half() if fp16 else net)

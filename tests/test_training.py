@@ -28,12 +28,13 @@ sys.path.insert(0, str(ROOT / "training"))
 import prepare_pictures
 import train
 
-pytestmark = pytest.mark.skipif(os.name == "nt", reason="pausing is done with signals")
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="the program that waits is a script")
 NAME = "2x_AetherNet_small_float"
 FAKE = """#!{python}
 import os, sys, time
 if "-c" in sys.argv:
-    sys.exit(1)  # no CUDA
+    sys.exit(print({cuda}))
+time.sleep(min(0.3, {seconds}))
 print("threads", os.environ["OMP_NUM_THREADS"], "nice", os.nice(0), sys.argv[1:], flush=True)
 time.sleep({seconds})
 sys.exit({code})
@@ -48,9 +49,9 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path / "checkout"
 
 
-def python(checkout: Path, seconds: float = 60, code: int = 0) -> Path:
+def python(checkout: Path, seconds: float = 60, code: int = 0, cuda: bool = False) -> Path:
     path = checkout / "python"
-    path.write_text(FAKE.format(python=sys.executable, seconds=seconds, code=code))
+    path.write_text(FAKE.format(python=sys.executable, seconds=seconds, code=code, cuda=cuda))
     path.chmod(0o755)
     return path
 
@@ -65,7 +66,7 @@ def command(checkout: Path, *arguments: object) -> int:
         "--python",
         fake,
         "--kept",
-        checkout / "kept",
+        checkout / "kept.safetensors",
     ]
     return train.main([str(word) for word in (*base, *arguments)])
 
@@ -89,21 +90,22 @@ def state_of(pid: int) -> str:
 def test_it_starts_once_in_the_background_is_paused_goes_on_and_stops(checkout: Path, capsys: Any) -> None:
     python(checkout)
     assert command(checkout) == 0
-    assert "starts from scratch" in capsys.readouterr().out
-    pid = train.Training(checkout, NAME).pid()
-    assert pid is not None
+    assert "starts from scratch, on the CPU, since PyTorch finds no CUDA; pid" in capsys.readouterr().out
+    process = train.Training(checkout, NAME).process()
+    assert process is not None
+    pid = process.pid
     try:
         eventually(lambda: (checkout / f"{NAME}.log").read_text().startswith("threads 1 nice 19"))
         assert command(checkout) == 0  # it runs already: says so, starts nothing
         assert f"runs, pid {pid}" in capsys.readouterr().out
-        assert train.Training(checkout, NAME).pid() == pid
+        assert train.Training(checkout, NAME).process() == process
         assert command(checkout, "--pause") == 0
         eventually(lambda: state_of(pid) == "T")
         assert command(checkout, "--resume") == 0
         eventually(lambda: state_of(pid) == "S")
     finally:
         assert command(checkout, "--stop") == 0
-    eventually(lambda: train.Training(checkout, NAME).pid() is None)  # it is a zombie of this process
+    eventually(lambda: train.Training(checkout, NAME).process() is None)  # it is a zombie of this process
     os.waitpid(pid, 0)
     capsys.readouterr()
     assert command(checkout, "--pause") == 2
@@ -178,7 +180,7 @@ def test_a_training_with_a_state_goes_on_as_it_began(checkout: Path, capsys: Any
     states = checkout / "experiments" / NAME / "training_states"
     states.mkdir(parents=True)
     (states / "500.state").write_bytes(b"")
-    (checkout / "kept").write_bytes(b"not looked at")
+    (checkout / "kept.safetensors").write_bytes(b"not looked at")
     capsys.readouterr()
     before = settings(checkout)
     assert command(checkout, "--wait", "--iterations", 7) == 0
@@ -191,7 +193,7 @@ def test_without_a_state_it_goes_on_from_kept_weights_at_the_rate_where_it_was(
     checkout: Path, capsys: Any
 ) -> None:
     python(checkout, seconds=0)
-    save_file({"x": torch.zeros(1)}, checkout / "kept", {"iterations": "2000"})
+    save_file({"x": torch.zeros(1)}, checkout / "kept.safetensors", {"iterations": "2000"})
     assert command(checkout, "--wait", "--iterations", 3000) == 0
     assert "(2000 iterations)" in capsys.readouterr().out
     written = settings(checkout)
@@ -200,7 +202,7 @@ def test_without_a_state_it_goes_on_from_kept_weights_at_the_rate_where_it_was(
     )
     rate, lowest = template["train"]["optim_g"]["lr"], template["train"]["scheduler"]["eta_min_ratio"]
     now = rate * (lowest + (1 - lowest) * (1 + math.cos(math.pi * 2 / 3)) / 2)
-    assert written["path"]["pretrain_network_g"] == str(checkout / "kept")
+    assert written["path"]["pretrain_network_g"] == str(checkout / "kept.safetensors")
     assert written["train"]["optim_g"]["lr"] == pytest.approx(now)
     assert written["train"]["total_iter"] == written["train"]["scheduler"]["total_iters"] == 1000
     assert written["train"]["scheduler"]["eta_min_ratio"] * now == pytest.approx(lowest * rate)
@@ -222,9 +224,9 @@ def test_kept_weights_are_the_newest_average_and_count_what_came_before(checkout
         save_file(state, models / f"net_g_ema_{number}.safetensors")
     (models / "net_g_ema_latest.safetensors").write_bytes(b"written at the end of a training")
     assert command(checkout, "--keep") == 0
-    with safe_open(str(checkout / "kept"), "pt") as file:
+    with safe_open(str(checkout / "kept.safetensors"), "pt") as file:
         assert file.metadata() == {"format": "pt", "form": "training", "stage": "float", "iterations": "3500"}
-    kept = load_file(checkout / "kept")
+    kept = load_file(checkout / "kept.safetensors")
     assert set(kept) == set(states[1500])
     assert all(torch.equal(value, states[1500][name].half()) for name, value in kept.items())
     for _ in range(2):  # to the file that it began from
@@ -233,10 +235,10 @@ def test_kept_weights_are_the_newest_average_and_count_what_came_before(checkout
             assert file.metadata()["iterations"] == "3500"
     states[1500]["conv_last.bias"] += 1e6
     save_file(states[1500], models / "net_g_ema_2000.safetensors")
-    before = (checkout / "kept").read_bytes()
+    before = (checkout / "kept.safetensors").read_bytes()
     assert command(checkout, "--keep") == 2
     assert "not finite" in capsys.readouterr().err
-    assert (checkout / "kept").read_bytes() == before
+    assert (checkout / "kept.safetensors").read_bytes() == before
 
 
 def test_a_named_training_does_not_replace_the_released_weights(checkout: Path, capsys: Any) -> None:
@@ -258,7 +260,7 @@ def test_the_iterations_of_another_scale_are_not_counted(checkout: Path) -> None
     models.mkdir(parents=True)
     save_file(small_net(4).float().state_dict(), models / "net_g_ema_10.safetensors")
     assert command(checkout, "--scale", 4, "--keep") == 0
-    with safe_open(str(checkout / "kept"), "pt") as file:
+    with safe_open(str(checkout / "kept.safetensors"), "pt") as file:
         assert file.metadata()["iterations"] == "10"
 
 
@@ -276,7 +278,7 @@ def test_the_iterations_of_another_stage_are_not_counted(checkout: Path) -> None
         save_file(small_net(2).state_dict(), begun, notes)
         assert command(checkout, "--stage", "otf", "--pretrained", begun, "--wait") == 0
         assert command(checkout, "--stage", "otf", "--keep") == 0
-        with safe_open(str(checkout / "kept"), "pt") as file:
+        with safe_open(str(checkout / "kept.safetensors"), "pt") as file:
             assert file.metadata() == {
                 "format": "pt",
                 "form": "training",
@@ -302,12 +304,48 @@ def test_what_is_missing_is_said_in_one_line(checkout: Path, capsys: Any) -> Non
     for arguments, part in (
         (["--traiNNer-redux", checkout / "none"], "is no checkout of traiNNer-redux"),
         (["--data", checkout], "prepare_pictures.py"),
-        (["--wait"], f"ended with 3; the reason is in {checkout / NAME}.log"),
+        (["--wait"], "'NAME.yml']); the reason is in".replace("NAME", NAME)),
+        ([], f"{NAME} ended with 3 (threads 1"),  # at once: it doesn't run in the background
+        (["--python", checkout / "nothing"], "there is no program"),
+        (["--python", "false"], "has no PyTorch; pass the Python that runs traiNNer-redux (--python)"),
+        (["--keep", "--kept", checkout / "none" / "x.safetensors"], "none does not exist"),
+        (["--keep", "--kept", checkout / "x.pth"], "expected .safetensors (--kept)"),
     ):
         assert command(checkout, *arguments) == 2
         error = capsys.readouterr().err
         assert part in error
         assert error.count("\n") == 1
+
+
+def test_a_training_that_ended_says_why(checkout: Path, capsys: Any) -> None:
+    python(checkout, seconds=0, code=3)
+    assert command(checkout) == 2
+    capsys.readouterr()
+    assert command(checkout, "--status") == 0
+    status = capsys.readouterr().out.splitlines()
+    assert status[0].endswith("does not run")
+    assert status[1].startswith(f"last line of {NAME}.log: threads 1")
+
+
+def test_a_training_on_a_gpu_runs_the_frameworks_own_program(
+    checkout: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python(checkout, seconds=0, cuda=True)
+    monkeypatch.chdir(checkout.parent)
+    assert command(checkout, "--wait", "--python", "checkout/python") == 0  # it starts in the checkout
+    assert "starts from scratch, on the GPU; pid" in capsys.readouterr().out
+    assert "['train.py', '--auto_resume'" in (checkout / f"{NAME}.log").read_text()
+    assert settings(checkout)["num_gpu"] == "auto"
+    assert not settings(checkout).get("amp_bf16")
+
+
+def test_fused_weights_are_not_trained(checkout: Path, capsys: Any) -> None:
+    python(checkout, seconds=0)
+    save_file(small_net(2).fused().state_dict(), checkout / "fused.safetensors")
+    assert command(checkout, "--pretrained", checkout / "fused.safetensors") == 2
+    assert "holds no training form of an AetherNet" in capsys.readouterr().err
+    assert command(checkout, "--pretrained", checkout / "fused.safetensors", "--stage", "qat", "--wait") == 0
+    assert not (checkout / f"{NAME}.yml").exists()
 
 
 def test_pairs_of_own_pictures_are_sharp_cuts_and_their_reductions(tmp_path: Path, capsys: Any) -> None:

@@ -152,6 +152,24 @@ def test_an_onnx_file_gives_the_same_picture(model: Path, tmp_path: Path) -> Non
     assert load_network(path, "cpu", False).reach == load_network(model, "cpu", False).reach
 
 
+def test_an_onnx_file_runs_on_the_cpu_if_only_pytorch_has_cuda(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    """What `pip install onnxruntime` gives people with a GPU."""
+    runtime = pytest.importorskip("onnxruntime")
+    if "CUDAExecutionProvider" in runtime.get_available_providers():
+        pytest.skip("this ONNX Runtime has CUDA")
+    net = aether_from_state_dict(torch.load(model, weights_only=True))
+    path = export_onnx(net, 2, output_path=str(tmp_path / "net.onnx"))
+    source = noise(tmp_path / "in.png", 20, 30, 3)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    words = ["--model", path, "--input", str(source), "--output", str(tmp_path / "out.png")]
+    assert upscale.main(words) == 0
+    assert Image.open(tmp_path / "out.png").size == (60, 40)
+    assert upscale.main([*words, "--overwrite", "--device", "cuda"]) == 2
+    assert "pip install onnxruntime-gpu" in lines(capfd)[-1]
+
+
 def test_progress_shows_pictures_speed_and_time(model: Path, tmp_path: Path) -> None:
     import fcntl
     import pty

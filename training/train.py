@@ -14,7 +14,7 @@ with the options it began with. If there is none, it starts from ``--pretrained`
 continues from the weights in weights/ that ``--keep`` wrote, with a short warm-up and the learning rate of
 that iteration; or from scratch. It runs in one thread at the lowest priority and writes NAME.yml, NAME.json,
 NAME.log, NAME.pid and experiments/NAME in CHECKOUT. Without CUDA it starts traiNNer-redux through
-tests/launchers/trainner_redux_cpu.py. Linux and macOS only.
+tests/launchers/trainner_redux_cpu.py. Needs ``pip install ".[train]"``.
 """
 
 from __future__ import annotations
@@ -26,26 +26,25 @@ import math
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "archs")]
 
+import psutil  # noqa: E402
 import torch  # noqa: E402
 import yaml  # noqa: E402
-from aether_arch import scale_of  # noqa: E402
+from aether_arch import AetherNet, form_of, scale_of  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 from aethersr.checkpoint import read_checkpoint  # noqa: E402
 from aethersr.commands import exit_code  # noqa: E402
 from aethersr.errors import UserError  # noqa: E402
-from aethersr.files import Together  # noqa: E402
+from aethersr.files import Together, check_output  # noqa: E402
 
 TEMPLATES = ROOT / "options" / "traiNNer-redux" / "train" / "AetherNet"
 KEPT = "weights/{scale}x_AetherNet_small{stage}_training_fp16.safetensors"
@@ -61,6 +60,8 @@ DEGRADATIONS: Dict[str, Any] = {
 CPU: Dict[str, Any] = {"num_gpu": 0, "amp_bf16": True}  # fast with AVX512-BF16 or AMX, unlike fp16
 STAGES = {"float": "fidelity", "otf": "OTF_fidelity", "qat": "qat", "qat_full": "qat"}
 WARMUP = 200  # iterations
+WINDOWS_FLAGS = ("CREATE_NEW_PROCESS_GROUP", "CREATE_NO_WINDOW", "IDLE_PRIORITY_CLASS")
+AT_ONCE = 5.0  # seconds: a missing package shows by then
 
 
 class Training:
@@ -72,29 +73,23 @@ class Training:
         self.begun = checkout / f"{name}.json"  # its stage, and the iterations behind what it started from
         self.folder = checkout / "experiments" / name
 
-    def pid(self) -> Optional[int]:
-        """The running training's process id, or None."""
+    def process(self) -> Optional[psutil.Process]:
+        """The running training, or None. A process of another program may have its number by now."""
         try:
-            pid = int(self.pid_file.read_text(encoding="utf-8"))
-            os.kill(pid, 0)
-        except (OSError, ValueError):
+            process = psutil.Process(int(self.pid_file.read_text(encoding="utf-8")))
+            ended = process.status() == psutil.STATUS_ZOMBIE
+            return None if ended or self.options.name not in process.cmdline() else process
+        except (OSError, ValueError, psutil.Error):
             return None
-        command = Path(f"/proc/{pid}/cmdline")
-        if Path("/proc/self").exists():  # without /proc, trust the number
-            with contextlib.suppress(OSError):
-                for _ in range(20):  # it is empty while a program starts, and after it has ended
-                    if command.read_bytes():
-                        return pid if self.options.name.encode() in command.read_bytes() else None
-                    time.sleep(0.01)
-            return None
-        return pid
 
-    def signal(self, number: int) -> None:
-        """Send a signal to the training and its data workers."""
-        pid = self.pid()
-        if pid is None:
+    def act(self, action: str) -> None:
+        """Suspend, resume or terminate the training and its data workers."""
+        process = self.process()
+        if process is None:
             raise UserError(f"{self.name} does not run ({self.pid_file}); start it without this option.")
-        os.killpg(pid, number)
+        for each in (process, *process.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                getattr(each, action)()
 
     def newest(self, pattern: str) -> Optional[Tuple[int, Path]]:
         """Iteration and path of the newest of the numbered files that match."""
@@ -103,8 +98,8 @@ class Training:
 
     def status(self) -> str:
         """Whether it runs, and the last iteration, loss and PSNR in its log."""
-        pid = self.pid()
-        lines = [f"{self.name}: {'runs, pid ' + str(pid) if pid else 'does not run'}"]
+        process = self.process()
+        lines = [f"{self.name}: {f'runs, pid {process.pid}' if process else 'does not run'}"]
         text = "".join(path.read_text(encoding="utf-8") for path in sorted(self.folder.glob("train_*.log")))
         steps = re.findall(r"iter:\s*([\d,]+),.*?([\d.]+) it/s.*?l_g_total: (\S+)", text)
         if steps:
@@ -116,7 +111,13 @@ class Training:
         weights = self.newest("models/net_g_ema_*.safetensors")
         if weights:
             lines.append(f"newest averaged weights: {weights[1]}")
+        if not process and self.last_line():
+            lines.append(f"last line of {self.log.name}: {self.last_line()}")
         return "\n".join(lines)
+
+    def last_line(self) -> str:
+        text = self.log.read_text(encoding="utf-8", errors="replace") if self.log.is_file() else ""
+        return (text.strip().splitlines() or [""])[-1]
 
 
 def options(stage: str, scale: int, data: Path, iterations: int, crop: int, batch: int) -> Dict[str, Any]:
@@ -163,6 +164,9 @@ def done_before(weights: Path, stage: str) -> int:
 
 def keep(training: Training, target: Path) -> None:
     """Write the newest averaged weights in half precision, training form, with the number of iterations."""
+    if target.suffix != ".safetensors":
+        raise UserError(f"{target} ends in {target.suffix!r}; expected .safetensors (--kept).")
+    check_output(target, [], True, "--kept")
     newest = training.newest("models/net_g_ema_*.safetensors")
     if newest is None:
         raise UserError(f"{training.folder / 'models'} holds no net_g_ema_*.safetensors; train first.")
@@ -171,11 +175,13 @@ def keep(training: Training, target: Path) -> None:
     if training.begun.is_file():
         begun = json.loads(training.begun.read_text(encoding="utf-8"))
     stage, before = begun["stage"], begun["before"]
-    state = {name: value.half().contiguous() for name, value in read_checkpoint(path).state.items()}
+    weights = read_checkpoint(path).state
+    form = "training" if form_of(weights) is AetherNet else "qat"
+    state = {name: value.half().contiguous() for name, value in weights.items()}
     broken = [name for name, value in state.items() if not torch.isfinite(value).all()]
     if broken:
         raise UserError(f"{path}: {broken[0]} is not finite in half precision; nothing was written.")
-    notes = {"format": "pt", "form": "training", "stage": stage, "iterations": str(before + iteration)}
+    notes = {"format": "pt", "form": form, "stage": stage, "iterations": str(before + iteration)}
     with Together() as files:
         save_file(state, str(files.part(target)), notes)
         files.commit()
@@ -203,7 +209,13 @@ def start(training: Training, args: argparse.Namespace) -> None:
             settings = yaml.safe_load(training.options.read_text(encoding="utf-8"))
     elif args.pretrained:
         begins = f"starts from {args.pretrained}"
-        other = scale_of(read_checkpoint(args.pretrained).state) != args.scale  # a new tail on the body
+        state = read_checkpoint(args.pretrained, "--pretrained").state
+        if form_of(state) is not AetherNet and not args.stage.startswith("qat"):
+            raise UserError(
+                f"{args.pretrained} holds no training form of an AetherNet; "
+                "pass a training checkpoint, not the fused weights (--pretrained)."
+            )
+        other = scale_of(state) != args.scale  # a new tail on the body
         settings["path"].update(pretrain_network_g=str(args.pretrained.resolve()), strict_load_g=not other)
         if not other and args.pretrained.suffix == ".safetensors":  # another scale's iterations don't count
             before = done_before(args.pretrained, args.stage)
@@ -213,19 +225,25 @@ def start(training: Training, args: argparse.Namespace) -> None:
         go_on_from(kept.resolve(), before, settings)
     else:
         begins = "starts from scratch"
-    cuda = subprocess.run(
-        [args.python, "-c", "import torch; raise SystemExit(not torch.cuda.is_available())"], check=False
-    )
-    launcher = ["train.py"]
-    if cuda.returncode:
+    python = shutil.which(args.python)
+    if python is None:
+        raise UserError(f"there is no program {args.python}; pass traiNNer-redux's Python (--python).")
+    python = os.path.abspath(python)  # it starts in another folder
+    probe = "import torch; print(torch.cuda.is_available())"
+    found = subprocess.run([python, "-c", probe], capture_output=True, text=True, check=False)
+    if found.returncode:
+        raise UserError(f"{python} has no PyTorch; pass the Python that runs traiNNer-redux (--python).")
+    device, launcher = "on the GPU", ["train.py"]
+    if found.stdout.strip() != "True":
         settings.update(CPU)
+        device = "on the CPU, since PyTorch finds no CUDA"
         launcher = [str(ROOT / "tests" / "launchers" / "trainner_redux_cpu.py"), "train"]
     for name in ("aether_arch.py", "aether_quant.py")[: 1 + args.stage.startswith("qat")]:
         shutil.copy(ROOT / "archs" / name, training.checkout / "traiNNer" / "archs")
     training.options.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
     if not going_on:
         training.begun.write_text(json.dumps({"stage": args.stage, "before": before}), encoding="utf-8")
-    command = [args.python, *launcher, "--auto_resume", "-opt", training.options.name]
+    command = [python, *launcher, "--auto_resume", "-opt", training.options.name]
     threads = {name: str(args.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     with open(training.log, "ab") as log:
         process = subprocess.Popen(
@@ -235,13 +253,21 @@ def start(training: Training, args: argparse.Namespace) -> None:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            start_new_session=True,
-            preexec_fn=lambda: os.nice(19),
+            start_new_session=True,  # it outlives this terminal, as the flags make it on Windows
+            creationflags=sum(getattr(subprocess, flag, 0) for flag in WINDOWS_FLAGS),
         )
+    if os.name == "posix":
+        with contextlib.suppress(psutil.NoSuchProcess):
+            psutil.Process(process.pid).nice(19)
     training.pid_file.write_text(str(process.pid), encoding="utf-8")
-    print(f"{training.name} {begins}; pid {process.pid}, log {training.log}", flush=True)
-    if args.wait and process.wait():
-        raise UserError(f"{training.name} ended with {process.returncode}; the reason is in {training.log}.")
+    print(f"{training.name} {begins}, {device}; pid {process.pid}, log {training.log}", flush=True)
+    try:
+        code = process.wait(None if args.wait else AT_ONCE)
+    except subprocess.TimeoutExpired:
+        return
+    if code:
+        text = f"{training.name} ended with {code} ({training.last_line()[:160]})"
+        raise UserError(f"{text}; the reason is in {training.log}.")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -253,13 +279,13 @@ def run(args: argparse.Namespace) -> None:
     if args.kept is None and not args.name:
         stage = "" if args.stage == "float" else f"_{args.stage}"
         args.kept = ROOT / KEPT.format(scale=args.scale, stage=stage)
-    signals = {"pause": "SIGSTOP", "resume": "SIGCONT", "stop": "SIGTERM"}
-    for action, number in signals.items():
-        if getattr(args, action):
-            training.signal(getattr(signal, number))
+    actions = {"pause": "suspend", "resume": "resume", "stop": "terminate"}
+    for option, action in actions.items():
+        if getattr(args, option):
+            training.act(action)
     if args.keep:
         keep(training, args.kept)
-    elif not any(getattr(args, action) for action in signals) and training.pid() is None and not args.status:
+    elif not any(getattr(args, each) for each in (*actions, "status")) and training.process() is None:
         start(training, args)
     else:
         print(training.status())

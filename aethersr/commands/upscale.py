@@ -90,8 +90,9 @@ def choose_overlap(network: Any, wanted: Union[int, str, None]) -> int:
 
 def upscale(args: argparse.Namespace) -> None:
     """What the command does; raises UserError."""
-    check_device(args.device)
-    if args.fp16 and args.device == "cpu":
+    if args.device:
+        check_device(args.device)
+    if args.fp16 and (args.device == "cpu" or not torch.cuda.is_available()):
         raise UserError("--fp16 is slower than float32 on a CPU; pass --device cuda, or leave --fp16 out.")
     if args.tile < 1:
         raise UserError(f"--tile {args.tile} is not possible; expected 1 or more pixels.")
@@ -146,7 +147,7 @@ def _overlap(text: str) -> Union[int, str]:
 
 def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=PROGRAM, description=(__doc__ or "").split("\n", 1)[0])
-    add, cuda = parser.add_argument, torch.cuda.is_available()
+    add = parser.add_argument
     add(
         "--model",
         required=True,
@@ -169,7 +170,7 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     add("--overlap", type=_overlap, metavar="PIXELS", help="margin round each tile that the network also "
         "sees; 'exact' makes tiles equal to the whole picture (default: less, and within half a step of "
         "1/255)")  # fmt: skip
-    add("--device", choices=("cuda", "cpu"), default="cuda" if cuda else "cpu", help="default: %(default)s")
+    add("--device", choices=("cuda", "cpu"), help="default: the GPU, if there is one that can run the file")
     add("--fp16", action="store_true", help="half precision, on CUDA only")
     args = parser.parse_args(argv)
     if args.overwrite and args.skip_existing:
