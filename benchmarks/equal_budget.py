@@ -55,6 +55,8 @@ import aether_arch  # noqa: E402
 from cpu_speed import speed_up_on_cpu  # noqa: E402
 from cuts import Cuts, Validation  # noqa: E402
 
+from aethersr.errors import first_line  # noqa: E402
+
 OURS = ("aether_small", "aether_medium", "aether_large", "AetherNet")
 DEFAULTS: Dict[str, Any] = {
     "rate": 1e-3,
@@ -75,6 +77,21 @@ def charbonnier(out: Tensor, target: Tensor) -> Tensor:
 LOSSES: Dict[str, Callable[[Tensor, Tensor], Tensor]] = {"charbonnier": charbonnier, "mse": F.mse_loss}
 
 
+def positive(value: Any) -> bool:
+    return isinstance(value, int) and value > 0
+
+
+VALUES: Dict[str, Tuple[Callable[[Any], bool], str]] = {
+    "rate": (lambda value: isinstance(value, (int, float)) and value > 0, "a number above 0"),
+    "batch": (positive, "1 or more"),
+    "patch": (positive, "1 or more"),
+    "loss": (lambda value: value in LOSSES, " or ".join(LOSSES)),
+    "skip": (lambda value: value in (0, 1), "0 or 1"),
+    "start": (lambda value: value in ("plain", "quiet"), "plain or quiet"),
+    "freeze_at": (positive, "1 or more"),
+}
+
+
 class Run(NamedTuple):
     text: str
     network: str
@@ -92,9 +109,12 @@ def parse_run(text: str, base: Optional[str] = None) -> Run:
             raise SystemExit(f"{text!r}: expected NAME,OPTION=VALUE,..., not {pair!r} (--run)")
         with contextlib.suppress(SyntaxError, ValueError):  # a word stays one
             value = ast.literal_eval(value)
+        accepts, what = VALUES.get(name, (lambda value: True, ""))
+        if not accepts(value):
+            raise SystemExit(f"{text!r}: {name} is {value!r}; expected {what} (--run)")
+        if name in START and network not in OURS:
+            raise SystemExit(f"{text!r}: {name} is for AetherNet alone; leave it out (--run)")
         (training if name in DEFAULTS or name in START else options)[name] = value
-    if training["loss"] not in LOSSES:
-        raise SystemExit(f"{text!r}: expected loss={' or loss='.join(LOSSES)} (--run)")
     return Run(text, network, training, options)
 
 
@@ -110,9 +130,16 @@ class WithSkip(nn.Module):
         return self.net(x) + F.interpolate(x, scale_factor=self.scale, mode="bicubic")
 
 
+def made(run: Run, network: Callable[..., nn.Module], scale: int) -> nn.Module:
+    try:
+        return network(scale=scale, **run.options)
+    except (TypeError, ValueError) as error:
+        raise SystemExit(f"{run.text!r}: {first_line(error)} (--run)") from None
+
+
 def build(run: Run, scale: int, checkout: Optional[Path]) -> nn.Module:
     if run.network in OURS:
-        net: nn.Module = getattr(aether_arch, run.network)(scale=scale, **run.options)
+        net = made(run, getattr(aether_arch, run.network), scale)
         blocks = [module for module in net.modules() if isinstance(module, aether_arch.AetherBlock)]
         if run.training.get("start") == "plain":
             restart([conv for conv in net.modules() if isinstance(conv, nn.Conv2d)])
@@ -128,7 +155,7 @@ def build(run: Run, scale: int, checkout: Optional[Path]) -> nn.Module:
     else:
         if checkout is None:
             raise SystemExit(f"{run.network} needs a checkout of traiNNer-redux (--traiNNer-redux)")
-        net = registered(run.network, checkout)(scale=scale, **run.options)
+        net = made(run, registered(run.network, checkout), scale)
     return WithSkip(net, scale) if run.training["skip"] else net
 
 
@@ -154,6 +181,8 @@ def build_optimizer(net: nn.Module, name: str, rate: float) -> torch.optim.Optim
         return getattr(torch.optim, name)(net.parameters(), rate, betas=(0.9, 0.99), weight_decay=0)
     import pytorch_optimizer
 
+    if not hasattr(pytorch_optimizer, name):
+        raise SystemExit(f"pytorch-optimizer has no {name}; pass another optimizer (--run)")
     options: Dict[str, Any] = {}
     params: Any = list(net.parameters())
     if name == "Muon":  # for matrices only; vectors get AdamW's steps
@@ -322,6 +351,10 @@ def main(argv: Optional[List[str]] = None) -> None:
     torch.set_num_threads(args.threads)
     speed_up_on_cpu()
     cuts = Cuts(args.data, args.limit)
+    side = min(min(low.shape[:2]) for low, _ in cuts.pairs)
+    for run in args.run:
+        if run.training["patch"] > side:
+            raise SystemExit(f"{run.text!r}: a cut has {side} pixels a side; pass a smaller patch (--run)")
     validation = Validation(args.validation, args.side, cuts.scale)
     wanted = f"{args.iterations} iterations" if args.iterations else f"{args.seconds:g} seconds"
     precision = "bfloat16" if args.bf16 else "float32"
@@ -335,6 +368,8 @@ def main(argv: Optional[List[str]] = None) -> None:
         result = json.loads(saved.read_text(encoding="utf-8"))
         if result["title"] != title:
             raise SystemExit(f"{saved} holds another comparison ({result['title']}); name another --output")
+        if result["rows"]:
+            print(f"{saved} holds {len(result['rows'])} runs, which are not repeated")
     for seed in args.seeds:
         for run in args.run:
             if not any(row["run"] == run.text and row["seed"] == seed for row in result["rows"]):

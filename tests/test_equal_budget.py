@@ -47,7 +47,7 @@ def run(folder: Path, output: Path, *arguments: str) -> dict[str, Any]:
 
 
 def test_the_same_seed_gives_the_same_figures_and_a_finished_run_is_not_repeated(
-    folder: Path, tmp_path: Path
+    folder: Path, tmp_path: Path, capsys: Any
 ) -> None:
     first = run(folder, tmp_path / "a", "--iterations", "12", "--run", "base")
     again = run(folder, tmp_path / "b", "--iterations", "12", "--run", "base")
@@ -68,6 +68,7 @@ def test_the_same_seed_gives_the_same_figures_and_a_finished_run_is_not_repeated
         point[2] for point in again["rows"][0]["points"]
     ]
     assert longer["rows"][0] == first["rows"][0]
+    assert "holds 1 runs, which are not repeated" in capsys.readouterr().out
     assert [(row["run"], row["seed"]) for row in longer["rows"]] == [
         ("base", 0),
         ("base,skip=1", 0),
@@ -118,8 +119,16 @@ def test_a_run_is_read_with_values_words_and_brackets() -> None:
     assert parsed.training == {**equal_budget.DEFAULTS, "rate": 1e-4, "start": "plain"}
     with pytest.raises(SystemExit, match="expected NAME,OPTION=VALUE"):
         equal_budget.parse_run("aether_small,fast")
-    with pytest.raises(SystemExit, match="loss=charbonnier or loss=mse"):
-        equal_budget.parse_run("aether_small,loss=huber")
+    for wrong, text in (
+        ("aether_small,loss=huber", "loss is 'huber'; expected charbonnier or mse"),
+        ("aether_small,start=qiet", "expected plain or quiet"),
+        ("aether_small,skip=no", "skip is 'no'; expected 0 or 1"),
+        ("aether_small,rate=0", "expected a number above 0"),
+        ("aether_small,batch=2.5", "batch is 2.5; expected 1 or more"),
+        ("span,start=plain", "start is for AetherNet alone"),
+    ):
+        with pytest.raises(SystemExit, match=text):
+            equal_budget.parse_run(wrong)
 
 
 def test_a_crop_and_its_reduction_show_the_same_place_turned_the_same_way(folder: Path) -> None:
@@ -164,6 +173,9 @@ def test_what_is_missing_is_said_in_one_line(folder: Path, tmp_path: Path) -> No
         (["--data", str(tmp_path), "--run", "base"], "prepare_pictures.py"),
         (["--validation", str(tmp_path), "--run", "base"], "photographs.py"),
         (["--run", "span"], "--traiNNer-redux"),
+        (["--run", "base,patch=33"], "a cut has 32 pixels a side"),
+        (["--run", "base,rat=1e-4"], "unexpected keyword argument 'rat'"),
+        (["--run", "base,depths=()"], r"--run\)"),
     ):
         with pytest.raises(SystemExit, match=message):
             run(folder, tmp_path / "e", "--iterations", "1", *arguments)

@@ -380,12 +380,31 @@ def test_pairs_of_own_pictures_are_sharp_cuts_and_their_reductions(tmp_path: Pat
     Image.fromarray(picture[..., 0].astype(np.uint16) * 257).save(mine / "deep.png")
     assert prepare_pictures.main(again) == 2
     assert "expected 8 bits a channel; leave it out (--pictures)" in capsys.readouterr().err
-    (mine / "broken.png").write_bytes((mine / "a.png").read_bytes()[:5000])
-    assert prepare_pictures.main(again) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert "broken.png can't be read" in error
-    assert error.endswith("leave it out (--pictures).")
     assert not (tmp_path / "none" / "gt").exists()
+    for flag in (["--textures"], ["--packages", str(mine)]):
+        assert prepare_pictures.main([*again, *flag]) == 2
+        assert f"{flag[0]} is about the packages" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert prepare_pictures.main([*again[:1], "--pictures", str(tmp_path / "empty")]) == 2
+    assert "empty holds none; expected pictures of 192 pixels" in capsys.readouterr().err
+
+
+def test_pictures_of_ones_own_that_cannot_be_read_are_left_out_and_named(tmp_path: Path, capsys: Any) -> None:
+    mine = tmp_path / "images"
+    mine.mkdir()
+    picture = photographs.astronaut()
+    Image.fromarray(picture).save(mine / "a.tif")
+    Image.fromarray(picture[..., 0].astype(np.uint16) * 257).save(mine / "deep.png")
+    Image.fromarray(picture).save(mine / "broken.png")
+    (mine / "broken.png").write_bytes((mine / "broken.png").read_bytes()[:5000])
+    (mine / "text.jpg").write_text("text")
+    arguments = [str(tmp_path / "pairs"), "--pictures", str(mine), "--reductions", "1"]
+    assert prepare_pictures.main(arguments) == 0
+    out, error = capsys.readouterr()
+    assert "pairs from 1 pictures" in out
+    named = [line for line in error.splitlines() if "left out: " in line]
+    assert len(named) == 3
+    assert all(line.endswith("leave it out (--pictures).") for line in named)
 
 
 def test_transparent_pictures_stand_on_white(tmp_path: Path, capsys: Any) -> None:

@@ -7,7 +7,8 @@ Writes FOLDER/gt and FOLDER/lq (PNG pairs with the same names), FOLDER/sources.c
 bicubic PSNR-Y of every pair) and, for the packages, FOLDER/copyright (their authors and licences; several
 licences require attribution). The packages need Debian or Ubuntu: apt-get downloads them into FOLDER/packages
 and dpkg-deb unpacks them; nothing is installed. ``--packages`` names a folder that already has them.
-``--pictures`` uses your own folder instead, with its subfolders; transparent pictures stand on white.
+``--pictures`` uses your own folder instead, with its subfolders; transparent pictures stand on white, and
+pictures that can't be read are left out and named.
 
 ===========================  ============================================  ==========================
 package                      authors                                       licence
@@ -50,6 +51,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from aethersr.commands import exit_code
 from aethersr.errors import UserError
 from aethersr.picture import opaque, readable
+from aethersr.upscalers import KINDS
 
 WALLPAPERS = (
     "gnome-backgrounds",
@@ -61,7 +63,6 @@ WALLPAPERS = (
 )
 TEXTURES = ("supertuxkart-data", "ufoai-textures")
 NO_PICTURE = re.compile(r"_(nm|norm|normal|n|s|sm|gm|rm)$|[Nn]ormal")  # directions and gloss of a surface
-KINDS = {".jpg", ".jpeg", ".png", ".webp"}
 SHORTEST = 1000  # smaller ones are thumbnails of the same pictures
 REDUCTIONS, OF_TEXTURES = (2, 3, 4, 6), (2, 3)
 SIZE = 192  # of a crop in high-resolution pixels
@@ -96,7 +97,7 @@ def unpack(names: Sequence[str], packages: Path, folder: Path) -> None:
             shutil.unpack_archive(archive, archive.with_suffix(""), "zip")
 
 
-def pictures(folder: Path, shortest: int, packages: bool) -> List[Path]:
+def pictures(folder: Path, shortest: int, packages: bool, unreadable: Dict[Path, str]) -> List[Path]:
     """Every picture once: no links, and only the largest if a package has it in several sizes."""
     best: Dict[Path, Tuple[int, Path]] = {}
     for path in sorted(folder.rglob("*")):
@@ -104,8 +105,12 @@ def pictures(folder: Path, shortest: int, packages: bool) -> List[Path]:
             continue
         if folder.name in TEXTURES and NO_PICTURE.search(path.stem):
             continue
-        with readable(path, "--pictures"), Image.open(path) as image:
-            width, height = image.size
+        try:
+            with readable(path, "--pictures"), Image.open(path) as image:
+                width, height = image.size
+        except UserError as error:
+            unreadable[path] = str(error)
+            continue
         if min(width, height) < shortest:
             continue
         key = path
@@ -166,6 +171,9 @@ def prepare(args: argparse.Namespace) -> None:
         raise UserError(f"{args.folder / 'gt'} exists; remove it or name another folder (FOLDER).")
     if min(args.reductions or REDUCTIONS) < 1:
         raise UserError(f"there is no reduction to 1/{min(args.reductions)}; pass 1 or more (--reductions).")
+    if args.pictures and (args.textures or args.packages):
+        flag = "--textures" if args.textures else "--packages"
+        raise UserError(f"{flag} is about the packages, which --pictures replaces; leave one of them out.")
     if args.pictures and not args.pictures.is_dir():
         raise UserError(f"there is no folder {args.pictures}; pass one with pictures (--pictures).")
     unpacked = args.folder / "unpacked"
@@ -185,17 +193,28 @@ def prepare(args: argparse.Namespace) -> None:
     for sub in ("gt", "lq"):
         shutil.rmtree(args.folder / f"{sub}.partial", ignore_errors=True)
         (args.folder / f"{sub}.partial").mkdir()
+    unreadable: Dict[Path, str] = {}
     found = {
         path: reductions
         for folder, (shortest, reductions) in kinds.items()
-        for path in pictures(folder, shortest, not args.pictures)
+        for path in pictures(folder, shortest, not args.pictures, unreadable)
     }
+    if not found and not unreadable:
+        needed = f"pictures of {SIZE} pixels or more a side ({', '.join(KINDS)})"
+        raise UserError(f"{source} holds none; expected {needed} (--pictures).")
     for path, reductions in tqdm(found.items(), unit="picture"):
-        for cut in cuts(path, args.scale, reductions):
+        try:
+            chosen = cuts(path, args.scale, reductions)
+        except UserError as error:
+            unreadable[path] = str(error)
+            continue
+        for cut in chosen:
             name = f"{len(rows):05d}.png"
             cut.gt.save(args.folder / "gt.partial" / name, compress_level=1)
             cut.lq.save(args.folder / "lq.partial" / name, compress_level=1)
             rows.append((name, str(path.relative_to(source)), cut.reduction, f"{cut.bicubic_db:.2f}"))
+    for text in unreadable.values():
+        print(f"left out: {text}", file=sys.stderr)
     if not rows:
         raise UserError(f"no crop of {source} is sharp enough; try others (--reductions).")
     with open(args.folder / "sources.csv", "w", newline="", encoding="utf-8") as file:

@@ -14,6 +14,7 @@ pixels.
 from __future__ import annotations
 
 import argparse
+import glob
 import sys
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional, Tuple
@@ -95,6 +96,13 @@ def figures(values: List[Tuple[float, float]]) -> str:
     return f"{decibels:.2f} / {likeness:.4f}"
 
 
+def matching(pattern: Path) -> List[Path]:
+    """The files that ``pattern`` matches: shells on Windows leave that to the program."""
+    if pattern.exists() or not glob.has_magic(str(pattern)):
+        return [pattern]
+    return [Path(name) for name in sorted(glob.glob(str(pattern)))] or [pattern]
+
+
 def names(paths: List[Path]) -> Dict[str, Path]:
     """Short names: the file's name, or the whole path if two files share it."""
     short = [path.name for path in paths]
@@ -108,7 +116,8 @@ def evaluate(args: argparse.Namespace) -> None:
     except ImportError as error:
         raise missing_package(error, "aether-evaluate", "upscale") from None
     check_device(args.device)
-    networks = {name: open_upscaler(path, args.device, "FILE") for name, path in names(args.files).items()}
+    files = [path for pattern in args.files for path in matching(pattern)]
+    networks = {name: open_upscaler(path, args.device, "FILE") for name, path in names(files).items()}
     scales = {name: scale for name, (_, scale) in networks.items()}
     if args.scale:
         scales["--scale"] = args.scale
