@@ -37,7 +37,12 @@ if "-c" in sys.argv:
 time.sleep(min(0.3, {seconds}))
 print("threads", os.environ["OMP_NUM_THREADS"], "nice", os.nice(0), sys.argv[1:], flush=True)
 time.sleep({seconds})
-sys.exit({code})
+if not {code}:
+    from pathlib import Path
+    models = Path("experiments") / Path(sys.argv[-1]).stem / "models"
+    models.mkdir(parents=True, exist_ok=True)
+    (models / "net_g_ema_latest.safetensors").touch()
+sys.exit({code} % 9)
 """
 LOG = "INFO: [epoch:   0, iter:   1,200, lr:(9.999e-04)] [performance: 1.583 it/s] l_g_total: 1.5796e-02 grad"
 
@@ -178,14 +183,25 @@ def test_a_training_with_a_state_goes_on_as_it_began(checkout: Path, capsys: Any
     python(checkout, seconds=0)
     assert command(checkout, "--wait", "--iterations", 3000) == 0
     states = checkout / "experiments" / NAME / "training_states"
-    states.mkdir(parents=True)
+    states.mkdir(parents=True, exist_ok=True)
     (states / "500.state").write_bytes(b"")
     (checkout / "kept.safetensors").write_bytes(b"not looked at")
     capsys.readouterr()
     before = settings(checkout)
-    assert command(checkout, "--wait", "--iterations", 7) == 0
+    assert before["num_gpu"] == 0
+    shutil.copytree(checkout.parent / "data", checkout.parent / "moved")
+    python(checkout, seconds=0, cuda=True)  # on another machine
+    assert command(checkout, "--wait", "--iterations", 7, "--data", checkout.parent / "moved") == 0
     assert "continues from its newest state" in capsys.readouterr().out
-    assert settings(checkout) == before
+    after = settings(checkout)
+    assert after["num_gpu"] == "auto"
+    assert after["datasets"]["train"].pop("dataroot_gt") == [str(checkout.parent / "moved" / "gt")]
+    for each in (before, after):
+        each.pop("num_gpu")
+        each["datasets"]["train"] = {
+            key: value for key, value in each["datasets"]["train"].items() if "dataroot" not in key
+        }
+    assert after == before
     assert "--auto_resume" in (checkout / f"{NAME}.log").read_text().splitlines()[-1]
 
 
@@ -217,7 +233,7 @@ def test_kept_weights_are_the_newest_average_and_count_what_came_before(checkout
     assert command(checkout, "--keep") == 2
     assert "train first" in capsys.readouterr().err
     models = checkout / "experiments" / NAME / "models"
-    models.mkdir(parents=True)
+    models.mkdir(parents=True, exist_ok=True)
     states = {number: small_net(2).float().state_dict() for number in (500, 1500)}
     states[1500]["conv_last.bias"] += 0.25
     for number, state in states.items():
@@ -246,7 +262,7 @@ def test_a_named_training_does_not_replace_the_released_weights(checkout: Path, 
     assert train.main([*base, "--keep"]) == 2
     assert "pass a file (--kept)" in capsys.readouterr().err
     models = checkout / "experiments" / "2x_mine" / "models"
-    models.mkdir(parents=True)
+    models.mkdir(parents=True, exist_ok=True)
     save_file(small_net(2).float().state_dict(), models / "net_g_ema_10.safetensors")
     assert train.main([*base, "--keep", "--kept", str(checkout / "mine.safetensors")]) == 0
     assert (checkout / "mine.safetensors").is_file()
@@ -257,7 +273,7 @@ def test_the_iterations_of_another_scale_are_not_counted(checkout: Path) -> None
     save_file(small_net(2).state_dict(), checkout / "x2.safetensors", {"iterations": "2000"})
     assert command(checkout, "--scale", 4, "--pretrained", checkout / "x2.safetensors", "--wait") == 0
     models = checkout / "experiments" / "4x_AetherNet_small_float" / "models"
-    models.mkdir(parents=True)
+    models.mkdir(parents=True, exist_ok=True)
     save_file(small_net(4).float().state_dict(), models / "net_g_ema_10.safetensors")
     assert command(checkout, "--scale", 4, "--keep") == 0
     with safe_open(str(checkout / "kept.safetensors"), "pt") as file:
@@ -268,7 +284,7 @@ def test_the_iterations_of_another_stage_are_not_counted(checkout: Path) -> None
     python(checkout, seconds=0)
     begun = checkout / "x2.safetensors"
     models = checkout / "experiments" / "2x_AetherNet_small_otf" / "models"
-    models.mkdir(parents=True)
+    models.mkdir(parents=True, exist_ok=True)
     save_file(small_net(2).float().state_dict(), models / "net_g_ema_10.safetensors")
     for notes, count in (
         ({"iterations": "2000"}, 10),  # kept before stages were noted: of float
@@ -289,7 +305,7 @@ def test_the_iterations_of_another_stage_are_not_counted(checkout: Path) -> None
 
 def test_the_status_shows_the_last_line_of_the_log(checkout: Path, capsys: Any) -> None:
     folder = checkout / "experiments" / NAME
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "train_a.log").write_text(LOG.replace("1,200", "1,100") + f"\n# psnr: 31.25 Best\n{LOG}\n")
     assert command(checkout, "--status") == 0
     lines = capsys.readouterr().out.splitlines()
@@ -317,8 +333,9 @@ def test_what_is_missing_is_said_in_one_line(checkout: Path, capsys: Any) -> Non
         assert error.count("\n") == 1
 
 
-def test_a_training_that_ended_says_why(checkout: Path, capsys: Any) -> None:
-    python(checkout, seconds=0, code=3)
+@pytest.mark.parametrize("code", [3, 9])  # 9 becomes 0: traiNNer-redux's code after most errors
+def test_a_training_that_ended_says_why(checkout: Path, capsys: Any, code: int) -> None:
+    python(checkout, seconds=0, code=code)
     assert command(checkout) == 2
     capsys.readouterr()
     assert command(checkout, "--status") == 0

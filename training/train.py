@@ -125,11 +125,11 @@ def options(stage: str, scale: int, data: Path, iterations: int, crop: int, batc
     if not path.is_file():
         raise UserError(f"there is no template {path.name}: --stage {stage} is for x2 and x4 (--scale).")
     result: Dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
-    pictures = result["datasets"]["train"]
-    pictures.update(CHANGES, lq_size=crop, batch_size_per_gpu=batch)
+    train = pictures(result)
+    train.update(CHANGES, lq_size=crop, batch_size_per_gpu=batch)
     for kind in ("gt", "lq"):
-        if f"dataroot_{kind}" in pictures:  # degraded on the fly: gt alone
-            pictures[f"dataroot_{kind}"] = [str(data / kind)]
+        if f"dataroot_{kind}" in train:  # degraded on the fly: gt alone
+            train[f"dataroot_{kind}"] = [str(data / kind)]
     result["manual_seed"] = 0
     if stage == "otf":
         result.update(DEGRADATIONS)
@@ -140,6 +140,10 @@ def options(stage: str, scale: int, data: Path, iterations: int, crop: int, batc
     result["train"]["total_iter"] = iterations
     result["logger"].update(save_checkpoint_freq=max(1, min(500, iterations // 10)), use_tb_logger=False)
     return result
+
+
+def pictures(settings: Dict[str, Any]) -> Dict[str, Any]:
+    return settings["datasets"]["train"]  # type: ignore[no-any-return]
 
 
 def go_on_from(weights: Path, done: int, settings: Dict[str, Any]) -> None:
@@ -205,8 +209,11 @@ def start(training: Training, args: argparse.Namespace) -> None:
     going_on = training.newest("training_states/*.state") is not None
     if going_on:
         begins = "continues from its newest state, with the options it began with"
-        if training.options.is_file():  # as it began
+        if training.options.is_file():  # as it began; perhaps with other folders and another device
             settings = yaml.safe_load(training.options.read_text(encoding="utf-8"))
+            folders = {key: value for key, value in pictures(chosen).items() if key.startswith("dataroot")}
+            pictures(settings).update(folders)
+            settings["num_gpu"] = chosen["num_gpu"]
     elif args.pretrained:
         begins = f"starts from {args.pretrained}"
         state = read_checkpoint(args.pretrained, "--pretrained").state
@@ -265,7 +272,8 @@ def start(training: Training, args: argparse.Namespace) -> None:
         code = process.wait(None if args.wait else AT_ONCE)
     except subprocess.TimeoutExpired:
         return
-    if code:
+    complete = training.folder / "models" / "net_g_ema_latest.safetensors"
+    if code or not complete.is_file():  # traiNNer-redux's code is 0 after most errors, too
         text = f"{training.name} ended with {code} ({training.last_line()[:160]})"
         raise UserError(f"{text}; the reason is in {training.log}.")
 
