@@ -45,6 +45,7 @@ class ExportTail(nn.Module):
         if hasattr(tail, "top_weight_scale"):  # int8 storage
             self.borders = nn.ModuleDict({name: stored(conv, True) for name, conv in self.borders.items()})
             self.conv = tail.conv if hasattr(tail, "conv") else stored(self.conv, False)
+        self.to(tail.border("left")[0].device)
 
     def forward(self, x: Tensor, image: Tensor) -> Tensor:
         x = self.quant_in(x)

@@ -42,7 +42,7 @@ def part_networks(kit: Kit, part: str = "networks", size: int = 0) -> Iterator[N
     image = kit.image(1, 3, height, width)
     for variant in kit.setting.variants:
         for scale in (2, 4):
-            net = kit.build(variant, scale).fused()
+            net = kit.fused(variant, scale)
             ways = {
                 f"{precision}, {layout}": functools.partial(inference, kit, net, image, precision, layout)
                 for precision in PRECISIONS
@@ -84,14 +84,13 @@ def training(kit: Kit, variant: str, batch: int, lq: int, precision: str, layout
 
     def step() -> None:
         tensor_float(True)
-        torch.backends.cudnn.benchmark = True
-        with torch.autocast(kit.device, dtype=dtype, enabled=dtype != torch.float32):
-            loss = (net(x) - target).abs().mean()
-        optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        torch.backends.cudnn.benchmark = False
+        with torch.backends.cudnn.flags(benchmark=True):
+            with torch.autocast(kit.device, dtype=dtype, enabled=dtype != torch.float32):
+                loss = (net(x) - target).abs().mean()
+            optimizer.zero_grad(set_to_none=True)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
 
     return step
 
@@ -150,7 +149,7 @@ def part_peers(kit: Kit) -> Iterator[None]:
     image = kit.image(1, 3, *kit.setting.sizes[0])
     size = "{1}x{0}".format(*kit.setting.sizes[0])
     for scale in (2, 4):
-        nets = {variant: kit.build(variant, scale).fused() for variant in kit.setting.variants}
+        nets = {variant: kit.fused(variant, scale) for variant in kit.setting.variants}
         for name, build in peers().items():
             if kit.setting is WHOLE or name in ("Compact", "SPAN"):
                 nets[name] = build(scale)
@@ -186,10 +185,10 @@ def part_graphs(kit: Kit) -> Iterator[None]:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             net(x)
-        return graph.replay
+        return lambda: (graph.replay(), net, x)  # the graph itself keeps neither alive
 
     for variant in kit.setting.variants:
-        net = kit.build(variant, 2).fused()
+        net = kit.fused(variant, 2)
         ways = {
             f"{name}, {layout}": functools.partial(inference, kit, net, image, "fp16", layout, run)
             for name, run in (("eager", None), ("CUDA graph", graphed), ("torch.compile", compiled))
@@ -214,7 +213,7 @@ def part_runtimes(kit: Kit) -> Iterator[None]:
     )
     image = kit.image(1, 3, *kit.setting.sizes[0])
     for variant in kit.setting.variants:
-        net = kit.build(variant, 2).fused()
+        net = kit.fused(variant, 2)
         with tempfile.TemporaryDirectory() as folder:
 
             def prepare(precision: str, provider: str, net: Any = net, folder: str = folder) -> Step:
@@ -225,6 +224,8 @@ def part_runtimes(kit: Kit) -> Iterator[None]:
                     export(copy.deepcopy(net).to(kit.device, x.dtype), x, path, dynamic=False)
                 more = {"trt_fp16_enable": precision == "fp16"} if provider.startswith("Tensorrt") else {}
                 session = onnxruntime.InferenceSession(str(path), providers=[(provider, more)])
+                if session.get_providers()[0] != provider:  # it falls back with no more than a warning
+                    raise ImportError(f"ONNX Runtime could not load {provider}")
                 binding, kind = session.io_binding(), "float16" if precision == "fp16" else "float32"
                 out = torch.empty(1, 3, *(2 * side for side in x.shape[2:]), dtype=x.dtype, device=kit.device)
                 for bind, name, value in (
@@ -319,18 +320,33 @@ def main(argv: Optional[List[str]] = None) -> int:
     stem = "gpu_" + re.sub(r"\W+", "_", card.lower()).strip("_")
     folder = args.output or (None if args.quick else ROOT / "benchmarks" / "results")
     print(title, flush=True)
-    for _ in (step for part in args.parts for step in PARTS[part](kit)):
-        if folder is not None:
-            save(kit, title, folder, stem)
+    if folder is not None and (folder / f"{stem}.json").is_file():  # of an earlier call: other parts
+        kit.rows += [
+            row
+            for row in json.loads((folder / f"{stem}.json").read_text(encoding="utf-8"))["rows"]
+            if row["part"] not in args.parts
+        ]
+    before = len(kit.rows)
+    for part in args.parts:
+        try:
+            for _ in PARTS[part](kit):
+                if folder is not None:
+                    save(kit, title, folder, stem)
+                if not kit.on_time():
+                    break
+        except Exception as error:  # the other parts may work
+            kit.add(part, "-", "-", failed=first_line(error))
         if not kit.on_time():
             print(f"{args.minutes:g} minutes are over; --parts and --minutes measure the rest", flush=True)
             break
+    if folder is not None:
+        save(kit, title, folder, stem)
     if folder is not None:
         try:
             plot(kit.rows, folder / f"{stem}.png")
         except ImportError as error:
             print(f"no plot: {error}; pip install -r benchmarks/requirements.txt", file=sys.stderr)
-    return 0
+    return int(all("failed" in row for row in kit.rows[before:]))
 
 
 if __name__ == "__main__":

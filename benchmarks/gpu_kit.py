@@ -21,6 +21,8 @@ Step = Callable[[], Any]
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 PRECISIONS = {"fp32": torch.float32, "TF32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
+SLOWEST = 1.0  # seconds of a step: one that takes longer would use up the minutes
+
 
 class Setting(NamedTuple):
     """What is measured: everything, or with --quick a small part."""
@@ -67,7 +69,11 @@ class Kit:
 
     def build(self, variant: str, scale: int, **options: Any) -> Any:
         torch.manual_seed(0)
-        return getattr(aether_arch, variant)(scale=scale, **self.setting.variants[variant], **options)
+        return filled(getattr(aether_arch, variant)(scale=scale, **self.setting.variants[variant], **options))
+
+    @functools.lru_cache(maxsize=None)  # noqa: B019  fusing takes seconds
+    def fused(self, variant: str, scale: int) -> Any:
+        return filled(self.build(variant, scale).fused())
 
     def image(self, *shape: int) -> Tensor:
         return torch.rand(*shape, device=self.device)
@@ -102,6 +108,10 @@ class Kit:
         """Time the ways that work, in turn; a line for each, with how it stands to the first."""
         prepared = {way: self.works(part, group, way, prepare) for way, prepare in ways.items()}
         steps = {way: step for way, step in prepared.items() if step is not None}
+        for way, seconds in {way: self.seconds(step) for way, step in steps.items()}.items():
+            if seconds > SLOWEST:
+                self.add(part, group, way, failed=f"{seconds:.1f} s, too slow to compare")
+                del steps[way]
         if not steps:
             return None
         times = self.timed(steps)
@@ -128,14 +138,26 @@ class Kit:
         found = interleaved(loops, rounds=25, seconds=seconds, warmup=1, wait=self.wait)
         return Comparison({name: [ms / counts[name] for ms in times] for name, times in found.times.items()})
 
-    def repetitions(self, step: Step) -> int:
+    def seconds(self, step: Step) -> float:
         start = time.perf_counter()
         step()
         self.wait()
-        return max(1, min(100, int(0.01 / (time.perf_counter() - start))))
+        return time.perf_counter() - start
+
+    def repetitions(self, step: Step) -> int:
+        return max(1, min(100, int(0.01 / self.seconds(step))))
 
     def on_time(self) -> bool:
         return time.monotonic() < self.end
+
+
+@torch.no_grad()
+def filled(net: Any) -> Any:
+    """``net`` without weights that are zero everywhere: a card may calculate faster with those."""
+    for value in net.parameters():
+        if not value.any():
+            value.normal_(std=0.01)
+    return net
 
 
 @torch.no_grad()

@@ -53,7 +53,7 @@ def peers() -> Dict[str, Builder]:
     tiny: Dict[str, Any] = {"n_blocks": 12, "kernel_size": 13, "ccm_type": "DCCM", "use_ea": False}
     return {
         "Compact": lambda s: Compact(num_feat=64, num_conv=16, upscale=s),
-        "SPAN": lambda s: SPAN(num_in_ch=3, num_out_ch=3, feature_channels=48, upscale=s),
+        "SPAN": lambda s: merged(SPAN(num_in_ch=3, num_out_ch=3, feature_channels=48, upscale=s)),
         "SAFMN": lambda s: SAFMN(dim=36, n_blocks=8, upscaling_factor=s),
         "OmniSR": lambda s: OmniSR(num_feat=64, res_num=5, block_num=1, window_size=8, up_scale=s),
         "SwinIR-S": lambda s: SwinIR(upscale=s, **swin),
@@ -63,6 +63,15 @@ def peers() -> Dict[str, Builder]:
         "MoSR": lambda s: MoSR(upscale=s),
         "ESRGAN lite": lambda s: ESRGAN(num_filters=32, num_blocks=12, scale=s),
     }
+
+
+def merged(span: Any) -> Any:
+    """SPAN with its branches merged once; spandrel merges them in every pass."""
+    for module in span.eval().modules():
+        if hasattr(module, "update_params"):
+            module.update_params()
+            module.update_params = lambda: None
+    return span
 
 
 def networks(words: Sequence[str], quick: bool) -> Dict[str, Builder]:

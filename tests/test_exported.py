@@ -10,7 +10,7 @@ import torch
 from aether_arch import SCALES
 from conftest import small_net
 
-from aethersr.exported import for_export
+from aethersr.exported import ExportTail, for_export
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIZES = ((1, 1), (1, 9), (2, 1), (2, 2), (3, 4), (7, 12))
@@ -26,6 +26,11 @@ def test_it_computes_the_same_at_every_size(scale: int) -> None:
         expected = net(image)
         error = float((exported(image) - expected).abs().max() / expected.abs().max())
         assert error <= 1e-6, f"{error:.2g} at {width}x{height}"  # its constants are float32
+
+
+def test_all_of_it_is_on_the_networks_device() -> None:
+    net = small_net(2, embed_dim=8, depths=(1,), lk_kernel=5).fused().to("meta")
+    assert {value.device.type for value in ExportTail(net.tail, 3).state_dict().values()} == {"meta"}
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,41 @@ def test_the_largest_batch_follows_from_a_straight_line() -> None:
     rows += [{"group": "net", "way": "batch 32", "failed": "out of memory"}]
     rows += [{"group": "huge", "way": f"batch {n}", "peak MiB": 10 * 1024 * n} for n in (1, 2)]
     assert gpu_report.fitting(rows) == [["net", "12", "20", "28", "44"], ["huge", "-", "1", "1", "2"]]
+
+
+def test_a_second_call_keeps_the_parts_of_the_first_and_an_error_ends_only_its_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    base = ["--device", "cpu", "--quick", "--output", str(tmp_path), "--parts"]
+    assert gpu.main([*base, "training"]) == 0
+
+    def broken(kit: gpu_kit.Kit) -> None:
+        raise RuntimeError("CUDA error")
+
+    monkeypatch.setitem(gpu.PARTS, "depthwise", broken)
+    assert gpu.main([*base, "depthwise"]) == 1, "nothing was measured"
+    assert gpu.main([*base, "depthwise", "graphs"]) == 0
+    (result,) = (json.loads(path.read_text()) for path in tmp_path.glob("gpu_*.json"))
+    parts = [row["part"] for row in result["rows"]]
+    assert list(dict.fromkeys(parts)) == ["training", "depthwise", "graphs"]
+    assert parts.count("depthwise") == 1
+    assert "depthwise | - | - | failed CUDA error" in capsys.readouterr().out
+
+
+def test_what_takes_too_long_is_not_compared(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(gpu_kit, "SLOWEST", 0.05)
+    kit = gpu_kit.Kit("cpu", gpu_kit.QUICK, 1.0)
+    times = kit.compare("p", "g", {"slow": lambda: lambda: time.sleep(0.1), "fast": lambda: lambda: None})
+    assert times is not None
+    assert list(times.times) == ["fast"]
+    assert "p | g | slow | failed 0.1 s, too slow to compare" in capsys.readouterr().out
+
+
+def test_no_weight_of_what_is_measured_is_zero_everywhere() -> None:
+    net = gpu_kit.Kit("cpu", gpu_kit.QUICK, 1.0).fused("aether_small", 2)
+    assert not [name for name, value in net.named_parameters() if not value.any()]
 
 
 def test_what_is_not_possible_is_said_and_the_rest_goes_on(capsys: pytest.CaptureFixture) -> None:

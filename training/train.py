@@ -9,12 +9,12 @@ FOLDER is what training/prepare_pictures.py wrote. The environment variables AET
 AETHER_TRAINING_DATA and AETHER_TRAINING_PYTHON replace ``--traiNNer-redux``, ``--data`` and ``--python``, for
 ``make train``.
 
-The options are those of the template in options/ with CHANGES. A training continues from its newest state,
-with the options it began with. If there is none, it starts from ``--pretrained``; or, without ``--name``,
-continues from the weights in weights/ that ``--keep`` wrote, with a short warm-up and the learning rate of
-that iteration; or from scratch. It runs in one thread at the lowest priority and writes NAME.yml, NAME.json,
-NAME.log, NAME.pid and experiments/NAME in CHECKOUT. Without CUDA it starts traiNNer-redux through
-tests/launchers/trainner_redux_cpu.py. Needs ``pip install ".[train]"``.
+The options are those of the template in options/, with smaller crops and batches. A training continues from
+its newest state, with the options it began with. If there is none, it starts from ``--pretrained``; or,
+without ``--name``, continues from the weights in weights/ that ``--keep`` wrote, with a short warm-up and the
+learning rate of that iteration; or from scratch. It runs in one thread at the lowest priority and writes
+NAME.yml, NAME.json, NAME.log, NAME.pid and experiments/NAME in CHECKOUT. Without CUDA it starts
+traiNNer-redux through tests/launchers/trainner_redux_cpu.py. Needs ``pip install ".[train]"``.
 """
 
 from __future__ import annotations
@@ -48,8 +48,6 @@ from aethersr.files import Together, check_output  # noqa: E402
 
 TEMPLATES = ROOT / "options" / "traiNNer-redux" / "train" / "AetherNet"
 KEPT = "weights/{scale}x_AetherNet_small{stage}_training_fp16.safetensors"
-# What to change for one CPU core.
-CHANGES: Dict[str, Any] = {"num_worker_per_gpu": 1}
 CROP, BATCH = 32, 8
 # Degraded on the fly, for the model that repairs pictures: mildly, so that sharp pictures stay sharp.
 DEGRADATIONS: Dict[str, Any] = {
@@ -126,7 +124,7 @@ def options(stage: str, scale: int, data: Path, iterations: int, crop: int, batc
         raise UserError(f"there is no template {path.name}: --stage {stage} is for x2 and x4 (--scale).")
     result: Dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
     train = pictures(result)
-    train.update(CHANGES, lq_size=crop, batch_size_per_gpu=batch)
+    train.update(lq_size=crop, batch_size_per_gpu=batch)
     for kind in ("gt", "lq"):
         if f"dataroot_{kind}" in train:  # degraded on the fly: gt alone
             train[f"dataroot_{kind}"] = [str(data / kind)]
@@ -243,6 +241,7 @@ def start(training: Training, args: argparse.Namespace) -> None:
     device, launcher = "on the GPU", ["train.py"]
     if found.stdout.strip() != "True":
         settings.update(CPU)
+        pictures(settings)["num_worker_per_gpu"] = 1
         device = "on the CPU, since PyTorch finds no CUDA"
         launcher = [str(ROOT / "tests" / "launchers" / "trainner_redux_cpu.py"), "train"]
     for name in ("aether_arch.py", "aether_quant.py")[: 1 + args.stage.startswith("qat")]:
