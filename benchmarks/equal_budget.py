@@ -18,11 +18,15 @@ traiNNer-redux (plksr_tiny, span, compact, artcnn_r8f64, realplksr_tiny, ...) an
     start=plain    AetherNet: random weights instead of an interpolation
     start=quiet    AetherNet: small weights inside the blocks, as before version 0.2
     freeze_at=N    AetherNet: keep the norms' statistics fixed from iteration N on
+    pretrained=FILE  AetherNet: weights in training form to start from
 
 and every other option goes to the network (drop_path_rate=0.1, bound=1.0, ...). The moving average of the
 weights is measured: PSNR-Y, the mean over the folder's pictures (the centre of each, ``--side`` pixels), and
 the largest magnitude inside, see cuts.py; at the end the last weights, too. Seconds count only the training
 steps, on a CPU their computing time, so that other work matters less.
+
+With ``--weights FILE`` one run's averaged weights are kept, in half precision, and the next run may start
+from them: so it trains for some minutes at a time on a borrowed GPU, see docs/training.md.
 
 Writes OUTPUT.json, .md and .png. Runs that the JSON file already holds are not repeated, so a table can grow
 and an interruption costs only one run.
@@ -54,8 +58,10 @@ sys.path[:0] = [str(ROOT), *(str(ROOT / folder) for folder in ("archs", "demo", 
 import aether_arch  # noqa: E402
 from cpu_speed import speed_up_on_cpu  # noqa: E402
 from cuts import Cuts, Validation  # noqa: E402
+from kept import check_target, iterations_of, write_kept  # noqa: E402
 
-from aethersr.errors import first_line  # noqa: E402
+from aethersr.checkpoint import read_checkpoint  # noqa: E402
+from aethersr.errors import UserError, first_line  # noqa: E402
 
 OURS = ("aether_small", "aether_medium", "aether_large", "AetherNet")
 DEFAULTS: Dict[str, Any] = {
@@ -66,7 +72,7 @@ DEFAULTS: Dict[str, Any] = {
     "loss": "charbonnier",
     "skip": 0,
 }
-START = ("start", "freeze_at")  # of AetherNet
+START = ("start", "freeze_at", "pretrained")  # of AetherNet
 POINTS = 6  # measurements of a run
 
 
@@ -89,6 +95,7 @@ VALUES: Dict[str, Tuple[Callable[[Any], bool], str]] = {
     "skip": (lambda value: value in (0, 1), "0 or 1"),
     "start": (lambda value: value in ("plain", "quiet"), "plain or quiet"),
     "freeze_at": (positive, "1 or more"),
+    "pretrained": (lambda value: Path(str(value)).is_file(), "a file"),
 }
 
 
@@ -152,6 +159,8 @@ def build(run: Run, scale: int, checkout: Optional[Path]) -> nn.Module:
             nn.init.trunc_normal_(net.conv_first.weight[net.conv_first.in_channels :], std=0.02)
             for block in blocks:
                 nn.init.constant_(block.norm.weight, 0.25)
+        if "pretrained" in run.training:
+            net.load_state_dict(read_checkpoint(run.training["pretrained"], "--run").state)
     else:
         if checkout is None:
             raise SystemExit(f"{run.network} needs a checkout of traiNNer-redux (--traiNNer-redux)")
@@ -247,6 +256,9 @@ def train(
             points.append((iteration, seconds, validation.measure(averaged, device)))
             text = f"{run.text}, seed {seed}: {iteration} iterations, {seconds:.0f} s, {points[-1][2]:.3f} dB"
             print(text, flush=True)
+    if args.weights:
+        before = iterations_of(options["pretrained"], "float") if "pretrained" in options else 0
+        write_kept(args.weights, averaged.state_dict(), "float", before + iteration, run.text)
     return {
         "run": run.text,
         "seed": seed,
@@ -345,9 +357,17 @@ def main(argv: Optional[List[str]] = None) -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--side", type=int, default=192, help="validation pixels a side")
     parser.add_argument("--limit", type=int, help="read so many cuts only")
+    parser.add_argument("--weights", type=Path, metavar="FILE", help="where to keep one run's weights")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "equal_budget")
     args = parser.parse_args(argv)
     args.run = [parse_run(text, args.base) for text in args.run]
+    if args.weights:
+        if len(args.run) * len(args.seeds) > 1 or args.run[0].network not in OURS:
+            raise SystemExit("--weights keeps one AetherNet; pass one --run and one seed")
+        try:
+            check_target(args.weights, "--weights")
+        except UserError as error:
+            raise SystemExit(str(error)) from None
     torch.set_num_threads(args.threads)
     speed_up_on_cpu()
     cuts = Cuts(args.data, args.limit)

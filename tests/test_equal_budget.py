@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
+from safetensors.torch import load_file
 from skimage import data as photographs
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -179,6 +180,26 @@ def test_what_is_missing_is_said_in_one_line(folder: Path, tmp_path: Path) -> No
     ):
         with pytest.raises(SystemExit, match=message):
             run(folder, tmp_path / "e", "--iterations", "1", *arguments)
+
+
+def test_kept_weights_go_on_in_the_next_run(folder: Path, tmp_path: Path) -> None:
+    first, second = (tmp_path / f"{name}.safetensors" for name in "ab")
+    run(folder, tmp_path / "f", "--iterations", "40", "--run", "base,rate=5e-3", "--weights", str(first))
+    again = ["--run", f"base,pretrained={first}", "--weights", str(second)]
+    result = run(folder, tmp_path / "g", "--seconds", "1", *again)
+    start = equal_budget.build(equal_budget.parse_run(f"{TINY},pretrained={first}"), 2, None)
+    kept = load_file(first)
+    assert all(torch.equal(value, kept[name].float()) for name, value in start.state_dict().items())
+    assert not torch.equal(kept["conv_last.weight"], load_file(second)["conv_last.weight"])
+    iterations = result["rows"][0]["points"][-1][0]
+    assert equal_budget.iterations_of(second, "float") == 40 + iterations
+    for arguments, message in (
+        (["--run", "base", "--seeds", "0", "1"], "pass one --run and one seed"),
+        (["--run", f"{TINY},pretrained=no.safetensors"], "expected a file"),
+        (["--run", "base", "--weights", str(tmp_path / "x.pth")], r"expected \.safetensors"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            run(folder, tmp_path / "h", "--iterations", "1", "--weights", str(first), *arguments)
 
 
 def test_a_block_that_adds_nothing_contributes_nothing() -> None:

@@ -35,16 +35,13 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "archs")]
 
 import psutil  # noqa: E402
-import torch  # noqa: E402
 import yaml  # noqa: E402
 from aether_arch import AetherNet, form_of, scale_of  # noqa: E402
-from safetensors import safe_open  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
+from kept import check_target, iterations_of, write_kept  # noqa: E402
 
 from aethersr.checkpoint import read_checkpoint  # noqa: E402
 from aethersr.commands import exit_code  # noqa: E402
 from aethersr.errors import UserError  # noqa: E402
-from aethersr.files import Together, check_output  # noqa: E402
 
 TEMPLATES = ROOT / "options" / "traiNNer-redux" / "train" / "AetherNet"
 KEPT = "weights/{scale}x_AetherNet_small{stage}_training_fp16.safetensors"
@@ -157,18 +154,9 @@ def go_on_from(weights: Path, done: int, settings: Dict[str, Any]) -> None:
     settings["path"]["pretrain_network_g"] = str(weights)
 
 
-def done_before(weights: Path, stage: str) -> int:
-    """The number of iterations of a stage behind kept weights; those of an earlier stage don't count."""
-    with safe_open(str(weights), "pt") as file:
-        metadata = file.metadata() or {}
-    return int(metadata.get("iterations", 0)) if metadata.get("stage", "float") == stage else 0
-
-
 def keep(training: Training, target: Path) -> None:
     """Write the newest averaged weights in half precision, training form, with the number of iterations."""
-    if target.suffix != ".safetensors":
-        raise UserError(f"{target} ends in {target.suffix!r}; expected .safetensors (--kept).")
-    check_output(target, [], True, "--kept")
+    check_target(target, "--kept")
     newest = training.newest("models/net_g_ema_*.safetensors")
     if newest is None:
         raise UserError(f"{training.folder / 'models'} holds no net_g_ema_*.safetensors; train first.")
@@ -177,17 +165,7 @@ def keep(training: Training, target: Path) -> None:
     if training.begun.is_file():
         begun = json.loads(training.begun.read_text(encoding="utf-8"))
     stage, before = begun["stage"], begun["before"]
-    weights = read_checkpoint(path).state
-    form = "training" if form_of(weights) is AetherNet else "qat"
-    state = {name: value.half().contiguous() for name, value in weights.items()}
-    broken = [name for name, value in state.items() if not torch.isfinite(value).all()]
-    if broken:
-        raise UserError(f"{path}: {broken[0]} is not finite in half precision; nothing was written.")
-    notes = {"format": "pt", "form": form, "stage": stage, "iterations": str(before + iteration)}
-    with Together() as files:
-        save_file(state, str(files.part(target)), notes)
-        files.commit()
-    print(f"Wrote {target}: {before + iteration} iterations")
+    write_kept(target, read_checkpoint(path).state, stage, before + iteration, str(path))
 
 
 def start(training: Training, args: argparse.Namespace) -> None:
@@ -223,9 +201,9 @@ def start(training: Training, args: argparse.Namespace) -> None:
         other = scale_of(state) != args.scale  # a new tail on the body
         settings["path"].update(pretrain_network_g=str(args.pretrained.resolve()), strict_load_g=not other)
         if not other and args.pretrained.suffix == ".safetensors":  # another scale's iterations don't count
-            before = done_before(args.pretrained, args.stage)
+            before = iterations_of(args.pretrained, args.stage)
     elif kept and kept.is_file():
-        before = done_before(kept, args.stage)
+        before = iterations_of(kept, args.stage)
         begins = f"continues from {kept} ({before} iterations), with a warm-up"
         go_on_from(kept.resolve(), before, settings)
     else:

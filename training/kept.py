@@ -1,0 +1,43 @@
+"""Kept weights: the training form in half precision, which knows how many iterations are behind it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Mapping
+
+import torch
+from aether_arch import AetherNet, form_of
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from aethersr.errors import UserError
+from aethersr.files import Together, check_output
+
+
+def check_target(target: Path, flag: str) -> None:
+    """Raise UserError if weights can't be written there."""
+    if target.suffix != ".safetensors":
+        raise UserError(f"{target} ends in {target.suffix!r}; expected .safetensors ({flag}).")
+    check_output(target, [], True, flag)
+
+
+def write_kept(target: Path, weights: Mapping[str, Tensor], stage: str, iterations: int, source: str) -> None:
+    """Write a training form, or a quantised one. UserError: half precision can't hold ``source``'s values."""
+    state = {name: value.half().contiguous().cpu() for name, value in weights.items()}
+    broken = [name for name, value in state.items() if not torch.isfinite(value).all()]
+    if broken:
+        raise UserError(f"{source}: {broken[0]} is not finite in half precision; nothing was written.")
+    form = "training" if form_of(state) is AetherNet else "qat"
+    notes = {"format": "pt", "form": form, "stage": stage, "iterations": str(iterations)}
+    with Together() as files:
+        save_file(state, str(files.part(target)), notes)
+        files.commit()
+    print(f"Wrote {target}: {iterations} iterations")
+
+
+def iterations_of(weights: Path, stage: str) -> int:
+    """The number of iterations of a stage behind kept weights; those of an earlier stage don't count."""
+    with safe_open(str(weights), "pt") as file:
+        metadata = file.metadata() or {}
+    return int(metadata.get("iterations", 0)) if metadata.get("stage", "float") == stage else 0
