@@ -327,6 +327,8 @@ def draw(result: Dict[str, Any], path: Path) -> None:
                 label = text if row["seed"] == result["rows"][0]["seed"] else None
                 axis.plot(x, y, f"C{number % 10}", marker=".", label=label)
     axes[0].set(xlabel="iterations", ylabel="PSNR-Y, dB")
+    lowest = min(row["points"][-1][2] for row in result["rows"])
+    axes[0].set_ylim(bottom=max(lowest - 0.3, axes[0].get_ylim()[0]))  # a breakdown would flatten the others
     axes[1].set(xlabel="seconds of training steps")
     axes[1].legend(fontsize=7)
     figure.tight_layout()
