@@ -90,6 +90,7 @@ def draw(title: str, found: List[Point], path: Path) -> None:
         axis.annotate(label, (point.ms, mean), (6, 4), textcoords="offset points")
     axis.set(xlabel="ms a picture, ONNX Runtime", ylabel="PSNR-Y, dB", xscale="log")
     axis.set_title(title, fontsize=7, wrap=True)
+    axis.margins(x=0.2)
     axis.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
