@@ -91,7 +91,7 @@ VALUES: Dict[str, Tuple[Callable[[Any], bool], str]] = {
     "rate": (lambda value: isinstance(value, (int, float)) and value > 0, "a number above 0"),
     "batch": (positive, "1 or more"),
     "patch": (positive, "1 or more"),
-    "loss": (lambda value: value in LOSSES, " or ".join(LOSSES)),
+    "loss": (lambda value: value in list(LOSSES), " or ".join(LOSSES)),
     "skip": (lambda value: value in (0, 1), "0 or 1"),
     "start": (lambda value: value in ("plain", "quiet"), "plain or quiet"),
     "freeze_at": (positive, "1 or more"),
@@ -160,7 +160,10 @@ def build(run: Run, scale: int, checkout: Optional[Path]) -> nn.Module:
             for block in blocks:
                 nn.init.constant_(block.norm.weight, 0.25)
         if "pretrained" in run.training:
-            net.load_state_dict(read_checkpoint(run.training["pretrained"], "--run").state)
+            try:
+                net.load_state_dict(read_checkpoint(run.training["pretrained"], "--run").state)
+            except (UserError, RuntimeError) as error:
+                raise SystemExit(f"{run.text!r}: {first_line(error)} (--run)") from None
     else:
         if checkout is None:
             raise SystemExit(f"{run.network} needs a checkout of traiNNer-redux (--traiNNer-redux)")
@@ -257,7 +260,7 @@ def train(
             text = f"{run.text}, seed {seed}: {iteration} iterations, {seconds:.0f} s, {points[-1][2]:.3f} dB"
             print(text, flush=True)
     if args.weights:
-        before = iterations_of(options["pretrained"], "float") if "pretrained" in options else 0
+        before = iterations_of(Path(options["pretrained"]), "float") if "pretrained" in options else 0
         write_kept(args.weights, averaged.state_dict(), "float", before + iteration, run.text)
     return {
         "run": run.text,
@@ -364,8 +367,9 @@ def main(argv: Optional[List[str]] = None) -> None:
     args = parser.parse_args(argv)
     args.run = [parse_run(text, args.base) for text in args.run]
     if args.weights:
-        if len(args.run) * len(args.seeds) > 1 or args.run[0].network not in OURS:
-            raise SystemExit("--weights keeps one AetherNet; pass one --run and one seed")
+        only = args.run[0]
+        if len(args.run) * len(args.seeds) > 1 or only.network not in OURS or only.training["skip"]:
+            raise SystemExit("--weights keeps one AetherNet without a skip; pass one --run and one seed")
         try:
             check_target(args.weights, "--weights")
         except UserError as error:
@@ -390,6 +394,10 @@ def main(argv: Optional[List[str]] = None) -> None:
         result = json.loads(saved.read_text(encoding="utf-8"))
         if result["title"] != title:
             raise SystemExit(f"{saved} holds another comparison ({result['title']}); name another --output")
+        if args.weights and any(
+            row["run"] == args.run[0].text and row["seed"] == args.seeds[0] for row in result["rows"]
+        ):
+            raise SystemExit(f"{saved} holds this run; pass another seed (--seeds) or another --output")
         if result["rows"]:
             print(f"{saved} holds {len(result['rows'])} runs, which are not repeated")
     for seed in args.seeds:

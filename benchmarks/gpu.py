@@ -84,7 +84,7 @@ def training(kit: Kit, variant: str, batch: int, lq: int, precision: str, layout
 
     def step() -> None:
         tensor_float(True)
-        with torch.backends.cudnn.flags(benchmark=True):
+        with torch.backends.cudnn.flags(enabled=True, benchmark=True):
             with torch.autocast(kit.device, dtype=dtype, enabled=dtype != torch.float32):
                 loss = (net(x) - target).abs().mean()
             optimizer.zero_grad(set_to_none=True)
@@ -320,14 +320,12 @@ def main(argv: Optional[List[str]] = None) -> int:
     stem = "gpu_" + re.sub(r"\W+", "_", card.lower()).strip("_")
     folder = args.output or (None if args.quick else ROOT / "benchmarks" / "results")
     print(title, flush=True)
-    if folder is not None and (folder / f"{stem}.json").is_file():  # of an earlier call: other parts
-        kit.rows += [
-            row
-            for row in json.loads((folder / f"{stem}.json").read_text(encoding="utf-8"))["rows"]
-            if row["part"] not in args.parts
-        ]
-    before = len(kit.rows)
+    if folder is not None and (folder / f"{stem}.json").is_file():
+        kit.rows += json.loads((folder / f"{stem}.json").read_text(encoding="utf-8"))["rows"]
+    measured: List[str] = []
     for part in args.parts:
+        kit.rows[:] = [row for row in kit.rows if row["part"] != part]  # of an earlier call
+        measured.append(part)
         try:
             for _ in PARTS[part](kit):
                 if folder is not None:
@@ -346,7 +344,7 @@ def main(argv: Optional[List[str]] = None) -> int:
             plot(kit.rows, folder / f"{stem}.png")
         except ImportError as error:
             print(f"no plot: {error}; pip install -r benchmarks/requirements.txt", file=sys.stderr)
-    return int(all("failed" in row for row in kit.rows[before:]))
+    return int(all("failed" in row for row in kit.rows if row["part"] in measured))
 
 
 if __name__ == "__main__":

@@ -193,10 +193,14 @@ def test_kept_weights_go_on_in_the_next_run(folder: Path, tmp_path: Path) -> Non
     assert not torch.equal(kept["conv_last.weight"], load_file(second)["conv_last.weight"])
     iterations = result["rows"][0]["points"][-1][0]
     assert equal_budget.iterations_of(second, "float") == 40 + iterations
+    with pytest.raises(SystemExit, match="holds this run; pass another seed"):
+        run(folder, tmp_path / "g", "--seconds", "1", *again)
     for arguments, message in (
         (["--run", "base", "--seeds", "0", "1"], "pass one --run and one seed"),
         (["--run", f"{TINY},pretrained=no.safetensors"], "expected a file"),
         (["--run", "base", "--weights", str(tmp_path / "x.pth")], r"expected \.safetensors"),
+        (["--run", "base,skip=1"], "without a skip"),
+        (["--run", f"{TINY},embed_dim=14,pretrained={first}"], r"--run\)"),
     ):
         with pytest.raises(SystemExit, match=message):
             run(folder, tmp_path / "h", "--iterations", "1", "--weights", str(first), *arguments)

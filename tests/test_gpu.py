@@ -34,6 +34,18 @@ def test_every_part_runs_and_is_in_the_table(tmp_path: Path, capsys: pytest.Capt
     assert impossible <= {"CUDA graph", "Triton"}
 
 
+def test_a_training_step_uses_cudnn_and_lets_it_choose(monkeypatch: pytest.MonkeyPatch) -> None:
+    kit = gpu_kit.Kit("cpu", gpu_kit.QUICK, 1.0)
+    step, seen = gpu.training(kit, "aether_small", 1, 8, "bf16", "contiguous"), []
+    absolute = torch.Tensor.abs
+    flags = torch.backends.cudnn
+    monkeypatch.setattr(
+        torch.Tensor, "abs", lambda x: seen.append((flags.enabled, flags.benchmark)) or absolute(x)
+    )
+    step()
+    assert seen == [(True, True)]
+
+
 def test_it_stops_when_its_minutes_are_over(capsys: pytest.CaptureFixture) -> None:
     gpu.main(["--device", "cpu", "--quick", "--minutes", "0"])
     lines = capsys.readouterr().out.splitlines()
@@ -79,6 +91,9 @@ def test_a_second_call_keeps_the_parts_of_the_first_and_an_error_ends_only_its_p
     parts = [row["part"] for row in result["rows"]]
     assert list(dict.fromkeys(parts)) == ["training", "depthwise", "graphs"]
     assert parts.count("depthwise") == 1
+    assert gpu.main([*base, "depthwise", "training", "--minutes", "0"]) == 1
+    (result,) = (json.loads(path.read_text()) for path in tmp_path.glob("gpu_*.json"))
+    assert {row["part"] for row in result["rows"]} == {*parts}, "a part that was not begun keeps its rows"
     assert "depthwise | - | - | failed CUDA error" in capsys.readouterr().out
 
 

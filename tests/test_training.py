@@ -108,11 +108,12 @@ def test_it_starts_once_in_the_background_is_paused_goes_on_and_stops(checkout: 
         eventually(lambda: state_of(pid) == "T")
         assert command(checkout, "--resume") == 0
         eventually(lambda: state_of(pid) == "S")
+        assert command(checkout, "--pause") == 0
+        capsys.readouterr()
     finally:
-        assert command(checkout, "--stop") == 0
-    eventually(lambda: train.Training(checkout, NAME).process() is None)  # it is a zombie of this process
-    os.waitpid(pid, 0)
-    capsys.readouterr()
+        assert command(checkout, "--stop") == 0  # although it is paused
+    assert train.Training(checkout, NAME).process() is None
+    assert "does not run" in capsys.readouterr().out
     assert command(checkout, "--pause") == 2
     assert "does not run" in capsys.readouterr().err
 
@@ -196,8 +197,12 @@ def test_a_training_with_a_state_goes_on_as_it_began(checkout: Path, capsys: Any
     after = settings(checkout)
     assert after["num_gpu"] == "auto"
     assert after["datasets"]["train"].pop("dataroot_gt") == [str(checkout.parent / "moved" / "gt")]
+    assert not after["amp_bf16"]
+    assert after["datasets"]["train"].pop("num_worker_per_gpu") > 1
+    assert before["datasets"]["train"].pop("num_worker_per_gpu") == 1
     for each in (before, after):
         each.pop("num_gpu")
+        each.pop("amp_bf16")
         each["datasets"]["train"] = {
             key: value for key, value in each["datasets"]["train"].items() if "dataroot" not in key
         }
@@ -335,6 +340,11 @@ def test_what_is_missing_is_said_in_one_line(checkout: Path, capsys: Any) -> Non
 
 @pytest.mark.parametrize("code", [3, 9])  # 9 becomes 0: traiNNer-redux's code after most errors
 def test_a_training_that_ended_says_why(checkout: Path, capsys: Any, code: int) -> None:
+    python(checkout, seconds=0)
+    assert command(checkout, "--wait") == 0
+    complete = checkout / "experiments" / NAME / "models" / "net_g_ema_latest.safetensors"
+    os.utime(complete, (1e9, 1e9))  # what an earlier training left says nothing about this one
+    (checkout / f"{NAME}.log").unlink()
     python(checkout, seconds=0, code=code)
     assert command(checkout) == 2
     capsys.readouterr()
@@ -422,6 +432,9 @@ def test_pictures_of_ones_own_that_cannot_be_read_are_left_out_and_named(tmp_pat
     named = [line for line in error.splitlines() if "left out: " in line]
     assert len(named) == 3
     assert all(line.endswith("leave it out (--pictures).") for line in named)
+    (mine / "a.tif").unlink()
+    assert prepare_pictures.main([str(tmp_path / "none"), *arguments[1:]]) == 2
+    assert "no picture of" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_transparent_pictures_stand_on_white(tmp_path: Path, capsys: Any) -> None:

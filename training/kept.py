@@ -37,7 +37,12 @@ def write_kept(target: Path, weights: Mapping[str, Tensor], stage: str, iteratio
 
 
 def iterations_of(weights: Path, stage: str) -> int:
-    """The number of iterations of a stage behind kept weights; those of an earlier stage don't count."""
+    """The number of iterations of a stage behind kept weights; those of an earlier stage don't count.
+
+    0 if the file doesn't say.
+    """
+    if weights.suffix != ".safetensors":
+        return 0
     with safe_open(str(weights), "pt") as file:
         metadata = file.metadata() or {}
     return int(metadata.get("iterations", 0)) if metadata.get("stage", "float") == stage else 0

@@ -28,6 +28,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
@@ -82,9 +83,14 @@ class Training:
         process = self.process()
         if process is None:
             raise UserError(f"{self.name} does not run ({self.pid_file}); start it without this option.")
-        for each in (process, *process.children(recursive=True)):
+        everything = [process, *process.children(recursive=True)]
+        for each in everything:
             with contextlib.suppress(psutil.NoSuchProcess):
                 getattr(each, action)()
+                if action == "terminate" and os.name == "posix":
+                    each.resume()  # a paused process would only end later
+        if action == "terminate":
+            psutil.wait_procs(everything, timeout=20)
 
     def newest(self, pattern: str) -> Optional[Tuple[int, Path]]:
         """Iteration and path of the newest of the numbered files that match."""
@@ -189,7 +195,10 @@ def start(training: Training, args: argparse.Namespace) -> None:
             settings = yaml.safe_load(training.options.read_text(encoding="utf-8"))
             folders = {key: value for key, value in pictures(chosen).items() if key.startswith("dataroot")}
             pictures(settings).update(folders)
-            settings["num_gpu"] = chosen["num_gpu"]
+            for name in ("num_gpu", "amp_bf16"):
+                if name in chosen:
+                    settings[name] = chosen[name]
+            pictures(settings)["num_worker_per_gpu"] = pictures(chosen)["num_worker_per_gpu"]
     elif args.pretrained:
         begins = f"starts from {args.pretrained}"
         state = read_checkpoint(args.pretrained, "--pretrained").state
@@ -200,7 +209,7 @@ def start(training: Training, args: argparse.Namespace) -> None:
             )
         other = scale_of(state) != args.scale  # a new tail on the body
         settings["path"].update(pretrain_network_g=str(args.pretrained.resolve()), strict_load_g=not other)
-        if not other and args.pretrained.suffix == ".safetensors":  # another scale's iterations don't count
+        if not other:  # another scale's iterations don't count
             before = iterations_of(args.pretrained, args.stage)
     elif kept and kept.is_file():
         before = iterations_of(kept, args.stage)
@@ -229,6 +238,7 @@ def start(training: Training, args: argparse.Namespace) -> None:
         training.begun.write_text(json.dumps({"stage": args.stage, "before": before}), encoding="utf-8")
     command = [python, *launcher, "--auto_resume", "-opt", training.options.name]
     threads = {name: str(args.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    begin = time.time() - 2  # file systems round times
     with open(training.log, "ab") as log:
         process = subprocess.Popen(
             command,
@@ -250,7 +260,8 @@ def start(training: Training, args: argparse.Namespace) -> None:
     except subprocess.TimeoutExpired:
         return
     complete = training.folder / "models" / "net_g_ema_latest.safetensors"
-    if code or not complete.is_file():  # traiNNer-redux's code is 0 after most errors, too
+    # traiNNer-redux's code is 0 after most errors, too.
+    if code or not complete.is_file() or complete.stat().st_mtime < begin:
         text = f"{training.name} ended with {code} ({training.last_line()[:160]})"
         raise UserError(f"{text}; the reason is in {training.log}.")
 
