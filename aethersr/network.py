@@ -56,15 +56,15 @@ class OnnxNetwork:
         except ImportError as error:
             raise missing_package(error, str(path), "onnx") from None
         again = "export it again (--model)"
-        cuda, provider = "CUDAExecutionProvider", "CPUExecutionProvider"
+        cuda = "CUDAExecutionProvider"
         has_cuda = cuda in onnxruntime.get_available_providers()
-        if device == "cuda" or (device is None and has_cuda and torch.cuda.is_available()):
-            provider = cuda
-        if provider == cuda and not has_cuda:
+        if device == "cuda" and not has_cuda:
             raise UserError(
-                f"--device cuda was given, but this ONNX Runtime has no {provider}: "
+                f"--device cuda was given, but this ONNX Runtime has no {cuda}: "
                 "pip install onnxruntime-gpu, or pass --device cpu."
             )
+        wanted = device == "cuda" or (device is None and torch.cuda.is_available())
+        provider = cuda if wanted and has_cuda else "CPUExecutionProvider"
         try:
             options = onnxruntime.SessionOptions()
             options.log_severity_level = 4  # the command reports what fails

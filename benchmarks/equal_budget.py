@@ -58,9 +58,8 @@ sys.path[:0] = [str(ROOT), *(str(ROOT / folder) for folder in ("archs", "demo", 
 import aether_arch  # noqa: E402
 from cpu_speed import speed_up_on_cpu  # noqa: E402
 from cuts import Cuts, Validation  # noqa: E402
-from kept import check_target, iterations_of, write_kept  # noqa: E402
+from kept import check_target, iterations_of, training_form, write_kept  # noqa: E402
 
-from aethersr.checkpoint import read_checkpoint  # noqa: E402
 from aethersr.errors import UserError, first_line  # noqa: E402
 
 OURS = ("aether_small", "aether_medium", "aether_large", "AetherNet")
@@ -161,8 +160,10 @@ def build(run: Run, scale: int, checkout: Optional[Path]) -> nn.Module:
                 nn.init.constant_(block.norm.weight, 0.25)
         if "pretrained" in run.training:
             try:
-                net.load_state_dict(read_checkpoint(run.training["pretrained"], "--run").state)
-            except (UserError, RuntimeError) as error:
+                net.load_state_dict(training_form(Path(run.training["pretrained"]), "--run"))
+            except UserError as error:
+                raise SystemExit(str(error)) from None
+            except RuntimeError as error:  # other options than the file's
                 raise SystemExit(f"{run.text!r}: {first_line(error)} (--run)") from None
     else:
         if checkout is None:
@@ -346,6 +347,10 @@ def write(result: Dict[str, Any], output: Path) -> None:
         os.replace(part, output.with_name(output.name + suffix))
 
 
+def finished(result: Dict[str, Any], run: Run, seed: int) -> bool:
+    return any(row["run"] == run.text and row["seed"] == seed for row in result["rows"])
+
+
 def main(argv: Optional[List[str]] = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     parser.add_argument("--data", type=Path, required=True, help="what training/prepare_pictures.py wrote")
@@ -394,15 +399,13 @@ def main(argv: Optional[List[str]] = None) -> None:
         result = json.loads(saved.read_text(encoding="utf-8"))
         if result["title"] != title:
             raise SystemExit(f"{saved} holds another comparison ({result['title']}); name another --output")
-        if args.weights and any(
-            row["run"] == args.run[0].text and row["seed"] == args.seeds[0] for row in result["rows"]
-        ):
+        if args.weights and finished(result, args.run[0], args.seeds[0]):
             raise SystemExit(f"{saved} holds this run; pass another seed (--seeds) or another --output")
         if result["rows"]:
             print(f"{saved} holds {len(result['rows'])} runs, which are not repeated")
     for seed in args.seeds:
         for run in args.run:
-            if not any(row["run"] == run.text and row["seed"] == seed for row in result["rows"]):
+            if not finished(result, run, seed):
                 result["rows"].append(train(run, seed, cuts, validation, args))
                 write(result, args.output)
     draw(result, args.output.with_name(args.output.name + ".png"))

@@ -339,7 +339,6 @@ def main(argv: Optional[List[str]] = None) -> int:
             break
     if folder is not None:
         save(kit, title, folder, stem)
-    if folder is not None:
         try:
             plot(kit.rows, folder / f"{stem}.png")
         except ImportError as error:

@@ -108,13 +108,13 @@ class Kit:
         """Time the ways that work, in turn; a line for each, with how it stands to the first."""
         prepared = {way: self.works(part, group, way, prepare) for way, prepare in ways.items()}
         steps = {way: step for way, step in prepared.items() if step is not None}
-        for way, seconds in {way: self.seconds(step) for way, step in steps.items()}.items():
-            if seconds > SLOWEST:
-                self.add(part, group, way, failed=f"{seconds:.1f} s, too slow to compare")
-                del steps[way]
+        seconds = {way: self.seconds(step) for way, step in steps.items()}
+        for way in [way for way in steps if seconds[way] > SLOWEST]:
+            self.add(part, group, way, failed=f"{seconds[way]:.1f} s, too slow to compare")
+            del steps[way]
         if not steps:
             return None
-        times = self.timed(steps)
+        times = self.timed(steps, seconds)
         base = next(iter(steps))
         for way, step in steps.items():
             gain = "1" if way == base else str(times.ratio(base, way))
@@ -125,9 +125,13 @@ class Kit:
         self.tidy()
         return times
 
-    def timed(self, steps: Mapping[str, Step]) -> Comparison:
-        """Repeats short steps, so that waiting for the GPU before reading the clock doesn't count much."""
-        counts = {name: self.repetitions(step) for name, step in steps.items()}
+    def timed(self, steps: Mapping[str, Step], about: Optional[Mapping[str, float]] = None) -> Comparison:
+        """Repeats short steps, so that waiting for the GPU before reading the clock doesn't count much.
+
+        ``about``: the seconds of each step, if they are known.
+        """
+        about = about or {name: self.seconds(step) for name, step in steps.items()}
+        counts = {name: max(1, min(100, int(0.01 / about[name]))) for name in steps}
 
         def repeated(step: Step, count: int) -> None:
             for _ in range(count):
@@ -143,9 +147,6 @@ class Kit:
         step()
         self.wait()
         return time.perf_counter() - start
-
-    def repetitions(self, step: Step) -> int:
-        return max(1, min(100, int(0.01 / self.seconds(step))))
 
     def on_time(self) -> bool:
         return time.monotonic() < self.end

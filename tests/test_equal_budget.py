@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from skimage import data as photographs
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -189,6 +189,8 @@ def test_kept_weights_go_on_in_the_next_run(folder: Path, tmp_path: Path) -> Non
     result = run(folder, tmp_path / "g", "--seconds", "1", *again)
     start = equal_budget.build(equal_budget.parse_run(f"{TINY},pretrained={first}"), 2, None)
     kept = load_file(first)
+    fused = tmp_path / "fused.safetensors"
+    save_file(start.fused().state_dict(), fused)
     assert all(torch.equal(value, kept[name].float()) for name, value in start.state_dict().items())
     assert not torch.equal(kept["conv_last.weight"], load_file(second)["conv_last.weight"])
     iterations = result["rows"][0]["points"][-1][0]
@@ -201,6 +203,7 @@ def test_kept_weights_go_on_in_the_next_run(folder: Path, tmp_path: Path) -> Non
         (["--run", "base", "--weights", str(tmp_path / "x.pth")], r"expected \.safetensors"),
         (["--run", "base,skip=1"], "without a skip"),
         (["--run", f"{TINY},embed_dim=14,pretrained={first}"], r"--run\)"),
+        (["--run", f"{TINY},pretrained={fused}"], "pass a training checkpoint, not the fused weights"),
     ):
         with pytest.raises(SystemExit, match=message):
             run(folder, tmp_path / "h", "--iterations", "1", "--weights", str(first), *arguments)

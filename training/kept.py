@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Mapping
+from typing import Mapping, Sequence
 
 import torch
 from aether_arch import AetherNet, form_of
@@ -11,15 +11,27 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from aethersr.checkpoint import read_checkpoint
 from aethersr.errors import UserError
 from aethersr.files import Together, check_output
 
 
-def check_target(target: Path, flag: str) -> None:
-    """Raise UserError if weights can't be written there."""
+def check_target(target: Path, flag: str, sources: Sequence[Path] = ()) -> None:
+    """Raise UserError if weights can't be written there, or it is one of ``sources``."""
     if target.suffix != ".safetensors":
         raise UserError(f"{target} ends in {target.suffix!r}; expected .safetensors ({flag}).")
-    check_output(target, [], True, flag)
+    check_output(target, sources, True, flag)
+
+
+def training_form(path: Path, flag: str) -> Mapping[str, Tensor]:
+    """The weights in a training checkpoint. UserError: it holds none, or another form."""
+    state = read_checkpoint(path, flag).state
+    if form_of(state) is not AetherNet:
+        raise UserError(
+            f"{path} holds no training form of an AetherNet; "
+            f"pass a training checkpoint, not the fused weights ({flag})."
+        )
+    return state
 
 
 def write_kept(target: Path, weights: Mapping[str, Tensor], stage: str, iterations: int, source: str) -> None:

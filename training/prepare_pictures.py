@@ -215,7 +215,7 @@ def prepare(args: argparse.Namespace) -> None:
             rows.append((name, str(path.relative_to(source)), cut.reduction, f"{cut.bicubic_db:.2f}"))
     for text in unreadable.values():
         print(f"left out: {text}", file=sys.stderr)
-    if len(unreadable) == len(found.keys() | unreadable.keys()):
+    if not found.keys() - unreadable.keys():
         raise UserError(f"no picture of {source} can be read; pass another folder (--pictures).")
     if not rows:
         raise UserError(f"no crop of {source} is sharp enough; try others (--reductions).")

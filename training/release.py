@@ -16,20 +16,19 @@ from typing import List, Optional
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "archs")]
 
+from kept import check_target  # noqa: E402
 from safetensors.torch import save  # noqa: E402
 
 from aethersr.checkpoint import read_checkpoint  # noqa: E402
 from aethersr.commands import exit_code  # noqa: E402
 from aethersr.errors import UserError  # noqa: E402
-from aethersr.files import Together, check_output  # noqa: E402
+from aethersr.files import Together  # noqa: E402
 from aethersr.half_precision import fit_half_precision_  # noqa: E402
 from aethersr.identify import aether_from_state_dict, bounded, variant_name  # noqa: E402
 
 
 def release(checkpoint: Path, target: Path, bound: Optional[float]) -> None:
-    if target.suffix != ".safetensors":
-        raise UserError(f"{target} ends in {target.suffix!r}; expected .safetensors (TARGET).")
-    check_output(target, [checkpoint], True, "TARGET")
+    check_target(target, "TARGET", [checkpoint])
     if bound is not None and not 1e-3 <= bound < 6e4:
         raise UserError(f"--bound {bound:g} is not possible in half precision; pass 0.001 to 60000.")
     state = dict(read_checkpoint(checkpoint, "CHECKPOINT").state)

@@ -37,8 +37,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "archs")]
 
 import psutil  # noqa: E402
 import yaml  # noqa: E402
-from aether_arch import AetherNet, form_of, scale_of  # noqa: E402
-from kept import check_target, iterations_of, write_kept  # noqa: E402
+from aether_arch import scale_of  # noqa: E402
+from kept import check_target, iterations_of, training_form, write_kept  # noqa: E402
 
 from aethersr.checkpoint import read_checkpoint  # noqa: E402
 from aethersr.commands import exit_code  # noqa: E402
@@ -112,8 +112,9 @@ class Training:
         weights = self.newest("models/net_g_ema_*.safetensors")
         if weights:
             lines.append(f"newest averaged weights: {weights[1]}")
-        if not process and self.last_line():
-            lines.append(f"last line of {self.log.name}: {self.last_line()}")
+        last = "" if process else self.last_line()
+        if last:
+            lines.append(f"last line of {self.log.name}: {last}")
         return "\n".join(lines)
 
     def last_line(self) -> str:
@@ -193,20 +194,16 @@ def start(training: Training, args: argparse.Namespace) -> None:
         begins = "continues from its newest state, with the options it began with"
         if training.options.is_file():  # as it began; perhaps with other folders and another device
             settings = yaml.safe_load(training.options.read_text(encoding="utf-8"))
-            folders = {key: value for key, value in pictures(chosen).items() if key.startswith("dataroot")}
-            pictures(settings).update(folders)
-            for name in ("num_gpu", "amp_bf16"):
-                if name in chosen:
-                    settings[name] = chosen[name]
-            pictures(settings)["num_worker_per_gpu"] = pictures(chosen)["num_worker_per_gpu"]
+            settings.update({name: chosen[name] for name in CPU if name in chosen})
+            for name, value in pictures(chosen).items():
+                if name.startswith("dataroot") or name == "num_worker_per_gpu":
+                    pictures(settings)[name] = value
     elif args.pretrained:
         begins = f"starts from {args.pretrained}"
-        state = read_checkpoint(args.pretrained, "--pretrained").state
-        if form_of(state) is not AetherNet and not args.stage.startswith("qat"):
-            raise UserError(
-                f"{args.pretrained} holds no training form of an AetherNet; "
-                "pass a training checkpoint, not the fused weights (--pretrained)."
-            )
+        if args.stage.startswith("qat"):  # which fused weights can go through, too
+            state = read_checkpoint(args.pretrained, "--pretrained").state
+        else:
+            state = training_form(args.pretrained, "--pretrained")
         other = scale_of(state) != args.scale  # a new tail on the body
         settings["path"].update(pretrain_network_g=str(args.pretrained.resolve()), strict_load_g=not other)
         if not other:  # another scale's iterations don't count
