@@ -17,10 +17,12 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "archs")]
 from aether_arch import AetherBlock, FusedAetherBlock  # noqa: E402
-from cuts import as_images, read  # noqa: E402
+from cuts import as_images  # noqa: E402
 
 from aethersr.checkpoint import read_checkpoint  # noqa: E402
+from aethersr.commands import exit_code  # noqa: E402
 from aethersr.identify import aether_from_state_dict  # noqa: E402
+from aethersr.upscalers import read_rgb  # noqa: E402
 
 
 @torch.no_grad()
@@ -39,18 +41,24 @@ def contributions(net: torch.nn.Module, image: torch.Tensor) -> List[float]:
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="weights")
-    parser.add_argument("--picture", type=Path, required=True, help="its middle, 128x128, goes through")
-    args = parser.parse_args()
-    pixels = read(args.picture)
+def print_contributions(files: List[Path], picture: Path) -> None:
+    pixels = read_rgb(picture, "--picture")
     top, left = (max(0, side - 128) // 2 for side in pixels.shape[:2])
     image = as_images([torch.from_numpy(pixels[top : top + 128, left : left + 128].copy())])
-    for file in args.files:
+    for file in files:
         net = aether_from_state_dict(read_checkpoint(file, "FILE").state)
         print(file.name, " ".join(f"{value:.3f}" for value in contributions(net, image)))
 
 
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="weights")
+    parser.add_argument("--picture", type=Path, required=True, help="its middle, 128x128, goes through")
+    args = parser.parse_args()
+    return exit_code(
+        "blocks.py", lambda: print_contributions(args.files, args.picture), "no file was changed."
+    )
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -9,12 +9,11 @@ from typing import Any, List, Optional, Tuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
+from aethersr.errors import UserError
 from aethersr.quality import crop_to_multiple, psnr, resize
-
-KINDS = (".png", ".jpg", ".bmp")
+from aethersr.upscalers import find_pictures, read_rgb
 
 
 class Cuts:
@@ -23,10 +22,14 @@ class Cuts:
     def __init__(self, folder: Path, limit: Optional[int]) -> None:
         names = sorted(path.name for path in (folder / "gt").glob("*.png"))[:limit]
         if not names:
-            raise SystemExit(
-                f"no .png in {folder / 'gt'}; training/prepare_pictures.py writes pairs (--data)"
+            raise UserError(
+                f"{folder / 'gt'} holds no .png; training/prepare_pictures.py writes pairs (--data)."
             )
-        self.pairs = [(read(folder / "lq" / name), read(folder / "gt" / name)) for name in names]
+        self.pairs = [
+            (read_rgb(folder / "lq" / name, "--data"), read_rgb(folder / "gt" / name, "--data"))
+            for name in names
+        ]
+        self.side = min(min(low.shape[:2]) for low, _ in self.pairs)  # of the smallest cut, low resolution
         self.scale = self.pairs[0][1].shape[0] // self.pairs[0][0].shape[0]
 
     def batch(self, count: int, patch: int, random: np.random.Generator) -> Tuple[Tensor, Tensor]:
@@ -43,11 +46,6 @@ class Cuts:
         return as_images(lows), as_images(highs)
 
 
-def read(path: Path) -> np.ndarray:
-    with Image.open(path) as picture:
-        return np.asarray(picture.convert("RGB"))
-
-
 def as_images(pictures: List[Tensor]) -> Tensor:
     return torch.stack(pictures).permute(0, 3, 1, 2).float() / 255
 
@@ -57,12 +55,10 @@ class Validation:
 
     def __init__(self, folder: Path, side: int, scale: int) -> None:
         self.truths, self.scale = [], scale
-        for path in sorted(path for path in folder.glob("*") if path.suffix.lower() in KINDS):
-            picture = read(path)
+        for path in find_pictures(folder, "--validation"):
+            picture = read_rgb(path, "--validation")
             top, left = (max(0, length - side) // 2 for length in picture.shape[:2])
             self.truths.append(crop_to_multiple(picture[top : top + side, left : left + side], scale))
-        if not self.truths:
-            raise SystemExit(f"no picture in {folder}; training/photographs.py writes some (--validation)")
         self.lows = [resize(x, x.shape[0] // scale, x.shape[1] // scale) for x in self.truths]
 
     def bicubic(self) -> float:

@@ -20,9 +20,12 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import equal_budget
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from budget_results import plotting
+from runs import OURS, build, parse_run
 
+from aethersr.commands import exit_code
+from aethersr.errors import UserError
 from aethersr.timing import interleaved
 
 
@@ -37,7 +40,7 @@ def runner(text: str, scale: int, side: int, threads: int, checkout: Optional[Pa
     """What upscales a picture of ``side`` pixels with the network of a run, in ONNX Runtime."""
     import onnxruntime
 
-    net: Any = equal_budget.build(equal_budget.parse_run(text), scale, checkout).eval()
+    net: Any = build(parse_run(text), scale, checkout).eval()
     net = net.fused() if hasattr(net, "fused") else net
     image, file = torch.rand(1, 3, side, side), io.BytesIO()
     with torch.no_grad():
@@ -77,13 +80,13 @@ def table(title: str, found: List[Point]) -> str:
 
 
 def draw(title: str, found: List[Point], path: Path) -> None:
-    pyplot = equal_budget.plotting()
+    pyplot = plotting()
     if pyplot is None:
         return
     figure, axis = pyplot.subplots(figsize=(8, 5))
     for point in found:
         name, *options = point.name.split(",")
-        color, mean = "C3" if name in equal_budget.OURS else "C0", statistics.mean(point.decibels)
+        color, mean = "C3" if name in OURS else "C0", statistics.mean(point.decibels)
         axis.vlines(point.ms, min(point.decibels), max(point.decibels), color)
         axis.plot(point.ms, mean, "o", color=color)
         label = " ".join([name, *(each for each in options if each.startswith("embed_dim"))])
@@ -96,7 +99,7 @@ def draw(title: str, found: List[Point], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def main(argv: Optional[List[str]] = None) -> None:
+def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     parser.add_argument("result", type=Path, help="the JSON file that equal_budget.py wrote")
     parser.add_argument("--traiNNer-redux", dest="checkout", type=Path, help="a checkout, for other networks")
@@ -104,9 +107,12 @@ def main(argv: Optional[List[str]] = None) -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--seconds", type=float, default=120)
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def measure(args: argparse.Namespace) -> None:
     if not args.result.is_file():
-        raise SystemExit(f"there is no {args.result}; benchmarks/equal_budget.py writes it (RESULT)")
+        raise UserError(f"there is no {args.result}; benchmarks/equal_budget.py writes it (RESULT).")
     result = json.loads(args.result.read_text(encoding="utf-8"))
     found = points(result, args)
     title = f"{result['title']}; {args.side}x{args.side} in ONNX Runtime, {args.threads} thread(s)"
@@ -116,5 +122,9 @@ def main(argv: Optional[List[str]] = None) -> None:
     print(text)
 
 
+def main(argv: Optional[List[str]] = None) -> int:
+    return exit_code("promise.py", lambda: measure(parse_args(argv)), "nothing was written.")
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

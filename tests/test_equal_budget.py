@@ -19,7 +19,9 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import cuts
 import equal_budget
+import runs
 
+from aethersr.errors import UserError
 from aethersr.quality import resize
 
 TINY = "AetherNet,embed_dim=12,depths=(1, 1),use_channel_attn=False,use_spatial_attn=False,patch=16,batch=4"
@@ -42,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(folder: Path, output: Path, *arguments: str) -> dict[str, Any]:
     base = ["--data", str(folder), "--validation", str(folder / "val"), "--output", str(output)]
-    equal_budget.main([*base, "--base", TINY, *arguments])
+    equal_budget.compare(equal_budget.parse_args([*base, "--base", TINY, *arguments]))
     result: dict[str, Any] = json.loads(output.with_name(output.name + ".json").read_text(encoding="utf-8"))
     return result
 
@@ -96,30 +98,30 @@ def test_training_learns_and_a_budget_in_seconds_ends(folder: Path, tmp_path: Pa
 
 
 def test_the_loss_changes_what_is_learned(folder: Path, tmp_path: Path) -> None:
-    runs = ["--run", "base", "--run", "base,loss=charbonnier", "--run", "base,loss=mse"]
-    rows = run(folder, tmp_path / "l", "--iterations", "6", *runs)["rows"]
+    losses = ["--run", "base", "--run", "base,loss=charbonnier", "--run", "base,loss=mse"]
+    rows = run(folder, tmp_path / "l", "--iterations", "6", *losses)["rows"]
     usual, charbonnier, mse = (row["last"] for row in rows)
     assert usual == charbonnier != mse
     out, target = torch.tensor([0.0, 1.0]), torch.tensor([0.5, 1.0])
-    assert equal_budget.LOSSES["charbonnier"](out, target).item() == pytest.approx(0.25, abs=1e-6)
-    assert equal_budget.LOSSES["mse"](out, target).item() == pytest.approx(0.125)
+    assert runs.LOSSES["charbonnier"](out, target).item() == pytest.approx(0.25, abs=1e-6)
+    assert runs.LOSSES["mse"](out, target).item() == pytest.approx(0.125)
 
 
 def test_another_comparison_is_not_mixed_into_a_file(folder: Path, tmp_path: Path) -> None:
     run(folder, tmp_path / "d", "--iterations", "1", "--run", "base")
     before = (tmp_path / "d.json").read_bytes()
-    with pytest.raises(SystemExit, match="another comparison"):
+    with pytest.raises(UserError, match="another comparison"):
         run(folder, tmp_path / "d", "--iterations", "2", "--run", "base")
     assert (tmp_path / "d.json").read_bytes() == before
 
 
 def test_a_run_is_read_with_values_words_and_brackets() -> None:
-    parsed = equal_budget.parse_run("base,rate=1e-4,start=plain,bound=None", "AetherNet,depths=(2, 3),rate=1")
+    parsed = runs.parse_run("base,rate=1e-4,start=plain,bound=None", "AetherNet,depths=(2, 3),rate=1")
     assert (parsed.text, parsed.network) == ("base,rate=1e-4,start=plain,bound=None", "AetherNet")
     assert parsed.options == {"depths": (2, 3), "bound": None}
-    assert parsed.training == {**equal_budget.DEFAULTS, "rate": 1e-4, "start": "plain"}
-    with pytest.raises(SystemExit, match="expected NAME,OPTION=VALUE"):
-        equal_budget.parse_run("aether_small,fast")
+    assert parsed.training == {**runs.DEFAULTS, "rate": 1e-4, "start": "plain"}
+    with pytest.raises(UserError, match="expected NAME,OPTION=VALUE"):
+        runs.parse_run("aether_small,fast")
     for wrong, text in (
         ("aether_small,loss=huber", "loss is 'huber'; expected charbonnier or mse"),
         ("aether_small,start=qiet", "expected plain or quiet"),
@@ -128,8 +130,8 @@ def test_a_run_is_read_with_values_words_and_brackets() -> None:
         ("aether_small,batch=2.5", "batch is 2.5; expected 1 or more"),
         ("span,start=plain", "start is for AetherNet alone"),
     ):
-        with pytest.raises(SystemExit, match=text):
-            equal_budget.parse_run(wrong)
+        with pytest.raises(UserError, match=text):
+            runs.parse_run(wrong)
 
 
 def test_a_crop_and_its_reduction_show_the_same_place_turned_the_same_way(folder: Path) -> None:
@@ -143,7 +145,7 @@ def test_a_crop_and_its_reduction_show_the_same_place_turned_the_same_way(folder
 
 def test_the_start_and_the_norms_of_a_network_follow_the_options() -> None:
     def net(options: str) -> torch.nn.Module:
-        return equal_budget.build(equal_budget.parse_run(f"{TINY},{options}"), 2, None)
+        return runs.build(runs.parse_run(f"{TINY},{options}"), 2, None)
 
     assert net("start=plain").conv_last.weight.abs().max().item() < 0.1
     assert net("rate=1").conv_last.weight.max().item() == 1
@@ -161,7 +163,7 @@ def test_the_start_and_the_norms_of_a_network_follow_the_options() -> None:
 
 def test_what_runs_away_is_seen(folder: Path) -> None:
     validation = cuts.Validation(folder / "val", 64, 2)
-    net = equal_budget.build(equal_budget.parse_run(TINY), 2, None).eval()
+    net = runs.build(runs.parse_run(TINY), 2, None).eval()
     calm = validation.largest(net, "cpu")
     with torch.no_grad():
         net.stages[0][0].ffn.conv_out.weight.fill_(1e38)
@@ -172,14 +174,26 @@ def test_what_runs_away_is_seen(folder: Path) -> None:
 def test_what_is_missing_is_said_in_one_line(folder: Path, tmp_path: Path) -> None:
     for arguments, message in (
         (["--data", str(tmp_path), "--run", "base"], "prepare_pictures.py"),
-        (["--validation", str(tmp_path), "--run", "base"], "photographs.py"),
+        (["--validation", str(tmp_path), "--run", "base"], r"holds no picture .* \(--validation\)"),
         (["--run", "span"], "--traiNNer-redux"),
         (["--run", "base,patch=33"], "a cut has 32 pixels a side"),
         (["--run", "base,rat=1e-4"], "unexpected keyword argument 'rat'"),
         (["--run", "base,depths=()"], r"--run\)"),
     ):
-        with pytest.raises(SystemExit, match=message):
+        with pytest.raises(UserError, match=message):
             run(folder, tmp_path / "e", "--iterations", "1", *arguments)
+
+
+def test_bad_input_ends_with_2_and_one_line(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    arguments = ["--data", str(tmp_path), "--validation", str(folder / "val"), "--iterations", "1"]
+    assert equal_budget.main([*arguments, "--run", TINY, "--output", str(tmp_path / "x")]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith("equal_budget.py: error: ")
+    assert printed.err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(SystemExit, match="2"):
+        equal_budget.parse_args([*arguments[:-1], "0", "--run", TINY])
+    assert "argument --iterations: invalid positive number value: '0'" in capsys.readouterr().err
 
 
 def test_kept_weights_go_on_in_the_next_run(folder: Path, tmp_path: Path) -> None:
@@ -187,7 +201,7 @@ def test_kept_weights_go_on_in_the_next_run(folder: Path, tmp_path: Path) -> Non
     run(folder, tmp_path / "f", "--iterations", "40", "--run", "base,rate=5e-3", "--weights", str(first))
     again = ["--run", f"base,pretrained={first}", "--weights", str(second)]
     result = run(folder, tmp_path / "g", "--seconds", "1", *again)
-    start = equal_budget.build(equal_budget.parse_run(f"{TINY},pretrained={first}"), 2, None)
+    start = runs.build(runs.parse_run(f"{TINY},pretrained={first}"), 2, None)
     kept = load_file(first)
     fused = tmp_path / "fused.safetensors"
     save_file(start.fused().state_dict(), fused)
@@ -195,7 +209,7 @@ def test_kept_weights_go_on_in_the_next_run(folder: Path, tmp_path: Path) -> Non
     assert not torch.equal(kept["conv_last.weight"], load_file(second)["conv_last.weight"])
     iterations = result["rows"][0]["points"][-1][0]
     assert equal_budget.iterations_of(second, "float") == 40 + iterations
-    with pytest.raises(SystemExit, match="holds this run; pass another seed"):
+    with pytest.raises(UserError, match="holds this run; pass another seed"):
         run(folder, tmp_path / "g", "--seconds", "1", *again)
     for arguments, message in (
         (["--run", "base", "--seeds", "0", "1"], "pass one --run and one seed"),
@@ -205,14 +219,14 @@ def test_kept_weights_go_on_in_the_next_run(folder: Path, tmp_path: Path) -> Non
         (["--run", f"{TINY},embed_dim=14,pretrained={first}"], r"--run\)"),
         (["--run", f"{TINY},pretrained={fused}"], "pass a training checkpoint, not the fused weights"),
     ):
-        with pytest.raises(SystemExit, match=message):
+        with pytest.raises(UserError, match=message):
             run(folder, tmp_path / "h", "--iterations", "1", "--weights", str(first), *arguments)
 
 
 def test_a_block_that_adds_nothing_contributes_nothing() -> None:
     import blocks
 
-    net = equal_budget.build(equal_budget.parse_run(TINY), 2, None).eval()
+    net = runs.build(runs.parse_run(TINY), 2, None).eval()
     with torch.no_grad():
         net.stages[1][0].ffn.conv_out.bias.fill_(1.0)
     image = torch.rand(1, 3, 16, 16)
