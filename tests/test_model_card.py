@@ -20,6 +20,9 @@ sys.path.insert(0, str(ROOT / "training"))
 
 import model_card
 
+from aethersr.errors import UserError
+from aethersr.onnx import export_onnx
+
 Rule = Callable[[Any], bool]
 OPTIONS = ["--author", "my-id", "--date", "2026-11-22", "--tags", "photo,restoration"]
 ADDRESS = ["--url", "https://example.org/v1"]
@@ -98,11 +101,12 @@ def says_what_the_files_are(path: Path, *files: Path) -> None:
 
 @pytest.fixture
 def files(tmp_path: Path) -> list[Path]:
-    state = small_net(2).fused().float().state_dict()
+    net = small_net(2).fused().float()
+    state = net.state_dict()
     paths = [tmp_path / f"2x_My_Model_fp16{ending}" for ending in (".safetensors", ".pth", ".onnx")]
     save_file({name: value.half() for name, value in state.items()}, paths[0])
     torch.save(state, paths[1])
-    paths[2].write_bytes(b"exported")
+    export_onnx(net, 2, output_path=str(paths[2]))
     return paths
 
 
@@ -212,6 +216,18 @@ def test_the_same_files_and_options_give_the_same_bytes_and_nothing_is_overwritt
 )
 def test_an_id_has_letters_digits_and_single_dashes_and_the_scale_once(name: str, expected: str) -> None:
     assert model_card.model_id(name, 2) == expected
+
+
+def test_another_models_file_is_refused(files: list[Path], capsys: Any) -> None:
+    clean = ROOT / "weights" / "2x_AetherNet_small_wallpapers_fp16.safetensors"
+    for name in ("2x_AetherNet_small_jpeg_int8.onnx", "2x_AetherNet_small_jpeg_fp16.safetensors"):
+        with pytest.raises(UserError, match=f"{name} holds other weights than .*{clean.name}"):
+            model_card.check_same_network(clean, [ROOT / "weights" / name])
+    model_card.check_same_network(clean, [clean.with_name("2x_AetherNet_small_wallpapers_int8.onnx")])
+    state = {name: value * 1.5 for name, value in small_net(2).fused().float().state_dict().items()}
+    torch.save(state, files[1])
+    assert run(*files) == 2
+    assert f"{files[1]} holds other weights than {files[0]}" in capsys.readouterr().err
 
 
 def test_what_makes_no_card_is_an_error_in_one_line(files: list[Path], capsys: Any) -> None:
