@@ -29,6 +29,7 @@ ARCH = (
     (r"def _register\(.*", ""),
     (r"own = (?=\{\"embed_dim)", "own: Dict[str, Any] = "),  # pyright infers less than mypy
 )
+COPIED = (r" for traiNNer-redux; copy it into ``traiNNer/optimizers``", "")
 QUANT = ((r"if TYPE_CHECKING or not __package__:.*?    (from \. import aether_arch as arch)", r"\1"),)
 IDENTIFY = (
     (r"from aethersr\.checkpoint import unwrap\n", ""),  # spandrel has taken wrappers off
@@ -91,6 +92,7 @@ def redux_files() -> Dict[str, str]:
     files = {
         "traiNNer/archs/aether_arch.py": PYRIGHT + arch + REGISTER,
         "traiNNer/archs/aether_quant.py": PYRIGHT + changed("archs/aether_quant.py", *QUANT),
+        "traiNNer/optimizers/soap32_optim.py": changed("archs/soap32_optim.py", COPIED),
         "LICENSE/LICENSE-AetherNet": changed("LICENSE"),
     }
     for file in sorted((ROOT / "options/traiNNer-redux").rglob("*.yml")):

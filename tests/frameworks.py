@@ -82,9 +82,10 @@ class Framework:
         return self.root / self.package / "archs"
 
     def bring(self, *files: str) -> None:
-        """Copy files of archs/ to where the framework looks for architectures."""
+        """Copy files of archs/ to where the framework looks for architectures and optimizers."""
         for file in files:
-            shutil.copy(ROOT / "archs" / file, self.archs)
+            folder = "optimizers" if file.endswith("_optim.py") else "archs"
+            shutil.copy(ROOT / "archs" / file, self.root / self.package / folder)
 
     def changes(
         self, folder: Path, batch: int, side: int, scale: int, iterations: int, saved_at: int
@@ -318,7 +319,7 @@ def framework_named(name: str, folder: Path) -> Framework:
         "traiNNer-redux": lambda folder: checkout(Redux, "TRAINNER_REDUX_ROOT", folder),
         "neosr": lambda folder: checkout(Neosr, "NEOSR_ROOT", folder),
     }[name](folder)
-    framework.bring("aether_arch.py")
+    framework.bring("aether_arch.py", *(["soap32_optim.py"] if isinstance(framework, Redux) else []))
     return framework
 
 

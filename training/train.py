@@ -228,8 +228,10 @@ def start(training: Training, args: argparse.Namespace) -> None:
         pictures(settings)["num_worker_per_gpu"] = 1
         device = "on the CPU, since PyTorch finds no CUDA"
         launcher = [str(ROOT / "tests" / "launchers" / "trainner_redux_cpu.py"), "train"]
-    for name in ("aether_arch.py", "aether_quant.py")[: 1 + args.stage.startswith("qat")]:
-        shutil.copy(ROOT / "archs" / name, training.checkout / "traiNNer" / "archs")
+    quant = ["aether_quant.py"] if args.stage.startswith("qat") else []
+    for name in ("aether_arch.py", "soap32_optim.py", *quant):
+        folder = "optimizers" if name.endswith("_optim.py") else "archs"
+        shutil.copy(ROOT / "archs" / name, training.checkout / "traiNNer" / folder)
     training.options.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
     if not going_on:
         training.begun.write_text(json.dumps({"stage": args.stage, "before": before}), encoding="utf-8")

@@ -1,0 +1,77 @@
+"""archs/soap32_optim.py, as traiNNer-redux calls it: inside autocast."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import sys
+import types
+from typing import Any, Callable, Dict
+
+import pytest
+import torch
+from conftest import ROOT
+from pytorch_optimizer import SOAP
+from torch import nn
+
+STEPS = 25  # the bases are renewed every ten
+OPTIONS = {"lr": 2e-3, "weight_decay": 0, "betas": (0.95, 0.95)}
+
+
+class Registry(Dict[str, Any]):
+    def register(self) -> Callable[[Any], Any]:
+        return lambda kind: self.setdefault(kind.__name__, kind)
+
+
+@pytest.fixture
+def registry(monkeypatch: pytest.MonkeyPatch) -> Registry:
+    registry = Registry()
+    module: Any = types.ModuleType("traiNNer.utils.registry")
+    module.OPTIMIZER_REGISTRY = registry
+    for name, content in (("traiNNer", None), ("traiNNer.utils", None), (module.__name__, module)):
+        monkeypatch.setitem(sys.modules, name, content or types.ModuleType(name))
+    spec = importlib.util.spec_from_file_location("soap32_optim", ROOT / "archs" / "soap32_optim.py")
+    assert spec is not None
+    assert spec.loader is not None
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    return registry
+
+
+def trained(kind: Any, autocast: bool) -> nn.Conv2d:
+    """A convolution after some steps, with gradients that fp16 can't square."""
+    torch.manual_seed(0)
+    net = nn.Conv2d(4, 6, 3)
+    optimizer = kind(net.parameters(), **OPTIONS)
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        (net(torch.rand(2, 4, 8, 8)).square().mean() * 1e-4).backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            optimizer.step()
+    return net
+
+
+def test_the_step_is_that_of_soap_without_autocast(registry: Registry) -> None:
+    expected, found = trained(SOAP, autocast=False), trained(registry["SOAP32"], autocast=True)
+    assert torch.equal(expected.weight, found.weight)
+    assert torch.equal(expected.bias, found.bias)
+
+
+def test_a_training_goes_on_from_its_saved_state(registry: Registry) -> None:
+    net = nn.Conv2d(4, 6, 3)
+    optimizer = registry["SOAP32"](net.parameters(), **OPTIONS)
+    pictures = [torch.rand(2, 4, 8, 8) for _ in range(STEPS)]
+
+    def train(net: nn.Module, optimizer: Any, pictures: list[torch.Tensor]) -> None:
+        for picture in pictures:
+            optimizer.zero_grad()
+            net(picture).square().mean().backward()
+            optimizer.step()
+
+    train(net, optimizer, pictures[:13])
+    other = nn.Conv2d(4, 6, 3)
+    other.load_state_dict(net.state_dict())
+    resumed = registry["SOAP32"](other.parameters(), **OPTIONS)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # as from a file
+    train(net, optimizer, pictures[13:])
+    train(other, resumed, pictures[13:])
+    assert torch.allclose(net.weight, other.weight, rtol=0, atol=1e-6)
