@@ -11,6 +11,8 @@ from typing import Any, Dict, List
 
 from aethersr.errors import UserError
 
+SHOWN_DB = 2.0  # of the curves, below the best
+
 
 class Results:
     """The runs of one comparison, in OUTPUT.json.
@@ -86,10 +88,9 @@ class Results:
                     label = text if row["seed"] == self.rows[0]["seed"] else None
                     axis.plot(x, y, f"C{number % 10}", marker=".", label=label)
         axes[0].set(xlabel="iterations", ylabel="PSNR-Y, dB")
-        lowest = min(row["points"][-1][2] for row in self.rows)
-        axes[0].set_ylim(
-            bottom=max(lowest - 0.3, axes[0].get_ylim()[0])
-        )  # a breakdown would flatten the others
+        # A run that broke down would flatten the others; it leaves the picture at the bottom.
+        best = max(row["points"][-1][2] for row in self.rows)
+        axes[0].set_ylim(max(best - SHOWN_DB, axes[0].get_ylim()[0]), best + 0.1)
         axes[1].set(xlabel="seconds of training steps")
         axes[1].legend(fontsize=7)
         figure.tight_layout()
