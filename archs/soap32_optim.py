@@ -1,7 +1,7 @@
 """SOAP in single precision for traiNNer-redux; copy it into ``traiNNer/optimizers``.
 
-traiNNer-redux calls its optimizers inside autocast. SOAP multiplies squared gradients there: in fp16 most of
-these products become zero, and in bf16 on a CPU SOAP ends with an error.
+traiNNer-redux calls its optimizers inside autocast. SOAP multiplies gradients with each other there: in fp16
+small products become zero, and on a CPU it ends with an error.
 """
 
 from __future__ import annotations

@@ -14,18 +14,26 @@ from aethersr.errors import UserError
 SHOWN_DB = 2.0  # of the curves, below the best
 
 
-class Results:
-    """The runs of one comparison, in OUTPUT.json.
+def read_results(path: Path, flag: str) -> Dict[str, Any]:
+    """A comparison's "title" and "rows". UserError: the file holds none; ``flag`` named it."""
+    if not path.is_file():
+        raise UserError(f"there is no {path}; benchmarks/equal_budget.py writes it ({flag}).")
+    try:
+        result: Dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return {"title": result["title"], "rows": result["rows"]}
+    except (ValueError, TypeError, KeyError):
+        raise UserError(f"{path} is no results file of equal_budget.py; pass another ({flag}).") from None
 
-    Raises UserError if the file holds another comparison.
-    """
+
+class Results:
+    """The runs of one comparison, in OUTPUT.json. UserError: the file holds another comparison."""
 
     def __init__(self, output: Path, title: str) -> None:
         self.output, self.title = output, title
         self.rows: List[Dict[str, Any]] = []
         saved = self.file(".json")
         if saved.exists():
-            result = json.loads(saved.read_text(encoding="utf-8"))
+            result = read_results(saved, "--output")
             if result["title"] != title:
                 raise UserError(
                     f"{saved} holds another comparison ({result['title']}); name another --output."
@@ -33,9 +41,11 @@ class Results:
             self.rows = result["rows"]
 
     def file(self, suffix: str) -> Path:
+        """OUTPUT with a suffix."""
         return self.output.with_name(self.output.name + suffix)
 
     def hold(self, run: str, seed: int) -> bool:
+        """Whether this run has been done."""
         return any(row["run"] == run and row["seed"] == seed for row in self.rows)
 
     def add(self, row: Dict[str, Any]) -> None:

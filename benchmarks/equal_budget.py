@@ -64,7 +64,7 @@ def build_optimizer(net: nn.Module, name: str, rate: float) -> torch.optim.Optim
         return getattr(torch.optim, name)(net.parameters(), rate, betas=(0.9, 0.99), weight_decay=0)
     import pytorch_optimizer
 
-    if not hasattr(pytorch_optimizer, name):
+    if not isinstance(getattr(pytorch_optimizer, name, None), type):
         raise UserError(f"pytorch-optimizer has no {name}; pass another optimizer (--run).")
     options: Dict[str, Any] = {}
     params: Any = list(net.parameters())

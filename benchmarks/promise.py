@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import statistics
 import sys
 from pathlib import Path
@@ -21,11 +20,10 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from budget_results import plotting
+from budget_results import plotting, read_results
 from runs import OURS, build, parse_run
 
 from aethersr.commands import exit_code
-from aethersr.errors import UserError
 from aethersr.timing import interleaved
 
 
@@ -111,9 +109,7 @@ def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
 
 
 def measure(args: argparse.Namespace) -> None:
-    if not args.result.is_file():
-        raise UserError(f"there is no {args.result}; benchmarks/equal_budget.py writes it (RESULT).")
-    result = json.loads(args.result.read_text(encoding="utf-8"))
+    result = read_results(args.result, "RESULT")
     found = points(result, args)
     title = f"{result['title']}; {args.side}x{args.side} in ONNX Runtime, {args.threads} thread(s)"
     text = table(title, found)

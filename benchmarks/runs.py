@@ -137,5 +137,7 @@ def registered(name: str, checkout: Path) -> Callable[..., nn.Module]:
     import traiNNer.archs  # noqa: F401
     from traiNNer.utils import registry
 
-    found: Any = registry.SPANDREL_REGISTRY if name in registry.SPANDREL_REGISTRY else registry.ARCH_REGISTRY
-    return found.get(name)
+    for found in (registry.SPANDREL_REGISTRY, registry.ARCH_REGISTRY):
+        if name in found:
+            return found.get(name)  # type: ignore[no-any-return]
+    raise UserError(f"{checkout} has no network {name}; pass one of its names (--run).")

@@ -113,6 +113,9 @@ def test_another_comparison_is_not_mixed_into_a_file(folder: Path, tmp_path: Pat
     with pytest.raises(UserError, match="another comparison"):
         run(folder, tmp_path / "d", "--iterations", "2", "--run", "base")
     assert (tmp_path / "d.json").read_bytes() == before
+    (tmp_path / "d.json").write_text("{")
+    with pytest.raises(UserError, match="is no results file"):
+        run(folder, tmp_path / "d", "--iterations", "1", "--run", "base")
 
 
 def test_a_run_is_read_with_values_words_and_brackets() -> None:
@@ -179,6 +182,7 @@ def test_what_is_missing_is_said_in_one_line(folder: Path, tmp_path: Path) -> No
         (["--run", "base,patch=33"], "a cut has 32 pixels a side"),
         (["--run", "base,rat=1e-4"], "unexpected keyword argument 'rat'"),
         (["--run", "base,depths=()"], r"--run\)"),
+        (["--run", "base,optimizer=load_optimizer"], "pytorch-optimizer has no load_optimizer"),
     ):
         with pytest.raises(UserError, match=message):
             run(folder, tmp_path / "e", "--iterations", "1", *arguments)

@@ -49,7 +49,8 @@ LOG = "INFO: [epoch:   0, iter:   1,200, lr:(9.999e-04)] [performance: 1.583 it/
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    (tmp_path / "checkout" / "traiNNer" / "archs").mkdir(parents=True)
+    for folder in ("archs", "optimizers"):
+        (tmp_path / "checkout" / "traiNNer" / folder).mkdir(parents=True)
     (tmp_path / "data" / "gt").mkdir(parents=True)
     return tmp_path / "checkout"
 
@@ -141,6 +142,8 @@ def test_the_options_are_those_of_the_template_and_the_network_is_copied(checkou
     copied = checkout / "traiNNer" / "archs"
     assert (copied / "aether_arch.py").read_bytes() == (ROOT / "archs" / "aether_arch.py").read_bytes()
     assert not (copied / "aether_quant.py").exists()
+    optimizer = checkout / "traiNNer" / "optimizers" / "soap32_optim.py"
+    assert optimizer.read_bytes() == (ROOT / "archs" / "soap32_optim.py").read_bytes()
 
 
 def test_quantisation_aware_training_starts_from_weights(checkout: Path, capsys: Any) -> None:

@@ -231,7 +231,7 @@ def start(training: Training, args: argparse.Namespace) -> None:
     quant = ["aether_quant.py"] if args.stage.startswith("qat") else []
     for name in ("aether_arch.py", "soap32_optim.py", *quant):
         folder = "optimizers" if name.endswith("_optim.py") else "archs"
-        shutil.copy(ROOT / "archs" / name, training.checkout / "traiNNer" / folder)
+        shutil.copy(ROOT / "archs" / name, training.checkout / "traiNNer" / folder / name)
     training.options.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
     if not going_on:
         training.begun.write_text(json.dumps({"stage": args.stage, "before": before}), encoding="utf-8")
