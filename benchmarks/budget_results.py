@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import sys
 from pathlib import Path
 from typing import Any, Dict, List
 
 from aethersr.errors import UserError
+from aethersr.files import Together
 
 SHOWN_DB = 2.0  # of the curves, below the best
 
@@ -53,24 +53,15 @@ class Results:
         self.rows.append(row)
         self.output.parent.mkdir(parents=True, exist_ok=True)
         content = json.dumps({"title": self.title, "rows": self.rows}, indent=1) + "\n"
-        for target, text in ((self.file(".json"), content), (self.file(".md"), self.table())):
-            part = target.with_name(f"{target.name}.part")
-            part.write_text(text, encoding="utf-8")
-            os.replace(part, target)
+        with Together() as files:
+            for suffix, text in ((".json", content), (".md", self.table())):
+                files.part(self.file(suffix)).write_text(text, encoding="utf-8")
+            files.commit()
 
     def table(self) -> str:
         """Markdown: a row for each run, the mean of its seeds."""
-        names = (
-            "run",
-            "seeds",
-            "iterations",
-            "seconds",
-            "PSNR-Y, dB",
-            "each seed",
-            "not averaged",
-            "largest",
-        )
-        lines = [self.title, "", f"| {' | '.join(names)} |"]
+        names = "run | seeds | iterations | seconds | PSNR-Y, dB | each seed | not averaged | largest"
+        lines = [self.title, "", f"| {names} |"]
         lines.append("| --- | ---: | ---: | ---: | ---: | --- | ---: | ---: |")
         for text in dict.fromkeys(row["run"] for row in self.rows):
             rows = [row for row in self.rows if row["run"] == text]
