@@ -6,7 +6,7 @@ import json
 import statistics
 import sys
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Tuple
 
 from aethersr.errors import UserError
 from aethersr.files import Together
@@ -89,13 +89,18 @@ class Results:
                     label = text if row["seed"] == self.rows[0]["seed"] else None
                     axis.plot(x, y, f"C{number % 10}", marker=".", label=label)
         axes[0].set(xlabel="iterations", ylabel="PSNR-Y, dB")
-        # A run that broke down would flatten the others; it leaves the picture at the bottom.
-        best = max(row["points"][-1][2] for row in self.rows)
-        axes[0].set_ylim(max(best - SHOWN_DB, axes[0].get_ylim()[0]), best + 0.1)
+        axes[0].set_ylim(*shown(self.rows))
         axes[1].set(xlabel="seconds of training steps")
         axes[1].legend(fontsize=7)
         figure.tight_layout()
         figure.savefig(self.file(".png"), dpi=100)
+
+
+def shown(rows: List[Dict[str, Any]]) -> Tuple[float, float]:
+    """The decibels that the picture shows. A run that broke down leaves it; it would flatten the others."""
+    best = max(row["points"][-1][2] for row in rows)
+    lowest = min(point[2] for row in rows for point in row["points"])
+    return max(best - SHOWN_DB, lowest - 0.1), best + 0.1
 
 
 def plotting() -> Any:

@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import cuts
 import equal_budget
 import runs
+from budget_results import shown
 
 from aethersr.errors import UserError
 from aethersr.quality import resize
@@ -225,6 +226,12 @@ def test_kept_weights_go_on_in_the_next_run(folder: Path, tmp_path: Path) -> Non
     ):
         with pytest.raises(UserError, match=message):
             run(folder, tmp_path / "h", "--iterations", "1", "--weights", str(first), *arguments)
+
+
+def test_a_run_that_broke_down_leaves_the_picture() -> None:
+    good, weak, broken = ({"points": [(10, 1.0, 31.0), (20, 2.0, last)]} for last in (32.0, 31.5, 8.0))
+    assert shown([good, weak]) == pytest.approx((30.9, 32.1))
+    assert shown([broken, good]) == pytest.approx((30.0, 32.1))
 
 
 def test_a_block_that_adds_nothing_contributes_nothing() -> None:
