@@ -11,6 +11,7 @@ traiNNer-redux (plksr_tiny, span, compact, artcnn_r8f64, realplksr_tiny, ...) an
 
     rate=1e-3      learning rate; a short warm-up, then cosine down to a fiftieth
     optimizer=AdamW  torch's, or one of pytorch-optimizer (SOAP, Muon, StableAdamW, ...)
+    precondition_frequency=10  SOAP: steps between new bases
     batch=8        crops a step
     patch=32       side of a crop in low-resolution pixels
     loss=mse       squared error instead of Charbonnier's loss (almost l1)
@@ -47,7 +48,7 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from runs import LOSSES, OURS, ROOT, Run, aether_arch, build, parse_run  # isort: skip: it knows the folders
+from runs import BASES, LOSSES, OURS, ROOT, Run, aether_arch, build, parse_run  # isort: skip: it knows the folders
 from budget_results import Results
 from cpu_speed import speed_up_on_cpu
 from cuts import Cuts, Validation
@@ -59,14 +60,15 @@ from aethersr.errors import UserError
 POINTS = 6  # measurements of a run
 
 
-def build_optimizer(net: nn.Module, name: str, rate: float) -> torch.optim.Optimizer:
+def build_optimizer(net: nn.Module, training: Dict[str, Any]) -> torch.optim.Optimizer:
+    name, rate = training["optimizer"], training["rate"]
     if name in ("AdamW", "NAdam"):
         return getattr(torch.optim, name)(net.parameters(), rate, betas=(0.9, 0.99), weight_decay=0)
     import pytorch_optimizer
 
     if not isinstance(getattr(pytorch_optimizer, name, None), type):
         raise UserError(f"pytorch-optimizer has no {name}; pass another optimizer (--run).")
-    options: Dict[str, Any] = {}
+    options = {BASES: training[BASES]} if BASES in training else {}
     params: Any = list(net.parameters())
     if name == "Muon":  # for matrices only; vectors get AdamW's steps
         params = [
@@ -104,7 +106,7 @@ def train(
     net: Any = build(run, cuts.scale, args.checkout).train()
     net = net.to(device, memory_format=torch.channels_last)
     averaged = copy.deepcopy(net).eval()
-    optimizer = build_optimizer(net, options["optimizer"], options["rate"])
+    optimizer = build_optimizer(net, options)
     clock = CLOCKS[device]
     points: List[Tuple[int, float, float]] = []
     iteration, seconds, done = 0, 0.0, 0.0  # done: of the budget

@@ -29,6 +29,7 @@ DEFAULTS: Dict[str, Any] = {
     "skip": 0,
 }
 START = ("start", "freeze_at", "pretrained")  # of AetherNet
+BASES = "precondition_frequency"  # of SOAP
 
 
 def charbonnier(out: Tensor, target: Tensor) -> Tensor:
@@ -51,6 +52,7 @@ VALUES: Dict[str, Tuple[Callable[[Any], bool], str]] = {
     "start": (lambda value: value in ("plain", "quiet"), "plain or quiet"),
     "freeze_at": (positive, "1 or more"),
     "pretrained": (lambda value: Path(str(value)).is_file(), "a file"),
+    BASES: (positive, "1 or more"),
 }
 
 
@@ -76,7 +78,9 @@ def parse_run(text: str, base: Optional[str] = None) -> Run:
             raise UserError(f"{text!r}: {name} is {value!r}; expected {what} (--run).")
         if name in START and network not in OURS:
             raise UserError(f"{text!r}: {name} is for AetherNet alone; leave it out (--run).")
-        (training if name in DEFAULTS or name in START else options)[name] = value
+        (training if name in DEFAULTS or name in (*START, BASES) else options)[name] = value
+    if BASES in training and training["optimizer"] != "SOAP":
+        raise UserError(f"{text!r}: {BASES} is for SOAP alone; leave it out (--run).")
     return Run(text, network, training, options)
 
 

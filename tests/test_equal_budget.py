@@ -133,9 +133,17 @@ def test_a_run_is_read_with_values_words_and_brackets() -> None:
         ("aether_small,rate=0", "expected a number above 0"),
         ("aether_small,batch=2.5", "batch is 2.5; expected 1 or more"),
         ("span,start=plain", "start is for AetherNet alone"),
+        ("span,precondition_frequency=5", "precondition_frequency is for SOAP alone"),
     ):
         with pytest.raises(UserError, match=text):
             runs.parse_run(wrong)
+
+
+def test_soap_gets_its_frequency() -> None:
+    run = runs.parse_run("span,optimizer=SOAP,precondition_frequency=5")
+    optimizer = equal_budget.build_optimizer(torch.nn.Linear(2, 2), run.training)
+    assert type(optimizer).__name__ == "SOAP"
+    assert optimizer.param_groups[0]["precondition_frequency"] == 5
 
 
 def test_a_crop_and_its_reduction_show_the_same_place_turned_the_same_way(folder: Path) -> None:
