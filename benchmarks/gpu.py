@@ -95,6 +95,27 @@ def training(kit: Kit, variant: str, batch: int, lq: int, precision: str, layout
     return step
 
 
+def part_optimizers(kit: Kit) -> Iterator[None]:
+    """The optimizer's step alone. SOAP computes new bases every tenth time."""
+    ways = {"AdamW": None, "SOAP, the bases kept": 10**9, "SOAP, new bases": 1}
+    for variant in kit.setting.variants:
+        steps = {way: functools.partial(optimizer_step, kit, variant, ways[way]) for way in ways}
+        kit.compare("optimizers", variant, steps)
+        yield
+
+
+def optimizer_step(kit: Kit, variant: str, frequency: Optional[int]) -> Step:
+    """A step of SOAP with new bases every ``frequency`` steps, or of AdamW."""
+    net: Any = kit.build(variant, 2).train().to(kit.device)
+    for value in net.parameters():
+        value.grad = torch.randn_like(value)
+    if frequency is None:
+        return torch.optim.AdamW(net.parameters(), lr=1e-9).step
+    from pytorch_optimizer import SOAP
+
+    return SOAP(net.parameters(), lr=1e-9, precondition_frequency=frequency).step  # type: ignore[no-any-return]
+
+
 def part_depthwise(kit: Kit) -> Iterator[None]:
     """The 11x11 depthwise convolution alone: every precision and layout, other ways, and the GPU's limit."""
     peak, bandwidth = limits(kit)
@@ -287,6 +308,7 @@ def taken(kit: Kit, step: Step) -> float:
 PARTS: Dict[str, Callable[[Kit], Iterator[None]]] = {  # in order of importance
     "networks": part_networks,
     "training": part_training,
+    "optimizers": part_optimizers,
     "depthwise": part_depthwise,
     "peers": part_peers,
     "memory": part_memory,
