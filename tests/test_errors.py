@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 import torch
+from conftest import ROOT
 
 from aethersr.commands import exit_code
 from aethersr.errors import UserError, is_out_of_memory, missing_package
@@ -73,3 +77,15 @@ def test_a_missing_package_is_named_as_the_index_names_it() -> None:
         "--calibration needs the package pillow: pip install pillow "
         '(or pip install ".[upscale]" in AetherNet\'s folder).'
     )
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows reports a closed pipe as another error")
+@pytest.mark.parametrize("length", [1, 10**6])
+def test_a_reader_that_has_ended_is_no_traceback(length: int) -> None:
+    action = f"lambda: print('a' * {length})"
+    code = f"import sys; from aethersr.commands import exit_code; sys.exit(exit_code('x', {action}, ''))"
+    reader, writer = os.pipe()
+    os.close(reader)
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (141, b"")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -31,6 +32,8 @@ def check_device(device: str) -> None:
 def exit_code(program: str, action: Callable[[], None], stopped: str) -> int:
     """Run a command and return 0, 2 after a line about what the user can fix, or 130 if the user stopped it.
 
+    141 if the program that reads its output has ended, such as ``head``.
+
     Args:
         program: the name before each line.
         action: the command; raises UserError.
@@ -52,6 +55,10 @@ def exit_code(program: str, action: Callable[[], None], stopped: str) -> int:
         old = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         action()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes once more at its end
+        return 141
     except UserError as error:
         return error_line(error)
     except KeyboardInterrupt:
