@@ -97,7 +97,7 @@ class Results:
 
 
 def shown(rows: List[Dict[str, Any]]) -> Tuple[float, float]:
-    """The decibels that the picture shows. A run that broke down leaves it; it would flatten the others."""
+    """The decibels that the picture shows. A run that broke down is cut off; it would flatten the others."""
     best = max(row["points"][-1][2] for row in rows)
     lowest = min(point[2] for row in rows for point in row["points"])
     return max(best - SHOWN_DB, lowest - 0.1), best + 0.1

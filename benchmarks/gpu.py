@@ -96,7 +96,7 @@ def training(kit: Kit, variant: str, batch: int, lq: int, precision: str, layout
 
 
 def part_optimizers(kit: Kit) -> Iterator[None]:
-    """The optimizer's step alone. SOAP computes new bases every tenth time."""
+    """The optimizer's step alone. By default SOAP computes new bases in one step of ten, and keeps them in nine."""
     ways = {"AdamW": None, "SOAP, the bases kept": 10**9, "SOAP, new bases": 1}
     for variant in kit.setting.variants:
         steps = {way: functools.partial(optimizer_step, kit, variant, ways[way]) for way in ways}
@@ -106,6 +106,7 @@ def part_optimizers(kit: Kit) -> Iterator[None]:
 
 def optimizer_step(kit: Kit, variant: str, frequency: Optional[int]) -> Step:
     """A step of SOAP with new bases every ``frequency`` steps, or of AdamW."""
+    tensor_float(False)  # as in the templates; an earlier part allowed it
     net: Any = kit.build(variant, 2).train().to(kit.device)
     for value in net.parameters():
         value.grad = torch.randn_like(value)

@@ -80,12 +80,21 @@ def test_a_missing_package_is_named_as_the_index_names_it() -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows reports a closed pipe as another error")
-@pytest.mark.parametrize("length", [1, 10**6])
-def test_a_reader_that_has_ended_is_no_traceback(length: int) -> None:
-    action = f"lambda: print('a' * {length})"
-    code = f"import sys; from aethersr.commands import exit_code; sys.exit(exit_code('x', {action}, ''))"
+@pytest.mark.parametrize("action", ["lambda: print('a')", "lambda: print('a' * 10**6)", "wrong"])
+def test_a_reader_that_has_ended_is_no_traceback(action: str) -> None:
+    lines = [
+        "import sys",
+        "from aethersr.commands import exit_code",
+        "from aethersr.errors import UserError",
+        "def wrong(): print('a'); raise UserError('b')",
+        f"sys.exit(exit_code('x', {action}, ''))",
+    ]
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     reader, writer = os.pipe()
     os.close(reader)
-    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=writer, stderr=subprocess.PIPE)
-    os.close(writer)
-    assert (ended.returncode, ended.stderr) == (141, b"")
+    try:
+        command = [sys.executable, "-c", "\n".join(lines)]
+        ended = subprocess.run(command, cwd=ROOT, env=env, stdout=writer, stderr=subprocess.PIPE, text=True)
+    finally:
+        os.close(writer)
+    assert (ended.returncode, ended.stderr) == (141, "x: error: b\n" if action == "wrong" else "")

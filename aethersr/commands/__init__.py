@@ -32,13 +32,24 @@ def check_device(device: str) -> None:
 def exit_code(program: str, action: Callable[[], None], stopped: str) -> int:
     """Run a command and return 0, 2 after a line about what the user can fix, or 130 if the user stopped it.
 
-    141 if the program that reads its output has ended, such as ``head``.
+    Return 141 if whatever reads the output (such as ``head``) has ended.
 
     Args:
         program: the name before each line.
         action: the command; raises UserError.
         stopped: what to say after an interruption, such as "nothing was written."
     """
+    try:
+        code = _code(program, action, stopped)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # of the output: commands write to no other pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes once more at its end
+        return 141
+
+
+def _code(program: str, action: Callable[[], None], stopped: str) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # don't fail on names that the terminal's encoding lacks
             stream.reconfigure(errors="backslashreplace")
@@ -55,10 +66,6 @@ def exit_code(program: str, action: Callable[[], None], stopped: str) -> int:
         old = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         action()
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes once more at its end
-        return 141
     except UserError as error:
         return error_line(error)
     except KeyboardInterrupt:
