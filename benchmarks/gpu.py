@@ -96,7 +96,7 @@ def training(kit: Kit, variant: str, batch: int, lq: int, precision: str, layout
 
 
 def part_optimizers(kit: Kit) -> Iterator[None]:
-    """The optimizer's step alone. By default SOAP computes new bases in one step of ten, and keeps them in nine."""
+    """The optimizer's step alone. By default SOAP computes new bases in one step of ten."""
     ways = {"AdamW": None, "SOAP, the bases kept": 10**9, "SOAP, new bases": 1}
     for variant in kit.setting.variants:
         steps = {way: functools.partial(optimizer_step, kit, variant, ways[way]) for way in ways}
