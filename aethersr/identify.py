@@ -58,7 +58,7 @@ def aether_from_state_dict(state_dict: Mapping[str, Any], img_range: float = 1.0
         state = older_fused_to_training(state, options["sk_kernel"])
     form: Any = form_of(state)
     if form is not AetherNet:
-        options.update(form.layout(state))
+        options.update(form.options_from_names(state))
 
     def checked() -> AetherBase:
         net: AetherBase = form(**options, img_range=img_range)

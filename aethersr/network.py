@@ -143,7 +143,7 @@ def load_network(path: Path, device: Optional[str], fp16: bool) -> Network:
         net = aether_from_state_dict(read_checkpoint(path, "--model").state)
     except ValueError as error:
         raise UserError(f"{path}: {error} Pass the weights of an AetherNet (--model).") from None
-    if not getattr(net, "stored", False):
+    if not getattr(net, "is_int8", False):
         net = net.fused()
     elif fp16:
         raise UserError(

@@ -122,9 +122,9 @@ class GatedConvFFN(nn.Module):
         return self.drop(self.conv_out(self.drop(F.silu(gate) * self.conv_main(x))))
 
 
-def scaled(x: Tensor, weights: Tensor) -> Tensor:
+def multiply_if_free_(x: Tensor, weights: Tensor) -> Tensor:
     """``x * weights``, in place if nothing else needs x: allocating memory takes as long as the product."""
-    return x * weights if torch.is_grad_enabled() or _recorded() else x.mul_(weights)
+    return x * weights if torch.is_grad_enabled() or _is_traced() else x.mul_(weights)
 
 
 class ChannelAttention(nn.Module):
@@ -137,7 +137,7 @@ class ChannelAttention(nn.Module):
         self.fc = nn.Sequential(squeeze, nn.ReLU(), excite, nn.Sigmoid())
 
     def forward(self, x: Tensor) -> Tensor:
-        return scaled(x, self.fc(x.mean((2, 3), keepdim=True)))
+        return multiply_if_free_(x, self.fc(x.mean((2, 3), keepdim=True)))
 
 
 class SpatialAttention(nn.Module):
@@ -149,7 +149,7 @@ class SpatialAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         pooled = torch.cat([x.amax(1, keepdim=True), x.mean(1, keepdim=True)], 1)
-        return scaled(x, torch.sigmoid(self.conv(pooled)))
+        return multiply_if_free_(x, torch.sigmoid(self.conv(pooled)))
 
 
 class QuantFusion(nn.Module):
@@ -233,7 +233,7 @@ class AetherBase(nn.Module):
     mean: Tensor
 
     @classmethod
-    def layout(cls, names: Iterable[str]) -> Dict[str, Any]:
+    def options_from_names(cls, names: Iterable[str]) -> Dict[str, Any]:
         """Constructor arguments besides the options, read from tensor names."""
         return {}
 
@@ -273,7 +273,7 @@ class AetherBase(nn.Module):
 
     def prepare_qat(self, *args: Any, **options: Any) -> AetherBase:
         """Turn this network into a QuantAetherNet in place: see aether_quant.prepare_qat."""
-        return _other("aether_quant").prepare_qat(self, *args, **options)
+        return _import_sibling("aether_quant").prepare_qat(self, *args, **options)
 
     def convert_to_quantized(self) -> AetherBase:
         raise ValueError("convert_to_quantized: call prepare_qat() first, and fine-tune.")
@@ -298,11 +298,11 @@ class AetherBase(nn.Module):
         other.to(device=self.mean.device, dtype=self.mean.dtype).train(self.training)
         if any(value.dim() == 4 and not value.is_contiguous() for value in weights):
             other.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        stored = getattr(self, "stored", False)  # as int8, which is never trainable
-        if weights and not stored and not any(value.requires_grad for value in weights):
+        is_int8 = getattr(self, "is_int8", False)  # as int8, which is never trainable
+        if weights and not is_int8 and not any(value.requires_grad for value in weights):
             other.requires_grad_(False)
         self.__class__ = type(other)  # as torch.nn.utils.parametrize does: forward belongs to the class
-        for name in ("keep_norm", "placement", "stored"):  # attributes that only some forms have
+        for name in ("keep_norm", "placement", "is_int8"):  # attributes that only some forms have
             self.__dict__.pop(name, None)
         self.__dict__.update({name: value for name, value in vars(other).items() if "_hooks" not in name})
 
@@ -331,8 +331,8 @@ class AetherBase(nn.Module):
         if "bound" in own and own["bound"].shape != (1,):
             raise RuntimeError(f"{type(self).__name__}: 'bound' is not one number of shape (1,).")
         bound = float(own["bound"]) if "bound" in own else None
-        if form and not (isinstance(self, form) and form.layout(own).items() <= vars(self).items()):
-            other = form(**{**self.options, "bound": bound}, **form.layout(own))
+        if form and not (isinstance(self, form) and form.options_from_names(own).items() <= vars(self).items()):
+            other = form(**{**self.options, "bound": bound}, **form.options_from_names(own))
         elif form is AetherNet and scale not in (None, self.scale) and not strict:
             text = f"AetherNet x{self.scale} loads only the body of x{scale} weights; its tail is new."
             warnings.warn(text, stacklevel=4)
@@ -348,10 +348,10 @@ class AetherBase(nn.Module):
         elif form and bound != self.options["bound"]:
             self.set_bound(bound)
         if form is AetherNet and self.options["norm"] is None:
-            moved = any(name.endswith(".running_mean") and bool(value.any()) for name, value in own.items())
+            had_batch_statistics = any(name.endswith(".running_mean") and bool(value.any()) for name, value in own.items())
             for module in self.modules():
                 if isinstance(module, DeploymentNorm):
-                    module.batch = moved
+                    module.batch = had_batch_statistics
 
 
 class AetherNet(AetherBase):
@@ -406,7 +406,7 @@ class AetherNet(AetherBase):
         body = self.quant_fusion_layer(self.all_stages(shallow)) + shallow
         body = self.conv_after_body(self.norm(body)) + body
         out = self.conv_last(self.upsample(self.conv_before_upsample(body))) / self.img_range + self.mean
-        if out.requires_grad and not _recorded():  # so that a broken target doesn't ruin the weights
+        if out.requires_grad and not _is_traced():  # so that a broken target doesn't ruin the weights
             out.register_hook(lambda grad: torch.nan_to_num(grad, 0.0, 0.0, 0.0))
         return out
 
@@ -422,7 +422,7 @@ class AetherNet(AetherBase):
     @torch.random.fork_rng(devices=[])
     def fuse_model(self) -> FusedAetherNet:
         state = copy.deepcopy(self).cpu().double().reparameterize()
-        other = FusedAetherNet(**self.options, **FusedAetherNet.layout(state))
+        other = FusedAetherNet(**self.options, **FusedAetherNet.options_from_names(state))
         other.double().load_state_dict(state)
         self.become(other)
         return self  # type: ignore[return-value]
@@ -481,7 +481,7 @@ class FusedAetherBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out, rows = self.reparam_conv(x), 0
-        if x.device.type == "cpu" and not torch.is_grad_enabled() and not _recorded():
+        if x.device.type == "cpu" and not torch.is_grad_enabled() and not _is_traced():
             # The hidden tensor is the widest. Strip by strip, it stays in each core's cache.
             rows = max(1, self.STRIP * torch.get_num_threads() // max(1, x.shape[0] * x.shape[3]))
         if 0 < rows < x.shape[2]:
@@ -500,7 +500,7 @@ BORDERS = {
     "top_left": (-1, -1), "top_right": (-1, 1), "bottom_left": (1, -1), "bottom_right": (1, 1),
 }  # fmt: skip
 EDGES = {"top": (2, -1), "bottom": (2, 1), "left": (3, -1), "right": (3, 1)}  # as (dimension, side)
-DEPTHS = {1: 1, 2: 1, 3: 1, 4: 2, 8: 2}  # by scale: how many lines of pixels a correction sees
+BORDER_LINES = {1: 1, 2: 1, 3: 1, 4: 2, 8: 2}  # by scale: how many lines of pixels a correction sees
 Masks = Dict[Tuple[int, int], List[Tensor]]  # by edge
 
 
@@ -521,7 +521,7 @@ class CollapsedTail(nn.Module):
 
     def __init__(self, channels: int, out_channels: int, scale: int) -> None:
         super().__init__()
-        self.scale, self.depth = scale, DEPTHS[scale]
+        self.scale, self.depth = scale, BORDER_LINES[scale]
         outputs = out_channels * scale**2
         self.weight = nn.Parameter(torch.zeros(outputs, channels, 5, 5))
         self.bias = nn.Parameter(torch.zeros(outputs))
@@ -539,26 +539,26 @@ class CollapsedTail(nn.Module):
         def outputs(images: Tensor) -> Tensor:
             return F.pixel_unshuffle(tail(images), scale)[:, :, ::2, ::2]  # (N, outputs, 3, 3): 9 positions
 
-        def own_places(images: Tensor) -> Tensor:
+        def pixel_per_image(images: Tensor) -> Tensor:
             return torch.einsum("pop->o", outputs(images).flatten(2))  # an image for each position
 
         # (output, its row, its column, channel, row, column)
-        kernels = torch.autograd.functional.jacobian(own_places, images).unflatten(1, (3, 3))
+        kernels = torch.autograd.functional.jacobian(pixel_per_image, images).unflatten(1, (3, 3))
         kernels, biases = F.pad(kernels, [2] * 4), outputs(images)[0]
 
-        def seen_from(row: int, column: int) -> Tuple[Tensor, Tensor]:
+        def kernel_at(row: int, column: int) -> Tuple[Tensor, Tensor]:
             """Kernel over offsets -2..2 and bias of an output in the first (-1), middle or last (1) line."""
             y, x = row + 1, column + 1  # the middle sees no border, the middle of an edge only that edge
             return kernels[:, y, x, :, 2 * y : 2 * y + 5, 2 * x : 2 * x + 5], biases[:, y, x]
 
         # The offsets that a correction sees: the first lines, all, the last lines.
-        window = {-1: slice(2, 2 + DEPTHS[scale]), 0: slice(None), 1: slice(3 - DEPTHS[scale], 3)}
-        state: Dict[str, Tensor] = dict(zip(("weight", "bias"), seen_from(0, 0)))
+        window = {-1: slice(2, 2 + BORDER_LINES[scale]), 0: slice(None), 1: slice(3 - BORDER_LINES[scale], 3)}
+        state: Dict[str, Tensor] = dict(zip(("weight", "bias"), kernel_at(0, 0)))
         for name, (row, column) in BORDERS.items():
             terms = [(1, row, column), (-1, 0, 0)]
             if row and column:  # both edges already correct a corner
                 terms = [(1, row, column), (-1, row, 0), (-1, 0, column), (1, 0, 0)]
-            signed = [[k * part for part in seen_from(y, x)] for k, y, x in terms]
+            signed = [[k * part for part in kernel_at(y, x)] for k, y, x in terms]
             weight, state[f"{name}_bias"] = (torch.stack(parts).sum(0) for parts in zip(*signed))
             state[f"{name}_weight"] = weight[:, :, window[row], window[column]]
         return state
@@ -572,7 +572,7 @@ class CollapsedTail(nn.Module):
 
     def forward(self, x: Tensor, image: Tensor) -> Tensor:
         out = self.convolve(x)
-        masks = {edge: self.masks(image, *edge) for edge in EDGES.values()} if _recorded() else {}
+        masks = {edge: self.masks(image, *edge) for edge in EDGES.values()} if _is_traced() else {}
         for name, edge in EDGES.items():
             line = self.line(x, edge, masks)
             delta = self.correction(line, name)
@@ -643,7 +643,7 @@ class FusedAetherNet(AetherBase):
         self.set_bound(self.options["bound"])
 
     @classmethod
-    def layout(cls, names: Iterable[str]) -> Dict[str, Any]:
+    def options_from_names(cls, names: Iterable[str]) -> Dict[str, Any]:
         return {"keep_norm": "body_norm.weight" in names}
 
     def forward(self, x: Tensor) -> Tensor:
@@ -666,7 +666,7 @@ def form_of(names: Iterable[str]) -> Any:
         return AetherNet
     quantised = any(name.endswith(".reparam_conv.quant_out.range_sum") for name in names)
     fused = any(name.endswith(".reparam_conv.weight") for name in names)
-    return _other("aether_quant").QuantAetherNet if fused and quantised else FusedAetherNet if fused else None
+    return _import_sibling("aether_quant").QuantAetherNet if fused and quantised else FusedAetherNet if fused else None
 
 
 def scale_of(state: Mapping[str, Tensor]) -> Optional[int]:
@@ -694,7 +694,7 @@ def differences(net: nn.Module, state: Mapping[str, Tensor], strict: bool = True
     return "; ".join(texts)
 
 
-def _other(module: str) -> Any:
+def _import_sibling(module: str) -> Any:
     """Import aether_quant, which lies beside this file, or a module of aethersr, which is installed."""
     beside = module == "aether_quant"
     try:
@@ -708,14 +708,14 @@ def _other(module: str) -> Any:
 
 def __getattr__(name: str) -> Any:
     """Names that can be imported from here but live in other modules."""
-    rooms = {"export_onnx": "aethersr.onnx", "aether_from_state_dict": "aethersr.identify"}
-    rooms.update(dict.fromkeys(("QuantAetherNet", "Quantizer", "PLACEMENTS", "TARGETS"), "aether_quant"))
-    if name not in rooms:
+    homes = {"export_onnx": "aethersr.onnx", "aether_from_state_dict": "aethersr.identify"}
+    homes.update(dict.fromkeys(("QuantAetherNet", "Quantizer", "PLACEMENTS", "TARGETS"), "aether_quant"))
+    if name not in homes:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(_other(rooms[name]), name)
+    return getattr(_import_sibling(homes[name]), name)
 
 
-def _recorded() -> bool:
+def _is_traced() -> bool:
     """Whether an exporter or a compiler is recording the operations instead of just running them."""
     compiling = getattr(getattr(torch, "compiler", None), "is_compiling", None)
     return torch.jit.is_tracing() or bool(compiling and compiling())
@@ -812,7 +812,7 @@ def _variant(name: str, doc: str, width: int, depths: Tuple[int, ...], attention
 
     def build(*args: Any, qat: Any = False, **given: Any) -> AetherBase:
         net = AetherNet(**{**own, **signature.bind(*args, **given).arguments})
-        return net if qat is False else _other("aether_quant").insert_quantizers(net, qat)
+        return net if qat is False else _import_sibling("aether_quant").insert_quantizers(net, qat)
 
     vars(build).update(__signature__=signature)  # for the frameworks' documentation tools
     build.__name__, build.__qualname__, build.__doc__ = name, name, doc

@@ -112,9 +112,9 @@ class Quantizer(nn.Module):
         return (self.range_sum / self.watched.clamp_min(1e-9)).clamp(max=self.limit or math.inf)
 
     @torch.no_grad()
-    def watch(self, x: Tensor) -> None:
+    def observe(self, x: Tensor) -> None:
         largest = (x.abs() if self.low is None else x).flatten(1).amax(1).float()
-        seen = (self.usual(largest) * self.margin).clamp(1e-6, self.limit)
+        seen = (self.typical_largest(largest) * self.margin).clamp(1e-6, self.limit)
         if self.high is not None:
             seen = torch.full_like(seen, self.high)
         # In a small batch even the median image may be extreme: it counts as twice the range at most.
@@ -125,7 +125,7 @@ class Quantizer(nn.Module):
         self.range_sum.copy_(torch.where(counts, average * (self.watched + 1), self.range_sum))
         self.watched.add_(counts)
 
-    def usual(self, largest: Tensor) -> Tensor:
+    def typical_largest(self, largest: Tensor) -> Tensor:
         """The median of the images' largest values (N, ...), or the largest within ``spread`` times it."""
         middle = largest.sort(0).values[len(largest) // 2]
         return torch.where(largest <= middle * self.spread, largest, middle).amax(0)
@@ -142,7 +142,7 @@ class Quantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
-            self.watch(x)
+            self.observe(x)
         limited = x if self.limit is None else x.clamp(-self.limit, self.limit)
         if not self.enabled:
             return limited
@@ -227,7 +227,7 @@ class StorableTail(arch.CollapsedTail):
     def convolve(self, x: Tensor) -> Tensor:
         return F.conv2d(x, self.weight.to(x.dtype), self.bias.to(x.dtype), padding=2)
 
-    def store(self) -> None:
+    def to_int8_(self) -> None:
         """Store the corrections as int8, and the convolution, if it is a float one, in half precision."""
         for name in arch.BORDERS:
             _store_int8(self, f"{name}_weight", getattr(self, f"{name}_weight"))
@@ -314,19 +314,19 @@ class QuantAetherNet(arch.FusedAetherNet):
         placement: "default" quantises the blocks' 1x1 convolutions and everything between them. "full" leaves
             only the first, the depthwise and (in ONNX Runtime) the 3x3 convolution after the blocks float:
             faster, less exact.
-        stored: weights are int8, or half precision if not quantised, and can't be trained.
+        is_int8: weights are int8, or half precision if not quantised, and can't be trained.
     """
 
     WILD = 20.0  # calibrate warns about an image that goes this many times as far as the median one
     block = QuantAetherBlock
     warns_in_training = False
 
-    def __init__(self, placement: str = "default", stored: bool = False, **options: Any) -> None:
+    def __init__(self, placement: str = "default", is_int8: bool = False, **options: Any) -> None:
         if placement not in PLACEMENTS:
             allowed = ", ".join(PLACEMENTS)
             raise ValueError(f"AetherNet: placement={placement!r} is not possible; allowed: {allowed}.")
         super().__init__(**options)
-        self.placement, self.stored = placement, False
+        self.placement, self.is_int8 = placement, False
         full = placement == "full"
         self.body_conv = QuantConv2d.like(self.body_conv, quant_in=Quantizer(), quant_out=Quantizer())
         # A few channels of its output carry the picture itself, which 8 bits are too few for. 0.1 rounded it.
@@ -345,16 +345,16 @@ class QuantAetherNet(arch.FusedAetherNet):
         tail = QuantTail if full else StorableTail
         self.tail = tail(self.options["embed_dim"], self.options["in_chans"], self.scale)
         self.set_bound(self.options["bound"])
-        if stored:
-            self.store()
+        if is_int8:
+            self.to_int8_()
 
     @classmethod
-    def layout(cls, names: Iterable[str]) -> Dict[str, Any]:
+    def options_from_names(cls, names: Iterable[str]) -> Dict[str, Any]:
         names = list(names)
         return {
-            **super().layout(names),
+            **super().options_from_names(names),
             "placement": "full" if "fusion.quant_in.range_sum" in names else "default",
-            "stored": any(name.endswith(".reparam_conv.weight_scale") for name in names),
+            "is_int8": any(name.endswith(".reparam_conv.weight_scale") for name in names),
         }
 
     def set_bound(self, bound: Optional[float]) -> None:
@@ -371,7 +371,7 @@ class QuantAetherNet(arch.FusedAetherNet):
         form = arch.form_of(own)
         if form in (arch.AetherNet, arch.FusedAetherNet):
             bound = float(own["bound"]) if "bound" in own else None
-            net = form(**{**self.options, "bound": bound}, **form.layout(own))
+            net = form(**{**self.options, "bound": bound}, **form.options_from_names(own))
             net.load_state_dict(own)
             state = _quantised(net.eval().fuse_model(), self.placement).state_dict()
             for name in own:
@@ -381,7 +381,7 @@ class QuantAetherNet(arch.FusedAetherNet):
 
     def train(self, mode: bool = True) -> QuantAetherNet:
         """As torch's, but int8 weights stay in evaluation mode, since their ranges can't change."""
-        return super().train(mode and not self.stored)
+        return super().train(mode and not self.is_int8)
 
     def quantizers(self) -> Dict[str, Quantizer]:
         return {name: module for name, module in self.named_modules() if isinstance(module, Quantizer)}
@@ -390,13 +390,13 @@ class QuantAetherNet(arch.FusedAetherNet):
     def calibrate(self, images: Iterable[Tensor]) -> None:
         """Set every range from ``images``, each (N, in_chans, H, W) in [0, 1], without training.
 
-        The range is the median image's, see Quantizer.usual; values beyond it are clipped. A range for the
+        The range is the median image's, see Quantizer.typical_largest; values beyond it are clipped. A range for the
         one picture that drives a layer ten times as far would leave few steps for the others.
 
         Raises:
             ValueError: no image, or none on which all values are finite; the ranges stay as they were.
         """
-        if self.stored:
+        if self.is_int8:
             raise ValueError("calibrate: this network holds int8 weights already; calibrate the float one.")
         training, quantizers, largest = self.training, list(self.quantizers().values()), []
         before = [(each.range_sum.clone(), each.watched.clone()) for each in quantizers]
@@ -420,7 +420,7 @@ class QuantAetherNet(arch.FusedAetherNet):
         if not finite:
             raise ValueError("calibrate: on none of the images are all of the network's values finite.")
         values = [torch.stack(images) for images in zip(*finite)]  # of each quantiser, (images, channels)
-        ranges = [each.usual(images) for each, images in zip(quantizers, values)]
+        ranges = [each.typical_largest(images) for each, images in zip(quantizers, values)]
         if len(finite) < len(largest):
             skipped = f"{len(largest) - len(finite)} of {len(largest)} images"
             text = f"calibrate: values are not finite on {skipped}, which were skipped."
@@ -521,16 +521,16 @@ class QuantAetherNet(arch.FusedAetherNet):
                 conv.weight_scale, step = wide, wide.flatten() * scale
                 conv.bias = (conv.bias / step).round() * step
 
-    def store(self) -> None:
+    def to_int8_(self) -> None:
         """Store the weights as they are released: int8 with scales, or half precision if not quantised."""
         for path, conv in list(self.named_modules()):
             if isinstance(conv, nn.Conv2d) and "_attn." not in path:  # attention is small
                 parent, _, name = path.rpartition(".")
                 setattr(self.get_submodule(parent), name, StoredConv2d(conv))
         tail: Any = self.tail
-        tail.store()
+        tail.to_int8_()
         self.requires_grad_(False)
-        self.stored = True
+        self.is_int8 = True
         self.eval()
 
     def convert_to_quantized(self) -> QuantAetherNet:
@@ -541,7 +541,7 @@ class QuantAetherNet(arch.FusedAetherNet):
         Raises:
             ValueError: ranges are unknown (no training, no calibrate), or weights are beyond half precision.
         """
-        if self.stored:
+        if self.is_int8:
             return self
         known = [each.watched > 0 and each.largest.isfinite().all() for each in self.quantizers().values()]
         if not all(known):
@@ -551,7 +551,7 @@ class QuantAetherNet(arch.FusedAetherNet):
         for quantizer in other.quantizers().values():
             quantizer.range_sum.copy_(quantizer.largest)  # a sum over a hundred may exceed half precision
             quantizer.watched.fill_(1)
-        other.store()
+        other.to_int8_()
         for name, value in other.state_dict().items():
             if value.is_floating_point() and not bool(value.isfinite().all()):
                 remedy = "fuse_aether.py rescales float weights to prevent that."

@@ -102,7 +102,7 @@ def test_the_loss_is_that_of_the_file_which_is_written(pictures: Path) -> None:
     assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items()), (
         "the network was changed"
     )
-    assert found.net.stored
+    assert found.net.is_int8
     plain = net.float()
     gains = [
         psnr(found.net.for_target("onnxruntime")(low), high) - psnr(plain(low), high) for low, high in pairs

@@ -213,7 +213,7 @@ def test_the_collapsed_tail_is_exact_at_every_pixel(
     scale: int, recorded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
-    monkeypatch.setattr(aether_arch, "_recorded", lambda: recorded)
+    monkeypatch.setattr(aether_arch, "_is_traced", lambda: recorded)
     upsample = aether_arch.AdaptiveUpsample(10, scale)
     tail = nn.Sequential(upsample, nn.Conv2d(upsample.out_channels, 2, 3, padding=1)).double()
     collapsed = CollapsedTail(10, 2, scale).double()
@@ -236,7 +236,7 @@ def test_masks_hold_in_half_precision_on_a_long_picture_with_features_near_its_l
     x = (torch.rand(1, 4, 2, 3000) * 1000 + 59000).half()
     outputs = []
     for recorded in (False, True):
-        monkeypatch.setattr(aether_arch, "_recorded", lambda recorded=recorded: recorded)
+        monkeypatch.setattr(aether_arch, "_is_traced", lambda recorded=recorded: recorded)
         outputs.append(tail(x, image).float())
     assert bool(outputs[0].isfinite().all())
     assert float((outputs[0] - outputs[1]).abs().max()) <= 2e-3 * float(outputs[0].abs().max())

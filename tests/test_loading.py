@@ -323,12 +323,12 @@ def test_a_form_leaves_nothing_of_its_own_behind() -> None:
     net.fuse_model()
     assert net.keep_norm
     net.prepare_qat(placement="full", calibration=[X])
-    assert (net.placement, net.stored) == ("full", False)
+    assert (net.placement, net.is_int8) == ("full", False)
     net.load_state_dict(net.convert_to_quantized().state_dict())
-    assert net.stored
+    assert net.is_int8
     net.fuse_model()
     assert not hasattr(net, "placement")
-    assert not hasattr(net, "stored")
+    assert not hasattr(net, "is_int8")
     state = small_net(2).state_dict()
     net.load_state_dict(state)
     assert not hasattr(net, "keep_norm")

@@ -348,9 +348,9 @@ def test_torch_compile_sees_one_graph_in_every_form() -> None:
 
 def test_a_compiler_is_noticed_as_a_tracer_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """Then nothing is written in place and nothing is asked about sizes."""
-    assert not aether_arch._recorded()
+    assert not aether_arch._is_traced()
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert aether_arch._recorded()
+    assert aether_arch._is_traced()
 
 
 @pytest.mark.parametrize(

@@ -156,7 +156,7 @@ def test_saturated_colours_are_held_where_the_picture_itself_runs_through_and_wi
         each_alone.append([quantizer.largest for quantizer in net.quantizers().values()])
     net.calibrate(images)
     for quantizer, values in zip(net.quantizers().values(), zip(*each_alone)):
-        assert torch.allclose(quantizer.largest, quantizer.usual(torch.stack(values)))
+        assert torch.allclose(quantizer.largest, quantizer.typical_largest(torch.stack(values)))
 
 
 @torch.no_grad()
