@@ -70,14 +70,14 @@ async function upscale({ pixels, width, height }) {
   const opaque = channels[3].every((value) => value === 255);
   const [black, white] = opaque ? Array(2).fill(await over(0)) : [await over(0), await over(1)];
   const [low, high] = [Math.min, Math.max].map((pick) =>
-    channels.map((c) => (opaque ? new Uint8Array(area).fill(pick(0, 255)) : around(c, width, pick))));
+    channels.map((c) => (opaque ? new Uint8Array(area).fill(255) : around(c, width, pick))));
   const [scale, out] = [black.width / width, new Uint8ClampedArray((4 / 3) * black.data.length)];
   for (let k = 0; k < out.length / 4; k++) {
     const place = Math.floor(k / black.width / scale) * width + Math.floor((k % black.width) / scale);
     const [b, w] = [black, white].map(({ data }) => [0, 1, 2].map((c) => data[k + (c * out.length) / 4]));
     const [least, most] = [Math.min, Math.max].map((pick) => pick(...b.map((value, c) => w[c] - value)));
     const fit = (2 * Math.max(...b, ...w.map((value) => 1 - value)) + 1 - most) / 3;
-    const alpha = Math.min(high[3][place] && 1, Math.max(low[3][place] === 255, 1 - (least + most) / 2, fit));
+    const alpha = Math.min(high[3][place] / 255, Math.max(low[3][place] / 255, 1 - (least + most) / 2, fit));
     for (let c = 0; c < 3; c++) {
       const [given, spare] = [(255 * (b[c] + w[c] - 1 + alpha)) / Math.max(2 * alpha, 1e-4), low[3][place]];
       out[4 * k + c] = Math.min(high[c][place] + spare, Math.max(low[c][place] - spare, given));
