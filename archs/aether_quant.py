@@ -370,13 +370,13 @@ class QuantAetherNet(arch.FusedAetherNet):
         own = {name[len(prefix) :]: value for name, value in state_dict.items() if name.startswith(prefix)}
         form = arch.form_of(own)
         if form in (arch.AetherNet, arch.FusedAetherNet):
-            bound = float(own["bound"]) if "bound" in own else None
-            net = form(**{**self.options, "bound": bound}, **form.options_from_names(own))
-            net.load_state_dict(own)
-            state = _quantised(net.eval().fuse_model(), self.placement).state_dict()
-            for name in own:
-                del state_dict[prefix + name]
-            state_dict.update({prefix + name: value for name, value in state.items()})
+            net = form(**self.options, **form.options_from_names(own))
+            if not arch.differences(net, own, () if strict else ("unexpected",)):  # else it is refused below
+                net.load_state_dict(own, strict=False)
+                state = _quantised(net.eval().fuse_model(), self.placement).state_dict()
+                for name in own:
+                    del state_dict[prefix + name]
+                state_dict.update({prefix + name: value for name, value in state.items()})
         super()._take_form_of(state_dict, prefix, strict)
 
     def train(self, mode: bool = True) -> QuantAetherNet:
