@@ -2,8 +2,8 @@
 
     python AetherNet/training/trainner_redux_cpu.py train --auto_resume -opt X.yml
 
-traiNNer-redux refuses to start without CUDA, although its steps run on a CPU. This takes the place of what asks
-for a card, and makes the steps faster (cpu_speed.py). Nothing in the folder is edited.
+traiNNer-redux refuses to start without CUDA, although its steps run on a CPU. This takes the place of what
+asks for a card, and makes the steps faster (cpu_speed.py). Nothing in the folder is edited.
 """
 
 from __future__ import annotations

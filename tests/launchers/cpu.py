@@ -12,8 +12,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path += [str(ROOT / "training"), str(ROOT / "demo")]
-from basicsr_train import register_aether
-from trainner_redux_cpu import Torch, contiguous_filter2d, import_torchvision, load, no_cuda
+from basicsr_train import register_aether  # noqa: E402
+from trainner_redux_cpu import Torch, contiguous_filter2d, import_torchvision, load, no_cuda  # noqa: E402
 
 __all__ = [
     "Torch",
