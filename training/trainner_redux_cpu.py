@@ -2,8 +2,9 @@
 
     python AetherNet/training/trainner_redux_cpu.py train --auto_resume -opt X.yml
 
-traiNNer-redux refuses to start without CUDA, although its steps run on a CPU. This takes the place of what
-asks for a card, and makes the steps faster (cpu_speed.py). Nothing in the folder is edited.
+traiNNer-redux refuses to start without CUDA, although its steps run on a CPU. This replaces what asks for a
+card, and makes the steps faster (cpu_speed.py). Nothing in the folder is edited or copied: AetherNet and
+SOAP32 come from archs/, unless the folder has copies of its own.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 
+HERE = Path(__file__).resolve().parent
 TASKS = ("train", "test")
 _declared: list = []  # a torch.library.Library removes its operators when it is garbage-collected
 
@@ -101,8 +103,12 @@ def load(task: str) -> Any:
     import_torchvision()
     no_cuda()
     script: Any = importlib.import_module(task)
+    for module in ("archs.aether_arch", "optimizers.soap32_optim"):
+        package, name = f"traiNNer.{module}".rsplit(".", 1)
+        importlib.import_module(package).__path__.append(str(HERE.parent / "archs"))  # a copy comes first
+        importlib.import_module(f"{package}.{name}")
     contiguous_filter2d("traiNNer.models.realesrgan_model", function="filter2d")
-    sys.path.append(str(Path(__file__).resolve().parent))
+    sys.path.append(str(HERE))
     importlib.import_module("cpu_speed").speed_up_on_cpu()
     script.torch = Torch()
     script.get_env_info = lambda: f"CPU, torch {torch.__version__}"
