@@ -81,7 +81,8 @@ class Cut(NamedTuple):
 
 def unpack(names: Sequence[str], packages: Path, folder: Path) -> None:
     """Unpack each from ``packages`` into ``folder``/NAME; download those that are missing."""
-    packages.mkdir(parents=True, exist_ok=True)
+    for each in (packages, folder):
+        each.mkdir(parents=True, exist_ok=True)
     missing = [name for name in names if not list(packages.glob(f"{name}_*.deb"))]
     if missing:
         if not shutil.which("apt-get"):
