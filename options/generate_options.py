@@ -44,11 +44,11 @@ def templates() -> Dict[Path, str]:
     values = yaml.safe_load((HERE / "values.yml").read_text(encoding="utf-8"))
     blocks: Dict[str, Any] = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
     skeletons = Environment(loader=FileSystemLoader(HERE / "skeletons"), undefined=StrictUndefined, **blocks)
+    names = {skeleton: skeletons.from_string(name) for skeleton, name in values["files"].items()}
     texts: Dict[Path, str] = {}
     for case in cases(values):
         for skeleton in case["skeletons"]:
-            name = values["files"][skeleton]
-            path = Path(skeletons.from_string(name).render(case))
+            path = Path(names[skeleton].render(case))
             if path not in texts:  # a test template is the same for all stages
                 texts[path] = skeletons.get_template(skeleton).render(case)
     return texts
