@@ -22,6 +22,8 @@ import sheet
 
 import demo
 
+LAST = "demo.py: error: script.py ended with exit code 3; its last lines stand above.\n"
+
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=900)
@@ -132,9 +134,7 @@ def test_no_thread_shares_its_core(cores: int, load: float, threads: int, monkey
     assert demo.free_cores() == threads
 
 
-def test_a_step_that_fails_and_a_stop_end_with_one_line(
-    tmp_path: Path, monkeypatch: Any, capsys: Any
-) -> None:
+def test_a_failed_step_and_a_stop_end_in_one_line(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     script = tmp_path / "script.py"
     script.write_text("print('the reason'); raise SystemExit(3)")
     monkeypatch.setattr(demo, "demo", lambda args: demo.run([str(script)]))
