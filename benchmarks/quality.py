@@ -72,9 +72,10 @@ def parse_run(text: str) -> Run:
         with contextlib.suppress(SyntaxError, ValueError):  # a word stays one
             value = ast.literal_eval(value)
         default = DEFAULTS.get(name)
-        number = isinstance(value, (int, type(default))) and value > (-1 if name == "skip" else 0)
-        if isinstance(default, (int, float)) and not number:
-            raise UserError(f"{text!r}: {name} is {value!r}; expected a number like {default} (--run).")
+        if isinstance(default, (int, float)):
+            number = isinstance(value, (int, type(default))) and value >= (0 if name == "skip" else 1e-9)
+            if not number:
+                raise UserError(f"{text!r}: {name} is {value!r}; expected a number like {default} (--run).")
         (training if name in DEFAULTS else options)[name] = value
     return Run(text, network, training, options)
 
