@@ -133,7 +133,7 @@ def training_step(
         every = 1 if more == "SOAP, new bases" else 10**9
         optimizer = SOAP(net.parameters(), lr=1e-4, precondition_frequency=every)
     half = torch.float16 if precision == "AMP" and bench.cuda else torch.bfloat16
-    scaler = torch.cuda.amp.GradScaler(enabled=half == torch.float16)
+    scaler = torch.amp.GradScaler("cuda", enabled=half == torch.float16)
 
     def step() -> None:
         tensor_float(precision == "TF32")

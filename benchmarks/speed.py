@@ -5,10 +5,10 @@
     python benchmarks/speed.py --cases sizes peers --traiNNer-redux CHECKOUT
     python benchmarks/speed.py --device cuda         # a GPU, in four minutes: make gpu
 
-Needs only PyTorch; a line says what is not possible because something is missing. Cases of one group take
-turns (aethersr/timing.py), and a group's lines are printed once it is measured. Weights are random where no
-file is named; speed doesn't depend on them. The table has the median in ms, how many times as fast as the
-group's first case that is (with the middle half of the rounds), and what else was found.
+Needs only PyTorch, 2.3 or newer; a line says what is not possible because something is missing. Cases of one
+group take turns (aethersr/timing.py), and a group's lines are printed once it is measured. Weights are random
+where no file is named; speed doesn't depend on them. The table has the median in ms, how many times as fast
+as the group's first case that is (with the middle half of the rounds), and what else was found.
 """
 
 from __future__ import annotations
