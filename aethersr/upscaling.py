@@ -78,7 +78,7 @@ def through_transparency(net: Callable[[Tensor], Tensor]) -> Callable[[Tensor], 
 
     The network sees the picture over black and over white. Of all pictures with transparency, the result is
     the one that comes nearest to both at its worst channel (Smith and Blinn, Blue Screen Matting, 1996, for
-    a network's outputs, which fit no alpha exactly). What is clear or opaque all round stays so: no alpha
+    a network's outputs, which fit no alpha exactly). Alpha stays within that of the 5x5 pixels round it: none
     can darken or brighten a background by a part of its difference from the object, as rings do.
     """
 
@@ -95,7 +95,7 @@ def through_transparency(net: Callable[[Tensor], Tensor]) -> Callable[[Tensor], 
         smallest, largest = difference.amin(1, keepdim=True), difference.amax(1, keepdim=True)
         needed = torch.maximum(black, 1 - white).amax(1, keepdim=True)
         alpha = torch.maximum(1 - (smallest + largest) / 2, (2 * needed + 1 - largest) / 3).clamp(0, 1)
-        alpha = torch.where(most <= 0, most, torch.where(least >= 1, least, alpha))
+        alpha = _within(alpha, least, most)
         # Where alpha is small, a small error of the network would become a large error of the colour.
         given = (black + white - 1 + alpha) / (2 * alpha).clamp(min=1e-4)
         given = _within(given, lowest[:, :-1] - least, highest[:, :-1] + least)
