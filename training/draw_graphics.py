@@ -2,13 +2,10 @@
 
     python training/draw_graphics.py FOLDER [--count 900] [--scale 2] [--fonts DIR]
 
-Adds FOLDER/gt/graphics_00000.png and FOLDER/lq/graphics_00000.png, ...: FOLDER may hold the pairs of
-training/prepare_pictures.py. A network that has seen only photographs reduced by bicubic interpolation takes a
-hard edge for a strong reduction and overshoots it. So each picture is drawn once, at eight times the resolution,
-and both pictures of a pair are sampled from that: at pixel centres (hard) or as mean of the area (smooth); the
-small one also from the large one, by Lanczos or bicubic interpolation. Their pixel grids fit exactly.
-
-Fonts are those of ``--fonts``, and Pillow's own. Nothing is downloaded, and the same seed draws the same pairs.
+Adds pairs to FOLDER/gt and FOLDER/lq, which may hold those of prepare_pictures.py. A network that has seen
+only bicubic reductions of photographs overshoots hard edges. Here each picture is drawn once, eight times as
+large, and both of a pair are sampled from that, at pixel centres (hard) or as the mean of an area (smooth), or
+the small one is a bicubic or Lanczos reduction of the large one. So their pixel grids fit exactly.
 """
 
 from __future__ import annotations
@@ -16,7 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any, Callable, List, NamedTuple, Optional, Tuple
+from typing import Any, List, Optional, Tuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -26,147 +23,101 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from aethersr.commands import exit_code
 from aethersr.errors import UserError
 
-SIZE, FINE = 192, 8  # pixels of a large picture's side, and of the canvas to each of them
+SIZE, FINE = 192, 8  # pixels of a large picture's side, and canvas pixels of each
 SIDE = SIZE * FINE
-LETTERS = (
-    "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyzabcdefghijklmnopqrstuvwxyz0123456789.,:;!?()+-=%&@#"
-)
-Colour = Tuple[int, ...]
+LETTERS = list("ABCDEFGHIJKLMNOPQRSTUVWXYZ" + 3 * "abcdefghijklmnopqrstuvwxyz" + "0123456789.,:;!?()+-=%&@#")
 
 
-class Pen(NamedTuple):
-    """What a drawing needs: a canvas, its random numbers, the smallest width of a line and fonts."""
+class Canvas:
+    """A picture in the making. Lengths are in canvas pixels."""
 
-    draw: ImageDraw.ImageDraw
-    random: np.random.Generator
-    scale: int
-    fonts: List[Path]
-    grey: bool
+    def __init__(self, random: np.random.Generator, scale: int, fonts: List[Path]) -> None:
+        self.random, self.fonts, self.unit = random, fonts, scale * FINE  # unit: a pixel of the small picture
+        self.grey = bool(random.random() < 0.35)
+        self.image = Image.new("RGB", (SIDE, SIDE), self.colour())
+        self.draw = ImageDraw.Draw(self.image)
+        self.draw.fontmode = "1"  # hard edges: sampling makes them smooth
 
-    def colour(self) -> Colour:
-        if self.random.random() < 0.4:  # black and white, and what screens are made of
+    def colour(self) -> Tuple[int, ...]:
+        if self.random.random() < 0.4:  # what screens are made of
             return (int(self.random.choice([0, 0, 64, 128, 192, 240, 255, 255])),) * 3
-        if self.grey:
-            return (int(self.random.integers(256)),) * 3
-        return tuple(self.random.integers(256, size=3).tolist())
+        return tuple(self.random.integers(256, size=1 if self.grey else 3).tolist() * (3 if self.grey else 1))
 
     def length(self, low: float, high: float) -> int:
-        """A random length, in canvas pixels; low and high are in pixels of the large picture."""
-        return round(float(np.exp(self.random.uniform(np.log(low), np.log(high)))) * FINE)
+        return round(float(np.exp(self.random.uniform(np.log(low), np.log(high)))))
 
-    def place(self) -> Tuple[int, int]:
-        """A corner from which most of a drawing is seen."""
-        x, y = self.random.integers(-SIDE // 4, SIDE * 7 // 8, 2).tolist()
+    def place(self, grid: int = 1) -> Tuple[int, int]:
+        """The upper left corner of something of which most is seen."""
+        x, y = (self.random.integers(-SIDE // 4, SIDE * 7 // 8, 2) // grid * grid).tolist()
         return x, y
 
-    def font(self, size: int) -> Any:
+    def write(self, x: int, y: int, size: int) -> None:
+        text = " ".join("".join(self.random.choice(LETTERS, self.random.integers(1, 9))) for _ in range(6))
+        font: Any = ImageFont.load_default(size)
         if self.fonts and self.random.random() < 0.9:
-            return ImageFont.truetype(str(self.fonts[self.random.integers(len(self.fonts))]), size)
-        return ImageFont.load_default(size)
+            font = ImageFont.truetype(str(self.fonts[self.random.integers(len(self.fonts))]), size)
+        self.draw.text((x, y), text, self.colour(), font)
 
-    def words(self) -> str:
-        sizes = self.random.integers(1, 9, self.random.integers(1, 9))
-        return " ".join("".join(self.random.choice(list(LETTERS), size)) for size in sizes)
+    def shapes(self) -> None:
+        """Ellipses, rectangles, bars, lines, arcs and polygons, some as outlines."""
+        for kind in self.random.integers(6, size=self.random.integers(8, 40)):
+            (x, y), colour, angle = self.place(), self.colour(), self.random.uniform(0, 2 * np.pi)
+            width, height, line = (self.length(3 * FINE, high * FINE) for high in (90, 90, 16))
+            height = width if self.random.random() < 0.3 else height
+            style = (None, colour, line) if self.random.random() < 0.3 else (colour, colour, 1)
+            if kind < 2:
+                self.draw.ellipse((x, y, x + width, y + height), *style)
+            elif kind == 2:
+                self.draw.rectangle((x, y, x + width, y + height), *style)
+            elif kind == 3:
+                end = (x + 2 * width * np.cos(angle), y + 2 * width * np.sin(angle))
+                self.draw.line((x, y, *end), colour, self.length(0.7 * self.unit, 16 * FINE))
+            elif kind == 4:
+                degrees = float(np.degrees(angle))
+                self.draw.arc((x, y, x + width, y + height), degrees, degrees + 200, colour, line)
+            else:
+                turns = np.sort(self.random.uniform(0, 2 * np.pi, self.random.integers(3, 8)))
+                points = zip(x + width * np.cos(turns), y + height * np.sin(turns))
+                self.draw.polygon(list(points), colour)
 
-
-def shapes(pen: Pen) -> None:
-    """Ellipses, bars, lines, arcs and polygons, filled or as outlines, turned anyhow."""
-    for _ in range(pen.random.integers(8, 40)):
-        (x, y), width, height, colour = pen.place(), pen.length(3, 90), pen.length(3, 90), pen.colour()
-        outline = pen.length(1, 8) if pen.random.random() < 0.3 else 0
-        box = (x, y, x + width, y + (width if pen.random.random() < 0.4 else height))
-        kind, angle = pen.random.integers(6), pen.random.uniform(0, 2 * np.pi)
-        if kind < 2:
-            pen.draw.ellipse(box, None if outline else colour, colour, outline or 1)
-        elif kind == 2:
-            pen.draw.rectangle(box, None if outline else colour, colour, outline or 1)
-        elif kind == 3:  # a bar or a line
-            along = np.array([np.cos(angle), np.sin(angle)]) * max(width, height) * 2
-            pen.draw.line((x, y, x + along[0], y + along[1]), colour, pen.length(pen.scale * 0.7, 16))
-        elif kind == 4:
-            start = float(np.degrees(angle))
-            pen.draw.arc(box, start, start + pen.random.uniform(40, 300), colour, pen.length(pen.scale, 10))
-        else:
-            turns = np.sort(pen.random.uniform(0, 2 * np.pi, pen.random.integers(3, 8)))
-            points = [(x + width * np.cos(turn), y + height * np.sin(turn)) for turn in turns]
-            pen.draw.polygon(points, colour)
-
-
-def text(pen: Pen) -> None:
-    """Lines of letters in several sizes."""
-    y = -int(pen.random.integers(4 * FINE))
-    while y < SIDE:
-        size, colour = pen.length(4 * pen.scale, 22 * pen.scale), pen.colour()
-        for _ in range(pen.random.integers(1, 4)):
-            pen.draw.text(
-                (pen.random.integers(-SIDE // 4, SIDE // 8), y), pen.words() * 3, colour, pen.font(size)
-            )
+    def text(self) -> None:
+        y = 0
+        while y < SIDE:
+            size = self.length(4 * self.unit, 22 * self.unit)
+            self.write(int(self.random.integers(-SIDE // 4, SIDE // 8)), y, size)
             y += round(size * 1.25)
 
-
-def pixel_art(pen: Pen) -> None:
-    """Mirrored figures of squares, each square of one or more pixels of the small picture."""
-    square = int(pen.random.integers(1, 5)) * pen.scale * FINE
-    if pen.random.random() < 0.3:  # squares that fit the large picture's grid alone
-        square = int(pen.random.integers(2, 8)) * FINE
-    for _ in range(pen.random.integers(6, 25)):
-        side = int(pen.random.integers(4, 17))
-        left, top = (value // square * square for value in pen.place())
-        palette = [pen.colour() for _ in range(pen.random.integers(1, 5))]
-        half = pen.random.integers(-1, len(palette), (side, (side + 1) // 2))
-        if pen.random.random() < 0.5:  # larger areas of a colour
-            half = np.where(pen.random.random(half.shape) < 0.5, np.roll(half, 1, 0), half)
-        for row, line in enumerate(np.concatenate([half, half[:, ::-1]], 1)):
-            for column, index in enumerate(line):
+    def pixel_art(self) -> None:
+        """Mirrored figures of squares, which fit the small picture's grid, or the large one's alone."""
+        square = int(self.random.choice([self.unit, 2 * self.unit, 3 * self.unit, 3 * FINE, 5 * FINE]))
+        for _ in range(self.random.integers(6, 25)):
+            (left, top), side = self.place(square), int(self.random.integers(4, 17))
+            palette = [self.colour() for _ in range(self.random.integers(1, 5))]
+            half = self.random.integers(-1, len(palette), (side, (side + 1) // 2))
+            for (row, column), index in np.ndenumerate(np.concatenate([half, half[:, ::-1]], 1)):
                 x, y = left + column * square, top + row * square
                 if index >= 0:
-                    pen.draw.rectangle((x, y, x + square - 1, y + square - 1), palette[index])
+                    self.draw.rectangle((x, y, x + square - 1, y + square - 1), palette[index])
+
+    def screen(self) -> None:
+        """Windows with a title, buttons, knobs and lines of text."""
+        for _ in range(self.random.integers(2, 6)):
+            (x, y), size = self.place(self.unit), int(self.random.integers(6, 12)) * self.unit
+            right, bottom = (start + int(self.random.integers(30, 100)) * self.unit for start in (x, y))
+            ground, frame, accent, radius = self.colour(), self.colour(), self.colour(), size // 3
+            self.draw.rounded_rectangle((x, y, right, bottom), radius, ground, frame, self.unit)
+            self.draw.rectangle((x, y, right, y + 2 * size), accent, frame, self.unit)
+            for row in range(y + size // 2, bottom - 2 * size, 2 * size):
+                kind, end = self.random.integers(4), int(self.random.uniform(x + 2 * size, right))
+                if kind == 0:
+                    box = (x + size, row, max(end, x + 3 * size), row + size)
+                    self.draw.rounded_rectangle(box, radius, accent, frame, self.unit)
+                elif kind == 1:
+                    self.draw.ellipse((x + size, row, x + 2 * size, row + size), accent, frame, self.unit)
+                self.write(x + (2 + int(kind == 1)) * size, row, size)
 
 
-def screen(pen: Pen) -> None:
-    """Windows with a frame, a title, buttons, lines of text and a bar of progress."""
-    line = pen.scale * FINE  # a pixel of the small picture
-    for _ in range(pen.random.integers(2, 6)):
-        x, y = (value // line * line for value in pen.place())
-        width, height = (int(pen.random.integers(30, 100)) * line for _ in range(2))
-        frame, ground, ink, accent = (pen.colour() for _ in range(4))
-        radius, size = int(pen.random.integers(0, 6)) * line, int(pen.random.integers(6, 12)) * line
-        pen.draw.rounded_rectangle((x, y, x + width - 1, y + height - 1), radius, ground, frame, line)
-        pen.draw.rectangle((x, y, x + width - 1, y + 2 * size - 1), accent, frame, line)
-        pen.draw.text((x + size // 2, y + size // 2), pen.words(), ink, pen.font(size))
-        for row in range(y + 3 * size, y + height - 2 * size, 2 * size):
-            kind, left, end = (
-                pen.random.integers(4),
-                x + size // 2,
-                x + int(pen.random.uniform(0.2, 1) * width),
-            )
-            end = max(end, left + size)
-            if kind == 0:  # a button
-                pen.draw.rounded_rectangle(
-                    (left, row, end, row + 3 * size // 2), radius // 2, accent, frame, line
-                )
-            elif kind == 1:  # progress
-                pen.draw.rectangle((left, row, end, row + size - 1), ground, frame, line)
-                pen.draw.rectangle((left, row, (left + end) // 2, row + size - 1), frame)
-            elif kind == 2:  # a round button before its text
-                pen.draw.ellipse((left, row, left + size, row + size), accent, frame, line)
-                pen.draw.text((left + 3 * size // 2, row), pen.words(), ink, pen.font(size))
-            else:
-                pen.draw.text((left, row), pen.words(), ink, pen.font(size))
-
-
-DRAWINGS: Tuple[Callable[[Pen], None], ...] = (shapes, shapes, text, pixel_art, screen)
-
-
-def canvas(
-    random: np.random.Generator, drawing: Callable[[Pen], None], scale: int, fonts: List[Path]
-) -> Image.Image:
-    image = Image.new("RGB", (SIDE, SIDE))
-    pen = Pen(ImageDraw.Draw(image), random, scale, fonts, bool(random.random() < 0.35))
-    pen.draw.fontmode = "1"  # the canvas has hard edges: sampling makes them smooth
-    pen.draw.rectangle((0, 0, SIDE, SIDE), pen.colour())
-    drawing(pen)
-    return image
+DRAWINGS = (Canvas.shapes, Canvas.shapes, Canvas.text, Canvas.pixel_art, Canvas.screen)
 
 
 def hard(image: Image.Image, step: int) -> Image.Image:
@@ -177,13 +128,11 @@ def hard(image: Image.Image, step: int) -> Image.Image:
 def pair(image: Image.Image, random: np.random.Generator, scale: int) -> Tuple[Image.Image, Image.Image]:
     """The large and the small picture."""
     gt = hard(image, FINE) if random.random() < 0.4 else image.reduce(FINE)
-    kind, side = random.random(), SIZE // scale
-    if kind < 0.5:
-        return gt, hard(image, FINE * scale)
+    kind = random.random()
     if kind < 0.75:
-        return gt, image.reduce(FINE * scale)
+        return gt, hard(image, FINE * scale) if kind < 0.5 else image.reduce(FINE * scale)
     method = Image.Resampling.LANCZOS if kind < 0.85 else Image.Resampling.BICUBIC
-    return gt, gt.resize((side, side), method)
+    return gt, gt.resize((SIZE // scale, SIZE // scale), method)
 
 
 def draw(args: argparse.Namespace) -> None:
@@ -194,9 +143,10 @@ def draw(args: argparse.Namespace) -> None:
     for sub in ("gt", "lq"):
         (args.folder / sub).mkdir(parents=True, exist_ok=True)
     for index in tqdm(range(args.count), unit="pair"):
-        random = np.random.default_rng([args.seed, index])
-        image = canvas(random, DRAWINGS[index % len(DRAWINGS)], args.scale, fonts)
-        for sub, picture in zip(("gt", "lq"), pair(image, random, args.scale)):
+        random = np.random.default_rng(index)
+        canvas = Canvas(random, args.scale, fonts)
+        DRAWINGS[index % len(DRAWINGS)](canvas)
+        for sub, picture in zip(("gt", "lq"), pair(canvas.image, random, args.scale)):
             picture.save(args.folder / sub / f"graphics_{index:05d}.png")
     print(f"{args.count} drawn pairs with {len(fonts)} fonts in {args.folder}")
 
@@ -206,12 +156,10 @@ def main(argv: Optional[List[str]] = None) -> int:
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="pairs are added to its gt/ and lq/")
     parser.add_argument("--count", type=int, default=900)
     parser.add_argument("--scale", type=int, choices=(2, 3, 4), default=2)
-    parser.add_argument(
-        "--fonts", type=Path, default=Path("/usr/share/fonts"), help="folder of .ttf and .otf files"
-    )
-    parser.add_argument("--seed", type=int, default=0)
+    fonts = Path("/usr/share/fonts")
+    parser.add_argument("--fonts", type=Path, default=fonts, help="folder of .ttf and .otf files")
     args = parser.parse_args(argv)
-    return exit_code("draw_graphics.py", lambda: draw(args), "pairs drawn before it are kept.")
+    return exit_code("draw_graphics.py", lambda: draw(args), "pairs drawn before are kept.")
 
 
 if __name__ == "__main__":
