@@ -248,8 +248,8 @@ class QuantTail(StorableTail):
     def convolve(self, x: Tensor) -> Tensor:
         return self.conv(x)
 
-    def forward(self, x: Tensor, image: Tensor) -> Tensor:
-        return super().forward(self.quant_in(x), image)
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.quant_in(x))
 
 
 class StoredConv2d(nn.Module):
@@ -390,8 +390,8 @@ class QuantAetherNet(arch.FusedAetherNet):
     def calibrate(self, images: Iterable[Tensor]) -> None:
         """Set every range from ``images``, each (N, in_chans, H, W) in [0, 1], without training.
 
-        The range is the median image's, see Quantizer.typical_largest; values beyond it are clipped. A range for the
-        one picture that drives a layer ten times as far would leave few steps for the others.
+        The range is the median image's, see Quantizer.typical_largest; values beyond it are clipped. A range
+        for the one picture that drives a layer ten times as far would leave few steps for the others.
 
         Raises:
             ValueError: no image, or none on which all values are finite; the ranges stay as they were.
