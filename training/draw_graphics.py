@@ -4,8 +4,8 @@
 
 Adds pairs to FOLDER/gt and FOLDER/lq, which may hold those of prepare_pictures.py. A network that has seen
 only bicubic reductions of photographs overshoots hard edges. Here each picture is drawn once, eight times as
-large, and both of a pair are sampled from that, at pixel centres (hard) or as the mean of an area (smooth), or
-the small one is a bicubic or Lanczos reduction of the large one. So their pixel grids fit exactly.
+large, and both of a pair are sampled from that, at pixel centres (hard) or as the mean of an area (smooth),
+or the small one is a bicubic or Lanczos reduction of the large one. So their pixel grids fit exactly.
 """
 
 from __future__ import annotations
