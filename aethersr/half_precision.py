@@ -67,32 +67,11 @@ def fit_half_precision_(net: FusedAetherNet, device: str = "cpu") -> Fit:
         problem = f"on no hard picture is the output below {HALF_MAX:g}, half precision's largest number"
         return Fit({}, lost, len(pictures), problem, math.nan, math.nan)
     powers = rescale_(net, largest_of([measured[name] for name in sound]))
-    if powers:
-        plain = copy.deepcopy(net).float().to(device)
-        measured = {name: largest_values(plain, pictures[name]) for name in sound}
-    reached = largest_of([measured[name] for name in sound])
-    reached = {name: value for name, value in reached.items() if must_fit(name, net)}
-    reached.update({name: float(value.abs().max()) for name, value in net.named_parameters()})
-    beyond = [(name, value) for name, value in reached.items() if not value <= HALF_MAX]
-    problem, decibels, steps = "", math.nan, math.nan
-    if beyond:
-        name, value = beyond[0]
-        most = f"half precision holds {HALF_MAX:g} at most"
-        problem = f"{most}, {name} reaches {value:.3g}, and no rescaling helps"
-    else:
-        decibels, steps = loss(plain, [pictures[name] for name in sound])
-    return Fit(powers, lost, len(pictures), problem, decibels, steps)
-
-
-def must_fit(name: str, net: FusedAetherNet) -> bool:
-    """Whether half precision must hold this value of largest_values.
-
-    The input of a sigmoid may be infinite, and what a bound clamps too.
-    """
-    clamped = r"reparam_conv\.out|" if net.options["bound"] is not None else ""
-    return not re.search(
-        rf"({clamped}channel_attn\.fc\.2\.out|channel_attn\.fc\.3\.in|spatial_attn\.conv\.out)$", name
+    decibels, steps = loss(copy.deepcopy(net).float().to(device), [pictures[name] for name in sound])
+    problem = (
+        "" if math.isfinite(decibels) else "half precision can't hold its values, and no rescaling helps"
     )
+    return Fit(powers, lost, len(pictures), problem, decibels, steps)
 
 
 class _Rounding(TorchFunctionMode):
@@ -118,9 +97,14 @@ def in_half_precision(net: AetherBase, picture: Tensor) -> Tensor:
 
 @torch.no_grad()
 def loss(net: AetherBase, pictures: Iterable[Tensor]) -> Tuple[float, float]:
-    """What half precision loses: PSNR against float32 in dB (peak 1), and the largest difference in steps."""
+    """What half precision loses: PSNR against float32 in dB (peak 1), and the largest difference in steps.
+
+    NaN if a value is not finite.
+    """
     errors = [(in_half_precision(net, picture) - net(picture)).abs() for picture in pictures]
     mean = statistics.mean(float(error.pow(2).mean()) for error in errors)
+    if not math.isfinite(mean):
+        return math.nan, math.nan
     return -10 * math.log10(max(mean, 1e-12)), 255 * max(float(error.max()) for error in errors)
 
 

@@ -165,11 +165,9 @@ def write_weights(net: FusedAetherNet, part: Path, target: Path, half: bool) -> 
     name = variant_name(net.options)
     architecture = name if name.startswith("aether") else "AetherNet"
     described = {"format": "pt", "architecture": architecture, "scale": str(net.scale), "form": "fused"}
-    weights = {name for name, _ in net.named_parameters()} if half else set()
-    state = {
-        name: value.to(torch.float16 if name in weights else torch.float32)
-        for name, value in net.cpu().state_dict().items()
-    }
+    state = {name: value.cpu().float() for name, value in net.state_dict().items()}
+    if half:  # biases are few, and rounding them would shift the whole picture
+        state = {name: value.half() if value.dim() > 1 else value for name, value in state.items()}
     write_state(state, part, described)
     try:
         written = read_checkpoint(part, "--output_path").state
@@ -282,8 +280,8 @@ def fuse(args: argparse.Namespace, say: Say = print) -> None:
         say(row)
     limit = f"{verify.ALLOWED_DIFFERENCE:g} allowed"
     say(f"Fused: within {difference:.1e} steps of 1/255 of the unfused network ({limit})")
-    if not fit.problem:
-        say(f"Half precision: {fit.decibels:.1f} dB from float32, within {fit.steps:.2g} steps of 1/255")
+    half = f"{fit.decibels:.1f} dB from float32, within {fit.steps:.2g} steps of 1/255"
+    say(f"Half precision: {half if not fit.problem else f'{fit.problem}; use float32'}")
     for path in written:
         say(f"Wrote {path}")
 
