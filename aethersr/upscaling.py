@@ -10,6 +10,7 @@ import threading
 from collections import deque
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import islice
 from typing import Any, Callable, Deque, Iterable, Iterator, NamedTuple, Tuple
 
@@ -144,7 +145,7 @@ def upscale_picture(
         run = through_transparency(run)
     out = _planes(upscaled[..., :channels])
     upscale_tiled(run, _planes(pixels), tile, overlap, out, progress, network.size, wrap)
-    return picture.with_pixels(upscaled)
+    return replace(picture, pixels=upscaled)
 
 
 class Result(NamedTuple):
@@ -274,10 +275,9 @@ class Upscaler:
 def _write(job: Job, picture: Picture, overwrite: bool) -> None:
     target = job.target
     try:
-        content = picture.encode(FORMATS[target.suffix.lower()])
         target.parent.mkdir(parents=True, exist_ok=True)
         with Together() as files:
-            files.part(target).write_bytes(content)
+            picture.write(files.part(target), FORMATS[target.suffix.lower()])
             if os.path.lexists(target) and not overwrite:  # appeared since the start
                 raise UserError(f"{target} exists; pass --overwrite to replace it, or another --output.")
             files.commit()
