@@ -9,12 +9,14 @@ Needs only NumPy; ``compressed`` also Pillow.
 from __future__ import annotations
 
 import io
-from typing import Optional, Tuple
+from pathlib import Path
+from typing import List, Optional, Tuple
 
 import numpy as np
 
 from aethersr.errors import UserError
 
+KINDS = (".png", ".bmp", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
 LUMA = np.array([65.481, 128.553, 24.966]) / 255  # ITU-R BT.601, as in MATLAB's rgb2ycbcr
 
 
@@ -127,3 +129,25 @@ def _blur(x: np.ndarray) -> np.ndarray:
 
 def _inside(x: np.ndarray, crop: int) -> np.ndarray:
     return x[crop : x.shape[0] - crop, crop : x.shape[1] - crop]
+
+
+def find_pictures(path: Path, flag: str) -> List[Path]:
+    """The pictures in a folder, by name; a picture's own path is one. Errors name ``flag``."""
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise UserError(f"{path} does not exist; pass a folder of pictures, or a picture ({flag}).")
+    found = sorted(entry for entry in path.iterdir() if entry.suffix.lower() in KINDS)
+    if not found:
+        raise UserError(f"{path} holds no picture ({', '.join(KINDS)}); pass another folder ({flag}).")
+    return found
+
+
+def read_rgb(path: Path, flag: str) -> np.ndarray:
+    """A picture of 8 bits a channel, (H, W, 3) uint8, in front of white. Errors name ``flag``."""
+    from PIL import Image
+
+    from aethersr.picture import opaque, readable
+
+    with readable(path, flag), Image.open(path) as picture:
+        return np.asarray(opaque(picture))

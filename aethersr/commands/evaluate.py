@@ -17,11 +17,13 @@ import argparse
 import glob
 import sys
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 from aethersr.commands import check_device, exit_code
 from aethersr.errors import UserError, missing_package
-from aethersr.upscalers import Upscaler, find_pictures, open_upscaler, read_rgb
+from aethersr.identify import add_img_range
+from aethersr.network import open_upscaler
+from aethersr.quality import find_pictures, read_rgb
 
 Table = Dict[str, Dict[str, List[Tuple[float, float]]]]  # [row][folder] -> (PSNR, SSIM) of each picture
 
@@ -47,7 +49,7 @@ def find_pairs(folder: Path, low: Optional[Path], scale: int) -> List[Pair]:
 
 
 def measure(
-    upscalers: Dict[str, Upscaler], pairs: List[Pair], scale: int, jpeg: Optional[int] = None
+    upscalers: Dict[str, Callable[[Any], Any]], pairs: List[Pair], scale: int, jpeg: Optional[int] = None
 ) -> Dict[str, List[Tuple[float, float]]]:
     """PSNR and SSIM of each picture, by row of the table; bicubic comes first."""
     from aethersr.quality import compressed, crop_to_multiple, quality, resize
@@ -117,7 +119,9 @@ def evaluate(args: argparse.Namespace) -> None:
         raise missing_package(error, "aether-evaluate", "upscale") from None
     check_device(args.device)
     files = [path for pattern in args.files for path in matching(pattern)]
-    networks = {name: open_upscaler(path, args.device, "FILE") for name, path in names(files).items()}
+    networks = {
+        name: open_upscaler(path, args.device, "FILE", args.img_range) for name, path in names(files).items()
+    }
     scales = {name: scale for name, (_, scale) in networks.items()}
     if args.scale:
         scales["--scale"] = args.scale
@@ -166,6 +170,7 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     text = "compress the low-resolution pictures first: quality 1 to 100"
     parser.add_argument("--jpeg", type=int, metavar="QUALITY", help=text)
     parser.add_argument("--each", action="store_true", help="also print a row for each picture")
+    add_img_range(parser)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default: cpu")
     return parser.parse_args(argv)
 

@@ -23,6 +23,7 @@ import torch
 
 from aethersr.commands import check_device, exit_code, program_name
 from aethersr.errors import UserError, missing_package
+from aethersr.identify import add_img_range
 
 PROGRAM = program_name("aether-upscale", "upscale.py")
 
@@ -108,7 +109,7 @@ def upscale(args: argparse.Namespace) -> None:
         raise missing_package(error, PROGRAM, "upscale") from None
     source, target = Path(args.input), Path(args.output)
     jobs, problems = find_jobs(source, target, args.recursive, args.overwrite, args.skip_existing)
-    network = load_network(Path(args.model), args.device, args.fp16)
+    network = load_network(Path(args.model), args.device, args.fp16, args.img_range)
     overlap = choose_overlap(network, args.overlap)
     if source.is_dir():
         try:
@@ -172,6 +173,7 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
         "1/255)")  # fmt: skip
     add("--device", choices=("cuda", "cpu"), help="default: the GPU, if there is one that can run the file")
     add("--fp16", action="store_true", help="half precision, on CUDA only")
+    add_img_range(parser)
     args = parser.parse_args(argv)
     if args.overwrite and args.skip_existing:
         parser.error("--overwrite and --skip-existing exclude each other; pass one of them")
