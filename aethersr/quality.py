@@ -1,8 +1,8 @@
 """PSNR and SSIM as papers on super-resolution report them.
 
-Pictures are (H, W, 3) arrays of uint8 or uint16. Papers reduce the high-resolution picture with MATLAB's ``imresize``
-(bicubic, antialiased), compare the luma of both pictures and leave out a border of ``scale`` pixels.
-Another reduction or luma changes the figures by tenths of a dB, so both are implemented here.
+Pictures are (H, W, 3) arrays of uint8 or uint16. Papers reduce the high-resolution picture with MATLAB's
+``imresize`` (bicubic, antialiased), compare the luma of both pictures and leave out a border of ``scale``
+pixels. Another reduction or luma changes the figures by tenths of a dB, so both are implemented here.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import List, Optional, Tuple
 
 import numpy as np
+from PIL import Image
 
 from aethersr.errors import UserError
+from aethersr.picture import FORMATS, Picture
 
-KINDS = (".png", ".bmp", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".avif")
+KINDS = tuple(FORMATS)
 LUMA = np.array([65.481, 128.553, 24.966]) / 255  # ITU-R BT.601, as in MATLAB's rgb2ycbcr
 
 
@@ -33,8 +35,6 @@ def find_pictures(path: Path, flag: str) -> List[Path]:
 
 def read_rgb(path: Path, flag: str) -> np.ndarray:
     """A picture in front of white, (H, W, 3) uint8. Errors name ``flag``."""
-    from aethersr.picture import Picture
-
     return to_8_bits(Picture.read(path, flag).rgb_on_white())
 
 
@@ -66,8 +66,6 @@ def resize(picture: np.ndarray, height: int, width: int) -> np.ndarray:
 
 def compressed(picture: np.ndarray, quality: Optional[int]) -> np.ndarray:
     """What a JPEG file of this quality (--jpeg, 1 to 100) leaves of ``picture``. None: ``picture`` itself."""
-    from PIL import Image
-
     if quality is None:
         return picture
     if not 1 <= quality <= 100:

@@ -24,10 +24,10 @@ from aethersr.commands import exit_code  # noqa: E402
 from aethersr.errors import UserError  # noqa: E402
 from aethersr.files import Together  # noqa: E402
 from aethersr.half_precision import fit_half_precision_  # noqa: E402
-from aethersr.identify import aether_from_state_dict, bounded, variant_name  # noqa: E402
+from aethersr.identify import add_img_range, aether_from_state_dict, bounded, variant_name  # noqa: E402
 
 
-def release(checkpoint: Path, target: Path, bound: Optional[float]) -> None:
+def release(checkpoint: Path, target: Path, bound: Optional[float], img_range: Optional[float]) -> None:
     check_target(target, "TARGET", [checkpoint])
     if bound is not None and not 1e-3 <= bound < 6e4:
         raise UserError(f"--bound {bound:g} is not possible in half precision; pass 0.001 to 60000.")
@@ -35,7 +35,7 @@ def release(checkpoint: Path, target: Path, bound: Optional[float]) -> None:
     try:
         if bound is not None:
             state = bounded(state, bound)
-        fused = aether_from_state_dict(state).fused()
+        fused = aether_from_state_dict(state, img_range).fused()
     except ValueError as error:
         raise UserError(f"{checkpoint}: {error} Pass the weights of an AetherNet (CHECKPOINT).") from None
     fit = fit_half_precision_(fused)
@@ -59,8 +59,9 @@ def main(argv: Optional[List[str]] = None) -> int:
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
     parser.add_argument("target", type=Path, metavar="TARGET", help=".safetensors; replaced if it exists")
     parser.add_argument("--bound", type=float, help="as in fuse_aether.py")
+    add_img_range(parser)
     args = parser.parse_args(argv)
-    run = (args.checkpoint, args.target, args.bound)
+    run = (args.checkpoint, args.target, args.bound, args.img_range)
     return exit_code("release.py", lambda: release(*run), "nothing was written.")
 
 

@@ -21,6 +21,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 from aethersr.commands import DEVICES, Parser, check_device, exit_code, local_path
 from aethersr.errors import UserError, missing_package
+from aethersr.identify import add_img_range
 
 Table = Dict[str, Dict[str, List[Tuple[float, float]]]]  # [row][folder] -> (PSNR, SSIM) of each picture
 TILE = 1024  # larger low-resolution pictures are cut into tiles; the result is the same without attention
@@ -124,40 +125,10 @@ def names(paths: List[Path]) -> Dict[str, Path]:
     return {str(path) if short.count(path.name) > 1 else path.name: path for path in paths}
 
 
-def open_network(path: Path, device: str) -> Any:
-    from aethersr.network import load_network
-    from aethersr.upscalers import ncnn_network
-
-    if path.suffix.lower() != ".param":
-        try:
-            net = load_network(path, device, fp16=False)
-        except UserError as error:
-            raise UserError(str(error).replace("--model", "FILE")) from None
-    else:
-        import types
-
-        import torch
-
-        run, channels = ncnn_network(path, "FILE")
-
-        class Net:
-            in_chans, reach, size, scale = channels, 10**6, None, 0
-
-            def __call__(self, x: Any) -> Any:
-                return torch.cat([run(each) for each in x.split(1)])
-
-        net = Net()
-        try:
-            net.scale = run(torch.zeros(1, channels, 8, 8)).shape[-1] // 8
-        except ValueError as error:
-            raise UserError(f"{path}: {error}; pass a file that aether-fuse wrote (FILE).") from None
-        del types
-    return net
-
-
 def evaluate(args: argparse.Namespace) -> None:
     try:
-        import aethersr.picture  # noqa: F401
+        from aethersr.network import load_network
+        from aethersr.quality import find_pictures  # noqa: F401
     except ImportError as error:
         raise missing_package(error, "aether-evaluate", "upscale") from None
     check_device(args.device)
@@ -167,7 +138,10 @@ def evaluate(args: argparse.Namespace) -> None:
     if not args.hr:
         raise UserError("no folder with the ground truth was given; pass one (--hr).")
     files = [path for pattern in args.files for path in matching(pattern)]
-    networks = {name: open_network(path, args.device) for name, path in names(files).items()}
+    networks = {
+        name: load_network(path, args.device, img_range=args.img_range, flag="FILE")
+        for name, path in names(files).items()
+    }
     scales = {name: network.scale for name, network in networks.items()}
     if args.scale:
         scales["--scale"] = args.scale
@@ -197,16 +171,18 @@ def evaluate(args: argparse.Namespace) -> None:
 
 def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser = Parser("aether-evaluate", __doc__, HINTS)
-    add, folders = parser.add_argument, {"nargs": "+", "type": local_path, "metavar": "FOLDER"}
+    add = parser.add_argument
     text = "networks: .safetensors, .pth, .onnx or .param"
     add("files", nargs="*", type=local_path, metavar="FILE", help=text)
-    add("--hr", required=True, help="folders with the ground truth", **folders)
+    several: Any = {"nargs": "+", "type": local_path, "metavar": "FOLDER"}
+    add("--hr", required=True, help="folders with the ground truth", **several)
     text = "low-resolution versions with the same names (default: made from --hr, bicubic)"
-    add("--lr", help=text, **folders)
+    add("--lr", help=text, **several)
     add("--scale", type=int, choices=(1, 2, 3, 4, 8), help="scale for bicubic alone, without FILE")
     text = "compress the low-resolution pictures first: quality 1 to 100"
     add("--jpeg", type=int, metavar="QUALITY", help=text)
     add("--each", action="store_true", help="also print a row for each picture")
+    add_img_range(parser)
     add("--device", default="cpu", choices=DEVICES, help="default: cpu")
     return parser.parse(argv)
 

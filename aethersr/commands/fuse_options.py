@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import hashlib
-import math
 import os
 import re
 from pathlib import Path
@@ -19,6 +18,7 @@ from aethersr import ncnn
 from aethersr.checkpoint import ENDINGS
 from aethersr.commands import check_device, program_name
 from aethersr.errors import UserError, missing_package
+from aethersr.identify import add_img_range
 from aethersr.onnx import OPSETS, PRECISIONS
 
 PROGRAM = program_name("aether-fuse", "fuse_aether.py")
@@ -39,8 +39,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     text = "where to verify and measure (default: %(default)s)"
     add("--device", choices=("cuda", "cpu"), default=device, help=text)
-    text = "the training option of this name, which checkpoints don't record (default: 1.0)"
-    add("--img_range", type=float, default=1.0, help=text)
+    add_img_range(parser)
     text = "limit each block's norm to -B..B, for instance 1, if the weights run away on some pictures; "
     add("--bound", type=float, metavar="B", help=text + "takes a training checkpoint")
     text = "ONNX files to write beside --output_path: fp32, fp16, int8, separated by commas"
@@ -80,9 +79,6 @@ def exports(args: argparse.Namespace) -> bool:
 
 def check_numbers(args: argparse.Namespace) -> None:
     check_device(args.device)
-    if not (math.isfinite(args.img_range) and args.img_range > 0):
-        expected = "expected a number above 0, 1.0 unless the network was trained with another"
-        raise UserError(f"--img_range {args.img_range} is not possible; {expected}.")
     if args.bound is not None and not 1e-3 <= args.bound < 1e6:
         expected = "expected a number from 1e-3 to 1e6, such as 1"
         raise UserError(f"--bound {args.bound:g} is not possible; {expected}.")

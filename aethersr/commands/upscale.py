@@ -20,6 +20,7 @@ import torch
 
 from aethersr.commands import DEVICES, Parser, check_device, exit_code, local_path, program_name
 from aethersr.errors import UserError, missing_package
+from aethersr.identify import add_img_range
 
 PROGRAM = program_name("aether-upscale", "upscale.py")
 ENDINGS = ("png", "jpg", "webp", "tif", "bmp", "gif", "avif")
@@ -113,7 +114,7 @@ def upscale(args: argparse.Namespace) -> None:
     jobs, problems, others = find_jobs(
         args.input, args.output, args.recursive, args.overwrite, args.skip_existing, ending
     )
-    network = load_network(args.model, args.device, args.fp16)
+    network = load_network(args.model, args.device, args.fp16, args.img_range)
     overlap = choose_overlap(network, args.overlap)
     if others:
         print(f"Left out: {', '.join(f'{name}: {count}' for name, count in others.items())}.")
@@ -178,6 +179,7 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
         "1/255)")  # fmt: skip
     add("--device", choices=DEVICES, help="default: the GPU, if there is one that can run the file")
     add("--fp16", action="store_true", help="half precision, on a GPU only")
+    add_img_range(parser)
     args = parser.parse(argv)
     if args.overwrite and args.skip_existing:
         parser.error("--overwrite and --skip-existing exclude each other; pass one of them")
