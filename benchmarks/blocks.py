@@ -22,7 +22,7 @@ from cuts import as_images  # noqa: E402
 from aethersr.checkpoint import read_checkpoint  # noqa: E402
 from aethersr.commands import exit_code  # noqa: E402
 from aethersr.identify import aether_from_state_dict  # noqa: E402
-from aethersr.upscalers import read_rgb  # noqa: E402
+from aethersr.quality import read_rgb  # noqa: E402
 
 
 @torch.no_grad()

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from aethersr.errors import UserError
-from aethersr.quality import crop_to_multiple, psnr, resize
-from aethersr.upscalers import find_pictures, read_rgb
+from aethersr.quality import crop_to_multiple, find_pictures, psnr, read_rgb, resize
 
 
 class Cuts:

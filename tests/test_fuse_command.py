@@ -56,11 +56,7 @@ def refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> Callable[..., str]
 
     def refusal(*arguments: Any) -> str:
         before = files()
-        try:
-            code = run(*arguments)
-        except SystemExit as stop:  # argparse
-            code = int(stop.code or 0)
-        assert code == 2
+        assert run(*arguments) == 2
         assert files() == before
         return one_line(capsys.readouterr().err)
 
@@ -151,7 +147,7 @@ def test_what_a_bound_changes_is_said(checkpoint: Path, capsys: Any) -> None:
 
 
 OPTIONS = [
-    ("--img_range 0", "img_range=0.0 is not possible"),
+    ("--img_range 0", "img_range 0 is not possible"),
     ("--bound 0", "--bound 0 is not possible"),
     ("--onnx fp32,fp8", "'fp8' is not known; allowed, separated by commas: fp32, fp16, int8"),
     ("--static 3,8,8", "--static needs --onnx"),
@@ -181,18 +177,13 @@ def test_an_option_that_does_not_fit_ends_in_one_line(
 
 
 def test_the_two_paths_are_asked_for_and_the_version_is_told(capsys: Any) -> None:
-    for arguments, words in (
-        ([], "--model_path, --output_path"),
-        (["--model_path", "a.pth"], "--output_path"),
-    ):
-        with pytest.raises(SystemExit) as stop:
-            fuse.main(arguments)
-        assert stop.value.code == 2
+    for arguments, words in (([], "--model_path, --output_path"), (["--model_path", "a"], "--output_path")):
+        assert fuse.main(arguments) == 2
         assert f"required: {words}" in one_line(capsys.readouterr().err)
     with pytest.raises(SystemExit) as stop:
         fuse.main(["--version"])
     assert stop.value.code == 0
-    assert capsys.readouterr().out == f"AetherNet {aether_arch.__version__}\n"
+    assert capsys.readouterr().out == f"{fuse.PROGRAM} {aether_arch.__version__}\n"
 
 
 def test_outputs_are_checked_before_anything_is_written(checkpoint: Path, refused: Any, capsys: Any) -> None:

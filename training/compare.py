@@ -23,8 +23,8 @@ from sheet import CROPS, side_by_side  # noqa: E402
 from aethersr.commands import exit_code  # noqa: E402
 from aethersr.errors import UserError  # noqa: E402
 from aethersr.files import Together, check_output  # noqa: E402
-from aethersr.quality import compressed, crop_to_multiple, psnr, resize  # noqa: E402
-from aethersr.upscalers import open_upscaler, read_rgb  # noqa: E402
+from aethersr.network import open_upscaler  # noqa: E402
+from aethersr.quality import compressed, crop_to_multiple, psnr, read_rgb, resize  # noqa: E402
 
 
 def columns(photograph: Path, networks: Dict[str, Path], jpeg: Optional[int]) -> Dict[str, Image.Image]:

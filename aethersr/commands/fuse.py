@@ -59,11 +59,10 @@ def build(path: Path, state: Mapping[str, Tensor], args: argparse.Namespace) -> 
             remedy = "pass --accept_older_fused to fuse the rest of it"
         found = f"{path} is fused already ({form} form), expected a training checkpoint"
         raise UserError(f"{found}; {remedy}, or pass another (--model_path).")
-    img_range = {} if args.img_range is None else {"img_range": args.img_range}
     try:
         if args.bound is not None:
             state = bounded(state, args.bound)
-        net = aether_from_state_dict(state, **img_range)
+        net = aether_from_state_dict(state, args.img_range)
     except ValueError as error:
         raise UserError(f"{path}: {error} Pass a training checkpoint of AetherNet (--model_path).") from None
     name = variant_name(net.options)
@@ -286,5 +285,5 @@ def fuse(args: argparse.Namespace, say: Say = print) -> None:
         say(f"Wrote {path}")
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Optional[List[str]] = None) -> int:
     return exit_code(PROGRAM, lambda: fuse(parse_args(argv)), "nothing was written.")

@@ -8,45 +8,35 @@ import hashlib
 import os
 import re
 from pathlib import Path
-from typing import Dict, List, NoReturn, Optional, Sequence, Tuple
+from typing import Dict, List, Optional, Tuple
 
 import torch
-from aether_arch import SCALES, VARIANTS, AetherBase, __version__
+from aether_arch import SCALES, VARIANTS, AetherBase
 from aether_quant import TARGETS
 
 from aethersr import ncnn
 from aethersr.checkpoint import ENDINGS
-from aethersr.commands import check_device, program_name
+from aethersr.commands import Parser, check_device, program_name
 from aethersr.errors import UserError, missing_package
+from aethersr.identify import add_img_range
 from aethersr.onnx import OPSETS, PRECISIONS
 
 PROGRAM = program_name("aether-fuse", "fuse_aether.py")
 LARGEST_STATIC = 16384  # largest side of a picture in pixels
 # What people type who know another command, or version 0.2 of this one.
 HINTS = {
-    "--scale": "the scale is read from the weights; --upscale fails if it is another",
+    "--scale": "the scale is read from the weights, and --upscale fails if it is another",
     "--model": "the checkpoint is --model_path",
     "--input": "the checkpoint is --model_path",
-    "--output": "the file to write is --output_path",
     "--int8": "it is --onnx int8",
-    "--placement": "there is one placement now, so leave it out",
+    "--placement": "there is one placement, so leave it out",
     "--fp16": "--half writes the weights in half precision, --onnx fp16 an ONNX file",
     "--check-fp16": "what half precision costs is always printed, so leave it out",
 }
 
 
-class Parser(argparse.ArgumentParser):
-    """Answers in one line, and knows what people type from habit."""
-
-    def error(self, message: str) -> NoReturn:
-        words = [*re.findall(r"--[\w-]+", message)[:1], *re.findall(r"--[\w-]+", message)]
-        hint = next((HINTS[word.replace("_", "-")] for word in words if word.replace("_", "-") in HINTS), "")
-        self.exit(2, f"{self.prog}: error: {message}{f' ({hint})' if hint else ''}; see {self.prog} --help\n")
-
-
-def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    description = "Turn a training checkpoint of AetherNet into fused release weights."
-    parser = Parser(prog=PROGRAM, description=description, allow_abbrev=False)
+def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
+    parser = Parser(PROGRAM, "Turn a training checkpoint of AetherNet into fused release weights.", HINTS)
     add = parser.add_argument
     add("--model_path", required=True, metavar="FILE", help="the checkpoint, .pth or .safetensors")
     add("--output_path", required=True, metavar="FILE", help="the weights to write, .pth or .safetensors")
@@ -57,8 +47,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     add("--upscale", type=int, choices=SCALES, help=text)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", choices=("cuda", "cpu"), default=device, help="where to verify (default: %(default)s)")
-    text = "the training option of this name, if it wasn't 1 and the file is too old to record it"
-    add("--img_range", type=float, metavar="R", help=text)
+    add_img_range(parser)
     text = "limit each block's norm to -B..B, for instance 1, if the weights run away on some pictures"
     add("--bound", type=float, metavar="B", help=f"{text}; takes a training checkpoint")
     add("--half", action="store_true", help="write the weights in half precision, half the size")
@@ -81,8 +70,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     add("--overwrite", action="store_true", help="replace existing files")
     text = "take a file whose kernels an older tool already merged"
     add("--accept_older_fused", action="store_true", help=text)
-    add("--version", action="version", version=f"AetherNet {__version__}")
-    return parser.parse_args(argv)
+    return parser.parse(argv)
 
 
 def precisions(text: str) -> List[str]:
