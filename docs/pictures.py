@@ -1,4 +1,4 @@
-"""Draw demo.jpg, jpeg.jpg and int8.png of this folder with the shipped weights.
+"""Draw demo.jpg, jpeg.jpg and int8.png of this folder with the shipped weights; reduce photo.png.
 
     python docs/pictures.py
 
@@ -74,6 +74,9 @@ def sheet(rows: List[Row]) -> Image.Image:
 
 def main() -> None:
     torch.set_num_threads(1)
+    photo = Image.fromarray(data.chelsea())
+    photo.resize((photo.width // 2, photo.height // 2), Image.Resampling.BICUBIC).save(DOCS / "photo.png")
+
     small = "AetherNet_small_wallpapers_fp16.safetensors"
     eye = row("chelsea", 123, 56, 4, {"AetherNet small x4": f"4x_{small}"})
     badge = row("astronaut", 116, 337, 2, {"AetherNet small x2": f"2x_{small}"})
