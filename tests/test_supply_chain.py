@@ -20,27 +20,28 @@ def read(name: str) -> str:
     return (ROOT / name).read_text(encoding="utf-8")
 
 
-def listed(name: str = "requirements") -> dict[str, str]:
-    """Package and version, "" where any, of each line of requirements.in or its like."""
-    lines = [re.match(r"([A-Za-z0-9_-]+)(?:==(\S+))?", line) for line in read(f"{name}.in").splitlines()]
+def listed() -> dict[str, str]:
+    """Package and version, "" where any, of each line of requirements.txt."""
+    lines = [
+        re.match(r"([A-Za-z0-9_-]+)(?:==(\S+))?", line) for line in read("requirements.txt").splitlines()
+    ]
     return {line[1].lower(): line[2] or "" for line in lines if line}
 
 
-@pytest.mark.parametrize("file", ["requirements", "requirements-runtimes"])
-def test_every_package_is_pinned_with_hashes_and_from_no_index_of_its_own(file: str) -> None:
-    text = read(f"{file}.txt")
+def test_every_package_is_pinned_with_hashes_and_from_no_index_of_its_own() -> None:
+    text = read("requirements.lock")
     pins = {name: (version, hashes.count("--hash")) for name, version, hashes in PINNED.findall(text)}
     packages = [line for line in text.splitlines() if line and not line.startswith((" ", "#"))]
     assert len(pins) == len(packages) > 15
-    for name, version in listed(file).items():
-        assert name in pins, f"{name} is not in requirements.txt: make requirements"
+    for name, version in listed().items():
+        assert name in pins, f"{name} is not in requirements.lock: make requirements"
         assert version in ("", pins[name][0]), f"{name}: make requirements"
     assert not re.search(r"://|--(extra-)?index|--find-links|^-e|@", text)
     assert pins["numpy"][1] > 20, "the hashes of one platform alone"
 
 
 def test_torch_and_what_needs_a_card_are_left_to_the_user() -> None:
-    assert not re.search("^(torch|triton|nvidia|cuda)[=-]", read("requirements.txt"), re.MULTILINE)
+    assert not re.search("^(torch|triton|nvidia|cuda)[=-]", read("requirements.lock"), re.MULTILINE)
 
 
 def test_the_package_that_is_built_from_source_has_its_hash() -> None:
@@ -48,16 +49,15 @@ def test_the_package_that_is_built_from_source_has_its_hash() -> None:
     assert re.fullmatch(r"animesisr-basicsr==[\d.]+ --hash=sha256:[0-9a-f]{64}", line)
 
 
-@pytest.mark.parametrize("file", ["requirements.in", "requirements-runtimes.in"])
-def test_every_dependency_has_its_reason(file: str) -> None:
-    for line in read(file).splitlines():
-        assert line.startswith("#") or re.fullmatch(r"\S+  # .{9,}", line), line
+def test_every_dependency_has_its_reason() -> None:
+    for line in read("requirements.txt").splitlines():
+        assert not line or line.startswith("#") or re.fullmatch(r"\S+( ; [^#]+)?  # .{9,}", line), line
 
 
 @pytest.mark.parametrize(("package", "files"), [
-    ("torch", ["requirements.in", "Makefile", "README.md"]),
-    ("animesisr-basicsr", ["requirements.in", "requirements-basicsr.txt", "docs/BasicSR.md"]),
-    ("torchvision", ["requirements.in", "docs/BasicSR.md"]),
+    ("torch", ["requirements.txt", "Makefile"]),
+    ("animesisr-basicsr", ["requirements-basicsr.txt", "docs/BasicSR.md"]),
+    ("torchvision", ["requirements.txt", "docs/BasicSR.md"]),
 ])  # fmt: skip
 def test_every_place_names_the_same_version(package: str, files: list[str]) -> None:
     versions = {file: set(re.findall(rf"(?<![\w-]){package}==([\d.]+\d)", read(file))) for file in files}
@@ -70,7 +70,7 @@ def test_what_the_package_needs_is_pinned_for_the_tests() -> None:
     extras = project["optional-dependencies"].values()
     needed = project["dependencies"] + [line for extra in extras for line in extra]
     names = {re.match(r"[\w-]+", line)[0].lower() for line in needed}  # type: ignore[index]
-    assert names - {"torch", "aethersr"} <= {*listed(), *listed("requirements-runtimes")}
+    assert names - {"torch", "aethersr"} <= set(listed())
 
 
 def test_the_changelog_begins_with_the_version() -> None:
