@@ -16,8 +16,8 @@ enlargement of the input); the others go to the network. The loss is Charbonnier
 moving average of the weights: PSNR-Y, the mean over the pictures' centres. Seconds count only the training
 steps, on a CPU their computing time. Runs that the file holds are not repeated.
 
-``draw`` writes OUTPUT.md and OUTPUT.png: those runs and finished weights, each with its time in ONNX Runtime,
-all measured in turns. A line joins the weights, which are ours.
+``draw`` writes OUTPUT.md and OUTPUT.png: those runs and finished weights, each with its computing time in
+ONNX Runtime, all measured in turns. A line joins the weights, which are ours.
 """
 
 from __future__ import annotations
@@ -257,7 +257,8 @@ def draw(args: argparse.Namespace) -> None:
     result = read_results(args.file)
     torch.set_num_threads(args.threads)
     points = points_of(result, args)
-    times = interleaved({point.name: point.call for point in points}, rounds=15, seconds=120)
+    calls = {point.name: point.call for point in points}
+    times = interleaved(calls, rounds=15, seconds=120, clock=lambda: clock("cpu"))
     first, ms = points[0].name, {point.name: times.median(point.name) for point in points}
     points.sort(key=lambda point: ms[point.name])
     rows = []

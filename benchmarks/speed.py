@@ -56,6 +56,8 @@ class Bench:
         self.lines: List[str] = []
         self.end = time.monotonic() + 60 * (args.minutes or math.inf)
         self.wait: Callable[[], Any] = torch.cuda.synchronize if self.cuda else lambda: None
+        # Of one thread the computing time counts, which other work on the machine hardly changes.
+        self.clock = time.perf_counter if self.cuda or args.threads > 1 else time.process_time
 
     def build(self, variant: str, scale: int) -> Any:
         torch.manual_seed(0)
@@ -83,10 +85,10 @@ class Bench:
             torch.cuda.empty_cache()
 
     def seconds(self, step: Callable[[], Any]) -> float:
-        start = time.perf_counter()
+        start = self.clock()
         step()
         self.wait()
-        return time.perf_counter() - start
+        return self.clock() - start
 
     def group(self, what: str, named: Mapping[str, Tuple[Any, ...]]) -> None:
         """Time the cases that work here, in turns.
@@ -118,7 +120,7 @@ class Bench:
             loops[name], made[name] = functools.partial(repeat, step, counts[name]), (step, told)
         if made:
             seconds = len(made) * (0.02 if self.quick else 0.4 if self.cuda else 5)
-            found = interleaved(loops, self.args.rounds, seconds, wait=self.wait)
+            found = interleaved(loops, self.args.rounds, seconds, wait=self.wait, clock=self.clock)
             times = Comparison({name: [ms / counts[name] for ms in found.times[name]] for name in made})
         for name, (_, told) in made.items():
             ratio, ms = times.ratio(next(iter(made)), name), times.median(name)
