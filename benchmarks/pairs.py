@@ -8,23 +8,10 @@ from typing import Any, List, Tuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
-from aethersr.errors import UserError, first_line
-from aethersr.quality import crop_to_multiple, psnr, resize
-
-KINDS = (".png", ".bmp", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
-
-
-def read_rgb(path: Path, flag: str) -> Any:
-    try:
-        with Image.open(path) as picture:
-            return np.asarray(picture.convert("RGB"))
-    except OSError as error:
-        raise UserError(
-            f"{path} can't be read ({first_line(error)}); pass other pictures ({flag})."
-        ) from None
+from aethersr.errors import UserError
+from aethersr.quality import crop_to_multiple, find_pictures, psnr, read_rgb, resize
 
 
 def as_images(pictures: List[Any]) -> Tensor:
@@ -62,11 +49,8 @@ class Validation:
     """The centres of a folder's pictures, and their reductions, made as in MATLAB."""
 
     def __init__(self, folder: Path, side: int, scale: int) -> None:
-        paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in KINDS)
-        if not paths:
-            raise UserError(f"{folder} holds no picture; pass a folder of pictures (--validation).")
         self.truths, self.scale = [], scale
-        for path in paths:
+        for path in find_pictures(folder, "--validation"):
             picture = read_rgb(path, "--validation")
             top, left = (max(0, length - side) // 2 for length in picture.shape[:2])
             self.truths.append(crop_to_multiple(picture[top : top + side, left : left + side], scale))
