@@ -6,7 +6,7 @@ import copy
 import tempfile
 from typing import Any, Callable, Dict, Iterator, Sequence, Tuple
 
-import runtimes as others
+import networks as others
 import torch
 from networks import as_trained, deployed, opened, peer, published_fusion, short
 from torch import Tensor, nn
