@@ -286,6 +286,8 @@ def test_bad_input_ends_with_2_and_one_line(
     (folder / "two.json").write_text('{"title": "x4, 2 cuts", "setting": [], "rows": []}')
     name, before = f"{script.__name__}.py", sorted(tmp_path.rglob("*"))
     monkeypatch.setattr(sys, "argv", [name])
+    for module in [each for each in sys.modules if each.split(".")[0] == "traiNNer"]:
+        monkeypatch.delitem(sys.modules, module)
     try:
         code = script.main([word.format(folder=folder, tmp=tmp_path) for word in words])
     except SystemExit as error:  # argparse's, which prints its usage first
