@@ -94,16 +94,16 @@ def unwrap(content: Mapping[Any, Any]) -> Checkpoint:
 
 
 def _mappings(content: Mapping[Any, Any]) -> Iterator[Tuple[Tuple[str, ...], Mapping[Any, Any]]]:
-    """Every mapping in a checkpoint except optimizers, once, with the keys that lead to it."""
-    seen: Set[Tuple[str, int]] = set()
+    """Every mapping in a checkpoint except optimizers, with the keys that lead to it."""
+    seen: Set[int] = set()  # a small file can hold one mapping in endlessly many places
     waiting: List[Tuple[Tuple[str, ...], Mapping[Any, Any]]] = [((), content)]
     for path, mapping in waiting:
         yield path, mapping
         for key, value in mapping.items() if len(path) < DEPTH else ():
             if isinstance(key, str) and isinstance(value, Mapping) and not _OPTIMIZER.search(key):
-                if (key, id(value)) not in seen:  # a small file can hold one mapping in endlessly many places
+                if id(value) not in seen:
+                    seen.add(id(value))
                     waiting.append(((*path, key), value))
-                seen.add((key, id(value)))
 
 
 def _networks(content: Mapping[Any, Any], anchor: Pattern[str]) -> List[_Candidate]:
