@@ -96,7 +96,9 @@ OTHERS: Dict[str, Callable[[], bytes]] = {
     "'mean', which is sparse; expected dense": lambda: with_mean(MEAN.to_sparse()),
     "'mean', which is quantised": lambda: with_mean(torch.quantize_per_tensor(MEAN, 1, 0, torch.qint8)),
     "'mean', which is on the meta device, without values": lambda: with_mean(MEAN.to("meta")),
-    "'mean', which is nested": lambda: with_mean(torch.nested.nested_tensor([MEAN[0], MEAN])),
+    "'mean', which is nested": lambda: with_mean(
+        torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])
+    ),
     "'mean' holds no value; its shape is (1, 0, 1, 1)": lambda: with_mean(torch.zeros(1, 0, 1, 1)),
     "of another shape: 1 (mean)": lambda: with_mean(torch.zeros(())),
     "claim more than the file holds": lambda: with_mean(torch.zeros(1).expand(2**40)),
