@@ -255,14 +255,12 @@ def _check_tensors(state: Mapping[str, Tensor], size: int) -> None:
 
 
 def write_state(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
-    """Write a flat float32 state dict, .safetensors or .pth by the ending of ``path``.
+    """Write a flat state dict in its tensors' own precision, .safetensors or .pth by the ending of ``path``.
 
     The same tensors give the same bytes. ``metadata`` is written into .safetensors files only. When this
     returns, the file is on disk.
     """
-    plain = OrderedDict(
-        (name, value.detach().float().cpu().clone().contiguous()) for name, value in state.items()
-    )
+    plain = OrderedDict((name, value.detach().cpu().clone().contiguous()) for name, value in state.items())
     if path.suffix.lower() == ".safetensors":
         from safetensors.torch import save
 
