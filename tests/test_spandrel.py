@@ -5,11 +5,10 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-import inspect
 import json
 import sys
 from pathlib import Path
-from typing import Any, Callable, Dict, Tuple
+from typing import Any, Dict, Tuple
 
 import aether_arch
 import aether_quant
@@ -23,7 +22,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from aethersr.identify import aether_from_state_dict
-from aethersr.tiling import receptive_field, upscale_tiled
 
 sys.path.insert(0, str(ROOT / "demo"))
 from basicsr_train import import_torchvision
@@ -39,7 +37,7 @@ import aethersr.spandrel  # noqa: E402
 from aethersr.spandrel import AetherNetArch  # noqa: E402
 
 GOLDEN = sorted((ROOT / "tests" / "golden").glob("*.safetensors"))
-FORMS = ("training", "fused", "older fused", "quantised", "int8", "quantised full", "int8 full")
+FORMS = ("training", "fused", "older fused", "quantised", "int8")
 FLOAT_FORMS = FORMS[:3]
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
@@ -66,10 +64,8 @@ def state_of(form: str, residual: float = 1.0, **options: Any) -> Dict[str, Tens
         return net.fused().state_dict()
     if form == "training":
         return net.state_dict()
-    placement = "full" if form.endswith("full") else "default"
-    images = [torch.rand(1, net.options["in_chans"], 16, 16)]
-    quantised = net.prepare_qat(placement, images).eval()
-    return (quantised if form.startswith("quantised") else quantised.convert_to_quantized()).state_dict()
+    quantised = net.prepare_qat(calibration=[torch.rand(1, net.options["in_chans"], 16, 16)]).eval()
+    return (quantised if form == "quantised" else quantised.convert_to_quantized()).state_dict()
 
 
 def write(path: Path, state: Dict[str, Tensor]) -> Path:
@@ -101,25 +97,18 @@ def golden(path: Path) -> Tuple[Dict[str, Dict[str, Tensor]], Tensor, Tensor]:
 
 # ------------------------------------------------------------------------------------------------------ loads
 
-# No tensor holds them, and they change nothing in evaluation; img_range does, where it is not in the weights.
-UNDETECTABLE = {"drop", "drop_path_rate", "norm", "img_range"}
+# No tensor holds them, and they change nothing in evaluation.
+UNDETECTABLE = {"drop", "drop_path_rate", "norm"}
 NETWORKS: Dict[str, Dict[str, Any]] = {
-    "no attention": {"depths": [1, 2], "use_channel_attn": False, "use_spatial_attn": False},
-    "x1": {"scale": 1},
-    "x2": {"scale": 2},
-    "x3": {"scale": 3},
-    "x8": {"scale": 8},
+    "no attention, x1": {"scale": 1, "use_channel_attn": False, "use_spatial_attn": False},
+    "x3, channel attention": {"scale": 3, "use_spatial_attn": False},
+    "x8, spatial attention": {"scale": 8, "use_channel_attn": False},
     "grey": {"in_chans": 1},
-    "four channels": {"in_chans": 4},
-    "stages": {"embed_dim": 24, "depths": [1, 3, 2]},
-    "mlp_ratio": {"mlp_ratio": 1.5},
-    "large kernel": {"lk_kernel": 17},
-    "small kernel": {"sk_kernel": 5},
-    "kernels of one": {"lk_kernel": 1, "sk_kernel": 1},
-    "channel attention": {"use_spatial_attn": False},
-    "spatial attention": {"use_channel_attn": False},
-    "another bound": {"bound": 4.0},
-    "no bound": {"bound": None},
+    "four channels, another ratio": {"in_chans": 4, "mlp_ratio": 1.5},
+    "uneven stages": {"embed_dim": 24, "depths": [1, 2, 2, 3]},
+    "large kernels": {"lk_kernel": 17, "sk_kernel": 5},
+    "kernels of one, no bound": {"lk_kernel": 1, "sk_kernel": 1, "bound": None},
+    "another range and bound": {"img_range": 255.0, "bound": 4.0},
 }
 
 
@@ -129,7 +118,7 @@ def test_every_option_is_read_from_the_weights(name: str, form: str, tmp_path: P
     net: Any = AetherNet(**{"embed_dim": 16, "depths": [1], **NETWORKS[name]})
     net = net.fused() if form == "fused" else net  # its names and shapes are what is read
     loaded = load(tmp_path / "x.safetensors", net.state_dict()).model
-    ignored = UNDETECTABLE | ({"sk_kernel"} if form == "fused" else set())
+    ignored = UNDETECTABLE | ({"sk_kernel", "img_range"} if form == "fused" else set())
     options = (net.options, loaded.hyperparameters)
     expected, found = ({key: value for key, value in each.items() if key not in ignored} for each in options)
     assert found == expected
@@ -143,8 +132,6 @@ def test_every_option_is_read_from_the_weights(name: str, form: str, tmp_path: P
 def test_a_file_of_any_form_gives_the_picture_of_the_network_that_it_was_made_from(
     path: Path, form: str, suffix: str, tmp_path: Path
 ) -> None:
-    if form != "fused" and "range" in path.stem:
-        pytest.skip("fused weights alone hold another img_range than 1")
     states, image, expected = golden(path)
     model = load(tmp_path / f"x{suffix}", states[form])
     error = float((model(image) - expected.clamp(0, 1)).abs().max())
@@ -164,17 +151,6 @@ def test_a_quantised_file_keeps_its_rounding(form: str, tmp_path: Path) -> None:
     assert not torch.equal(model(image), load(tmp_path / "y.safetensors", state_of("fused"))(image))
 
 
-@pytest.mark.parametrize("wrapper", ["net_g", "generator", "ema", "model/state_dict"])
-def test_weights_in_other_programs_wrappers_open_too(wrapper: str, tmp_path: Path) -> None:
-    content: Any = {f"anything.{name}": value for name, value in state_of("fused").items()}
-    for key in reversed(wrapper.split("/")):
-        content = {key: content, "epoch": 3}
-    torch.save(content, tmp_path / "x.ckpt")
-    model = ModelLoader().load_from_file(tmp_path / "x.ckpt")
-    image = torch.rand(1, 3, 9, 14)
-    torch.testing.assert_close(model(image), load(tmp_path / "y.safetensors", state_of("fused"))(image))
-
-
 @pytest.mark.parametrize("form", FORMS)
 def test_an_opened_network_can_be_fused_where_it_is(form: str, tmp_path: Path) -> None:
     image = torch.rand(1, 3, 9, 14)
@@ -192,13 +168,12 @@ def test_an_opened_network_can_be_fused_where_it_is(form: str, tmp_path: Path) -
 # ------------------------------------------------------------------------------------------------- descriptor
 
 
-@pytest.mark.parametrize("form", ["training", "fused"])
 @pytest.mark.parametrize(
-    ("variant", "tags"),
+    ("variant", "form", "tags"),
     [
-        ("aether_small", ["aether_small", "96dim", "16nb"]),
-        ("aether_medium", ["aether_medium", "128dim", "24nb"]),
-        ("aether_large", ["aether_large", "180dim", "40nb"]),
+        ("aether_small", "training", ["aether_small", "96dim", "16nb"]),
+        ("aether_medium", "fused", ["aether_medium", "128dim", "24nb"]),
+        ("aether_large", "fused", ["aether_large", "180dim", "40nb"]),
     ],
 )
 def test_a_released_variant_is_described_in_full(variant: str, form: str, tags: Any, tmp_path: Path) -> None:
@@ -206,16 +181,14 @@ def test_a_released_variant_is_described_in_full(variant: str, form: str, tags: 
     model = load(tmp_path / "x.safetensors", (net.fused() if form == "fused" else net).state_dict())
     assert (model.architecture.id, model.purpose, model.tags) == ("AetherNet", "SR", [*tags, form])
     assert (model.scale, model.input_channels, model.output_channels) == (2, 3, 3)
-    assert model.supports_half
-    assert model.supports_bfloat16
-    assert model.size_requirements.none
+    assert (model.supports_half, model.supports_bfloat16, model.size_requirements.none) == (True, True, True)
     assert model.tiling is spandrel.ModelTiling.SUPPORTED
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_network_of_ones_own_is_described_by_its_size_and_form(form: str, tmp_path: Path) -> None:
     model = load(tmp_path / "x.safetensors", state_of(form, scale=1, in_chans=1))
-    assert model.tags == ["16dim", "3nb", form.split(" full")[0]]
+    assert model.tags == ["16dim", "3nb", form]
     assert (model.purpose, model.scale) == ("Restoration", 1)
     assert (model.input_channels, model.output_channels) == (1, 1)
     assert {model.supports_half, model.supports_bfloat16} == {form in FLOAT_FORMS}
@@ -226,7 +199,7 @@ def test_a_network_of_ones_own_is_described_by_its_size_and_form(form: str, tmp_
 @pytest.mark.parametrize("form", FORMS)
 def test_a_picture_of_any_size_is_upscaled(form: str, device: str, tmp_path: Path) -> None:
     model = load(tmp_path / "x.safetensors", state_of(form)).to(device)
-    for height, width in ((1, 1), (1, 2), (2, 1), (3, 4), (5, 6), (7, 8), (9, 31), (64, 33)):
+    for height, width in ((1, 1), (2, 1), (3, 4), (9, 31), (64, 33)):
         image = torch.rand(1, 3, height, width, device=device)
         output = model(image)
         assert output.shape == (1, 3, 2 * height, 2 * width)
@@ -234,54 +207,32 @@ def test_a_picture_of_any_size_is_upscaled(form: str, device: str, tmp_path: Pat
         assert model.size_requirements.check(width, height)
 
 
-def test_tiles_give_the_picture_of_one_call(tmp_path: Path) -> None:
-    model = load(tmp_path / "x.safetensors", state_of("fused", use_channel_attn=False))
-    image = torch.rand(1, 3, 45, 70)
-    tiled = upscale_tiled(model, image, tile=20, overlap=receptive_field(model.model))
-    assert float((tiled - model(image)).abs().max()) <= 1e-5
-
-
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("form", FLOAT_FORMS)
-@pytest.mark.parametrize("variant", aether_arch.VARIANTS, ids=lambda variant: variant.__name__)
-@pytest.mark.parametrize(
-    ("dtype", "bound"), [(torch.float16, 0.002), (torch.bfloat16, 0.012)], ids=["half", "bfloat16"]
-)
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float16, 0.002), (torch.bfloat16, 0.012)])
 def test_half_and_bfloat16_give_the_picture_of_float32(
-    dtype: torch.dtype, bound: float, variant: Any, form: str, device: str, tmp_path: Path
+    dtype: torch.dtype, bound: float, form: str, device: str, tmp_path: Path
 ) -> None:
-    """In half to half a level of 255, in bfloat16 to three. As deep as the real variants, and narrower."""
-    parameters = inspect.signature(variant).parameters.items()
-    options = {name: value.default for name, value in parameters if name not in ("qat", "scale")}
-    options["embed_dim"] = 20
-    model = load(tmp_path / "x.safetensors", state_of(form, residual=0.5, **options)).to(device)
+    """In half to half a level of 255, in bfloat16 to three: as deep as aether_small, and narrower."""
+    state = state_of(form, residual=0.5, embed_dim=20, depths=(4, 4, 4, 4), lk_kernel=11)
+    model = load(tmp_path / "x.safetensors", state).to(device)
     image = torch.rand(1, 3, 24, 24, generator=torch.Generator().manual_seed(0)).to(device)
     expected = model(image)
-    model.to(dtype)
-    assert model.dtype == dtype
-    output = model(image.to(dtype))
-    assert output.dtype == dtype
+    output = model.to(dtype)(image.to(dtype))
+    assert (model.dtype, output.dtype) == (dtype, dtype)
     assert float((output.float() - expected).square().mean().sqrt()) <= bound
     assert float(expected.std()) > 0.05, "nothing to compare"
+    stored = {name: value.to(dtype) for name, value in state.items()}
+    opened = load(tmp_path / "y.pth", stored).to(device)  # a file in half precision opens as float32
+    assert opened.dtype == torch.float32
+    assert float((opened(image) - expected).square().mean().sqrt()) <= bound
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("form", FLOAT_FORMS)
-def test_a_file_in_half_precision_opens_as_float32(form: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    state = {name: value.to(dtype) for name, value in state_of(form).items()}
-    model = load(tmp_path / "x.pth", state)
-    assert model.dtype == torch.float32
-    image = torch.rand(1, 3, 9, 9)
-    expected = load(tmp_path / "y.safetensors", {name: value.float() for name, value in state.items()})(image)
-    assert float((model(image) - expected).abs().max()) <= 1e-4
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("form", FORMS[3:])
-def test_a_quantised_network_refuses_half_precision(form: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_a_quantised_network_refuses_half_precision(form: str, tmp_path: Path) -> None:
     model = load(tmp_path / "x.safetensors", state_of(form))
     with pytest.raises(spandrel.UnsupportedDtypeError, match="AetherNet"):
-        model.to(dtype)
+        model.half()
     assert model.dtype == torch.float32
 
 
@@ -328,31 +279,18 @@ def test_no_other_architecture_takes_an_aethernet_for_its_own(form: str, attenti
     assert len(spandrel.MAIN_REGISTRY) > 40
 
 
-def test_installing_twice_is_installing_once() -> None:
+def test_installing_twice_is_once_and_without_it_spandrel_does_not_know_the_file(tmp_path: Path) -> None:
     count = len(spandrel.MAIN_REGISTRY)
     aethersr.spandrel.install()
     assert len(spandrel.MAIN_REGISTRY) == count
-
-
-def test_without_install_spandrel_does_not_know_the_file(tmp_path: Path) -> None:
     registry = spandrel.ArchRegistry()
     registry.add(*(support for support in spandrel.MAIN_REGISTRY if support.architecture.id != "AetherNet"))
     with pytest.raises(spandrel.UnsupportedModelError):
         ModelLoader(registry=registry).load_from_file(write(tmp_path / "x.pth", state_of("fused")))
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda state: state.pop("conv_before_upsample.0.bias"), "missing: 1"),
-        (lambda state: state.update({"stages.0.0.norm.num_batches_tracked": torch.zeros(1)}), "v3 or v4"),
-        (lambda state: state.update({"conv_first.bias": torch.zeros(3)}), "of another shape: 1"),
-    ],
-)
-def test_a_file_that_is_no_whole_aethernet_is_refused_in_words(
-    change: Callable[[Dict[str, Tensor]], Any], message: str, tmp_path: Path
-) -> None:
+def test_a_file_that_is_no_whole_aethernet_is_refused_in_words(tmp_path: Path) -> None:
     state = dict(state_of("training"))
-    change(state)
-    with pytest.raises(ValueError, match=message):
+    del state["conv_before_upsample.0.bias"]
+    with pytest.raises(ValueError, match=r"the file is AetherNet .* x2 \(16 wide\), .* missing: 1"):
         load(tmp_path / "x.safetensors", state)
