@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import warnings
 from typing import Any, Dict, List, Tuple
@@ -94,20 +95,10 @@ def test_variant_and_scale_are_read_from_the_weights(variant: Any, scale: int) -
     assert (variant_name(options), options["scale"]) == (variant.__name__, scale)
 
 
-@pytest.mark.parametrize("mlp_ratio", [1.7, 15.5 / 22])  # int(22 * (15 / 22)) is 14
-def test_every_option_that_changes_the_function_is_read_back(mlp_ratio: float) -> None:
-    options: Any = {
-        "scale": 3,
-        "in_chans": 1,
-        "embed_dim": 22,
-        "depths": [2, 1],
-        "lk_kernel": 9,
-        "sk_kernel": 5,
-    }
-    options.update(use_channel_attn=True, use_spatial_attn=False, bound=4.0)
-    net = aether_from_state_dict(AetherNet(**options, mlp_ratio=mlp_ratio).state_dict())
-    assert {name: net.options[name] for name in options} == options
-    assert int(22 * net.options["mlp_ratio"]) == int(22 * mlp_ratio)
+def test_a_hidden_width_that_no_quotient_gives_is_read_back() -> None:
+    """int(22 * (15 / 22)) is 14."""
+    net: Any = aether_from_state_dict(AetherNet(embed_dim=22, depths=[1], mlp_ratio=15.5 / 22).state_dict())
+    assert net.stages[0][0].ffn.conv_gate.out_channels == 15
 
 
 def test_img_range_is_read_where_it_is_recorded_and_given_for_older_training_files() -> None:
@@ -182,24 +173,10 @@ def test_other_networks_are_named() -> None:
         aether_from_state_dict({**FUSED, "tail.weight": torch.zeros(24)})
 
 
-def test_a_deep_network_of_few_tensors_is_one_too() -> None:
-    options = {"use_channel_attn": False, "use_spatial_attn": False}
-    net = small_net(1, embed_dim=4, depths=(60,), lk_kernel=3, **options).float().fused()
-    assert aether_from_state_dict(net.state_dict()).options["depths"] == [60]
-
-
-@pytest.mark.parametrize(
-    ("name", "shape"),
-    [
-        ("conv_first.weight", (2**22, 3, 3, 3)),
-        ("norm.weight", (1, 2**40, 1, 1)),
-        ("stages.0.0.conv.fused_conv.weight", (2**40, 1, 3, 3)),
-        ("stages.0.0.conv.fused_conv.bias", (2**40,)),
-    ],
-)
-def test_a_claim_of_terabytes_takes_no_memory(name: str, shape: Tuple[int, ...]) -> None:
-    states = [STATE] if name in STATE else []
-    for state in [*states, older_fused(NET)]:
+@pytest.mark.parametrize("name", ["conv_last.weight", "norm.weight", "stages.0.0.conv.fused_conv.bias"])
+def test_a_claim_of_terabytes_takes_no_memory(name: str) -> None:
+    for state in (STATE, older_fused(NET)) if name in STATE else (older_fused(NET),):
+        shape = [2**40, *state[name].shape[1:]]
         with pytest.raises(ValueError, match="of another shape"):
             aether_from_state_dict({**state, name: torch.zeros(1).expand(shape)})
 
@@ -211,38 +188,25 @@ DAMAGED = {
     "quantised": NET.fused().prepare_qat().state_dict(),
 }
 WHICH = st.integers(0, 2**16)  # of its tensors
-SIZES = st.sampled_from([0, 1, 2, 3, 5, 8, 9, 16, 32, 64])
+SIZES = st.sampled_from([0, 1, 2, 3, 8, 9, 64, 2**20, 2**33, 2**40])
 NUMBERS = st.sampled_from(["0", "1", "7", "9999", "10000", "-1", "9" * 30, "a\nb", "\x1b[31m"])
-CLAIMED = st.sampled_from([0, 1, 3, 2**20, 2**33, 2**40])
-CHANGE = st.one_of(
-    st.tuples(st.just("remove"), WHICH, st.none()),
-    st.tuples(st.just("rename"), WHICH, NUMBERS),
-    st.tuples(st.just("reshape"), WHICH, st.lists(SIZES, max_size=5)),
-    st.tuples(st.just("claim"), WHICH, st.lists(CLAIMED, min_size=1, max_size=4)),
-)
+CHANGE = st.tuples(WHICH, st.one_of(st.none(), NUMBERS, st.lists(SIZES, max_size=5)))
 
 
 @pytest.mark.parametrize("form", DAMAGED)
 @settings(FUZZ, max_examples=40)
 @given(changes=st.lists(CHANGE, min_size=1, max_size=3))
-def test_a_state_dict_with_missing_surplus_or_misshapen_tensors_raises_a_value_error_at_most(
+def test_missing_renamed_or_misshapen_tensors_raise_a_value_error_at_most(
     form: str, changes: List[Any]
 ) -> None:
     state = dict(DAMAGED[form])
-    for change, which, detail in changes:
+    for which, change in changes:
         name = [*state][which % len(state)]
-        if change == "remove":
-            del state[name]
-        elif change == "rename":
-            state[re.sub(r"\d+", detail, name, count=1)] = state.pop(name)
-        elif change == "reshape":
-            state[name] = torch.zeros(detail)
-        else:  # terabytes that take no memory, as a file can name them
-            tensor = torch.zeros(0 if 0 in detail else 1)
-            try:
-                state[name] = tensor.new_empty([0, *detail]) if 0 in detail else tensor.expand(detail)
-            except RuntimeError:  # more than 2**63 elements: not even PyTorch can name that
-                continue
+        value = state.pop(name)
+        if isinstance(change, str):
+            state[re.sub(r"\d+", change, name, count=1)] = value
+        elif isinstance(change, list) and math.prod(change) < 2**62:  # terabytes that take no memory
+            state[name] = torch.zeros(1).new_zeros([min(side, 1) for side in change]).expand(change)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
