@@ -208,6 +208,16 @@ def test_bad_input_ends_in_one_clear_line(folder: Path, words: Any, said: str, c
     assert {path: path.lstat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
+def test_a_missing_package_is_one_line(folder: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("picture", "jobs", "upscaling"):
+        monkeypatch.delitem(sys.modules, f"aethersr.{name}", raising=False)
+    monkeypatch.setitem(sys.modules, "pyvips", None)
+    assert run("net.pth", "in.png", "out.png") == 2
+    assert (
+        "needs the package pyvips pyvips-binary: pip install pyvips pyvips-binary (" in capfd.readouterr().err
+    )
+
+
 def test_its_version_is_the_networks(capfd: Any) -> None:
     import aether_arch
 
@@ -394,9 +404,10 @@ def test_a_picture_that_claims_gigapixels_is_refused_in_little_memory(folder: Pa
         found = re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())
         return int(found.group(1)) // 1024 if found else 0
 
-    for width, height in ((2**31 - 1, 2**31 - 1), (100_000, 100_000), (2**31 - 1, 1), (30_000, 30_000)):
+    black = zlib.compress(bytes(400 * 2**20), 1)  # so much would be unpacked of the last one
+    for width, height in ((2**31 - 1, 2**31 - 1), (2**31 - 1, 1), (30_000, 30_000), (40_000, 40_000)):
         head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-        body = chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+        body = chunk(b"IDAT", black if width == 40_000 else zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
         Path("claim.png").write_bytes(b"\x89PNG\r\n\x1a\n" + head + body)
         Path("/proc/self/clear_refs").write_text("5")
         before = mebibytes("VmRSS")
