@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, List, Tuple
+from typing import List, Tuple
 
 import pytest
 import torch
@@ -70,27 +70,19 @@ def harmless(line: str, *folders: Path) -> bool:
     return all({path, *path.parents} & {*folders, Path(os.devnull)} for path in paths)
 
 
-@pytest.mark.parametrize(
-    ("expected", "payload"),
-    [
-        ("execve", Calls(os.system, "touch ../ran")),
-        ("connect", Calls(exec, "import socket; socket.socket().connect_ex(('127.0.0.1', 9))")),
-        ("openat", Calls(open, "../ran", "w")),
-    ],
-)
-def test_a_payload_starts_nothing_writes_nothing_and_calls_nobody(
-    tmp_path: Path, expected: str, payload: Any
-) -> None:
+def test_a_payload_starts_nothing_writes_nothing_and_calls_nobody(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
-    (folder / "in.pth").write_bytes(pickle.dumps(payload))
+    code = "import os, socket; os.system('touch ../ran'); socket.socket().connect_ex(('127.0.0.1', 9))"
+    (folder / "in.pth").write_bytes(pickle.dumps(Calls(exec, code)))
     _, _, seen = deeds(folder, sys.executable, "-c", "import pickle; pickle.load(open('in.pth', 'rb'))")
-    assert any(re.match(rf"\d+ +{expected}\(", call) for call in seen), "the trace doesn't show it"
-    (tmp_path / "ran").unlink(missing_ok=True)
-    torch.save({"params": STATE, "more": payload}, folder / "in.pth")
+    for expected in ("execve", "connect", "openat"):
+        assert any(re.match(rf"\d+ +{expected}\(", call) for call in seen), "the trace doesn't show it"
+    (tmp_path / "ran").unlink()
+    torch.save({"params": STATE, "more": Calls(exec, code)}, folder / "in.pth")
     words = ["--model_path", "in.pth", "--output_path", "out.pth", "--device", "cpu"]
-    code, error, seen = deeds(folder, sys.executable, str(ROOT / "fuse_aether.py"), *words)
-    assert (code, error.count("\n"), seen) == (2, 1, [])
+    status, error, seen = deeds(folder, sys.executable, str(ROOT / "fuse_aether.py"), *words)
+    assert (status, error.count("\n"), seen) == (2, 1, [])
     assert not (tmp_path / "ran").exists()
     assert [path.name for path in folder.iterdir()] == ["in.pth"]
 

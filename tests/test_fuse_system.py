@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def refused(capfd: Any, source: Any, target: Any, *more: str) -> str:
     return one_line(capfd.readouterr().err)  # of the file descriptor: libraries write there too
 
 
-NAMES = ["Модель ä 写真 😀", "space 'quotes' \"\"", "-leading", "a" * 237, "new\nline", "esc\x1b[31m\udcff"]
+NAMES = ["Модель ä '写真' \"😀", "-leading", "a" * 237, "new\nline\x1b[31m\udcff"]
 
 
 @pytest.mark.parametrize("name", NAMES, ids=ascii)
@@ -57,16 +57,7 @@ def test_any_name_that_the_disk_takes_is_read_and_written(checkpoint: Path, capf
         target.unlink()
 
 
-@pytest.mark.parametrize("length", [256, 5000])
-def test_a_name_that_the_disk_does_not_take_is_an_error(checkpoint: Path, capfd: Any, length: int) -> None:
-    folder, name = checkpoint.parent, "x" * length
-    refused(capfd, folder / f"{name}.pth", folder / "out.pth")
-    for target in (folder / f"{name}.pth", folder / name / "out.pth"):
-        refused(capfd, checkpoint, target)
-    assert os.listdir(folder) == ["in.pth"]
-
-
-@pytest.mark.parametrize("kind", ["folder", "fifo", "loop", "dangling", "device"])
+@pytest.mark.parametrize("kind", ["folder", "fifo", "loop", "device"])
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_what_is_no_file_is_refused_and_never_waited_for(
     checkpoint: Path, capfd: Any, kind: str, ending: str
@@ -78,7 +69,7 @@ def test_what_is_no_file_is_refused_and_never_waited_for(
     elif kind == "fifo":
         os.mkfifo(model)
     else:
-        model.symlink_to({"loop": model, "dangling": folder / "nothing", "device": "/dev/zero"}[kind])
+        model.symlink_to({"loop": model, "device": "/dev/zero"}[kind])
     signal.alarm(60)  # a run that waits for ever ends the tests
     assert str(model) in refused(capfd, model, folder / "out.pth")
     if kind in ("fifo", "device"):
@@ -139,23 +130,6 @@ def test_a_disk_that_fills_up_at_any_byte_leaves_nothing(
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
     assert str(target) in line
     assert os.listdir(checkpoint.parent) == ["in.pth"]
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    words = ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(disk)]
-    if subprocess.run(words, capture_output=True).returncode:
-        pytest.skip("mounting a small disk is not allowed here")
-    yield disk
-    subprocess.run(["umount", "-l", str(disk)], check=True)
-
-
-def test_a_full_disk_leaves_nothing(small_disk: Path, checkpoint: Path, capfd: Any) -> None:
-    for ending in ENDINGS:
-        assert "No space left" in refused(capfd, checkpoint, small_disk / f"out{ending}")
-    assert os.listdir(small_disk) == []
 
 
 def test_processes_without_streams_letters_or_company(checkpoint: Path) -> None:

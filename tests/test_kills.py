@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -34,9 +33,9 @@ pytestmark = [
 ]
 KILLS = int(os.environ.get("AETHER_KILLS", "6"))
 SERVER = """
-import contextlib, importlib, json, os, runpy, signal, sys, tempfile
+import contextlib, importlib, json, os, signal, sys, tempfile
 sys.path[:0] = {paths!r}
-import torch, onnx, onnxruntime, cv2, PIL.Image, yaml, jinja2
+import torch, onnx, onnxruntime, cv2, PIL.Image
 from aethersr import calibration, ncnn, onnx_int8, upscaling
 from aethersr.commands import fuse, upscale
 from conftest import small_net
@@ -53,12 +52,6 @@ for line in sys.stdin:
         signal.alarm(120)  # a run that waits for ever ends the test
         for stream in (0, 1):
             os.dup2(os.open(os.devnull, os.O_RDWR), stream)
-        if name.endswith(".py"):
-            sys.argv = [name, *arguments]
-            try:
-                runpy.run_path(name, run_name="__main__")
-            except SystemExit as end:
-                os._exit(end.code)
         os._exit(importlib.import_module(f"aethersr.commands.{{name}}").main(arguments))
     print(child, flush=True)
     print(os.waitpid(child, 0)[1], flush=True)
@@ -128,12 +121,6 @@ def upscale(folder: Path) -> Case:
     return [*map(str, words), "--overwrite", "--device", "cpu"], targets
 
 
-def templates(folder: Path) -> Case:
-    shutil.copytree(ROOT / "options", folder / "out" / "options")
-    written = [path for path in (folder / "out" / "options").rglob("*.*") if path.parent.name == "AetherNet"]
-    return [str(folder / "out" / "options" / "generate_options.py")], written
-
-
 def shrink(folder: Path) -> Case:
     pytest.importorskip("aethersr.commands.shrink")
     target = folder / "out" / "small.safetensors"
@@ -144,12 +131,10 @@ def shrink(folder: Path) -> Case:
 
 COMMANDS: Dict[str, Callable[[Path], Case]] = {
     "fuse": fuse,
-    "half": lambda folder: fuse(folder, "--half"),
     "onnx": onnx,
     "ncnn": ncnn,
     "upscale": upscale,
     "shrink": shrink,
-    "templates": templates,
 }
 
 
@@ -167,8 +152,6 @@ def test_a_kill_at_any_moment_leaves_old_or_whole_new_files(server: Any, tmp_pat
     rng, ends = np.random.default_rng(0), []
     for k in range(KILLS):
         how = (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGINT)[k % 4]
-        if name == "templates":  # it has no files that must come together, and asks for no signal
-            how = signal.SIGKILL
         for path in targets:
             path.write_bytes(b"old")
         code = run(server, words, rng.uniform(0, 1.1 * seconds), how)
@@ -187,10 +170,9 @@ def test_a_kill_at_any_moment_leaves_old_or_whole_new_files(server: Any, tmp_pat
             path.unlink()
     assert all(path.read_bytes() == content for path, content in others.items()), "an input has changed"
     assert any(code != 0 for code in ends), "every run ended before its kill"
-    print(f"{name}: {KILLS} kills in up to {1.1 * seconds:.2f} s, {sum(map(bool, ends))} met a run at work")
 
 
-# ---------------------------------------------------------------------------------------- one line after another
+# --------------------------------------------------------------------------------- one line after another
 
 
 class Lines:
