@@ -437,6 +437,7 @@ class AetherNet(AetherBase):
         state.update(self.fusion_convs.state_dict(prefix="fusion_convs."))
         state["fusion.weight"], state["fusion.bias"] = self.quant_fusion_layer.reparameterize()
         state.update(self.conv_after_body.state_dict(prefix="body_conv."))
+        state.update(self.conv_before_upsample.state_dict(prefix="conv_before_upsample."))
         tail = CollapsedTail.collapse(nn.Sequential(self.upsample, self.conv_last), self.scale)
         tail = {name: value / self.img_range for name, value in tail.items()}
         scale, shift = self.norm.scale_and_shift()
@@ -445,7 +446,7 @@ class AetherNet(AetherBase):
         # 40 dB), the norm stays, as a depthwise 1x1 convolution.
         offset = torch.where((scale == 0) & (shift == 0), shift, shift / scale)
         noise = (offset * 2.0**-11) ** 2
-        for weight in (self.conv_before_upsample[0].weight, tail["weight"]):
+        for weight in (state["conv_before_upsample.0.weight"], tail["weight"]):
             noise = weight.pow(2).sum((2, 3)) @ noise
         if bool(noise.sqrt().max() * 255 <= 1 / 16):  # not where it is NaN
             state["fusion.bias"] = state["fusion.bias"] + offset
@@ -453,7 +454,6 @@ class AetherNet(AetherBase):
             state["body_conv.bias"] = state["body_conv.bias"] - offset
         else:
             state["body_norm.weight"], state["body_norm.bias"] = scale.view(-1, 1, 1, 1), shift
-        state.update(self.conv_before_upsample.state_dict(prefix="conv_before_upsample."))
         state.update({f"tail.{name}": value for name, value in tail.items()})
         state["tail.bias"] = state["tail.bias"] + self.mean.flatten().repeat_interleave(self.scale**2)
         return state

@@ -212,7 +212,7 @@ def test_weights_that_are_not_fused_end_in_one_line_that_names_the_file(tmp_path
     without = {name: value for name, value in STATE.items() if name != "conv_last.bias"}
     for words, content, *arguments in (
         ("Keys at the top: 'iter'", {"iter": 3}),
-        ("'mean' holds NaN or Inf", {**STATE, "mean": torch.full((1, 3, 1, 1), float("nan"))}),
+        ("'mean' with NaN or Inf", {**STATE, "mean": torch.full((1, 3, 1, 1), float("nan"))}),
         ("fused already (fused form)", FUSED),
         ("holds int8 weights already", int8),
         ("conv_last.bias", without),
@@ -234,7 +234,7 @@ def test_weights_that_are_not_fused_end_in_one_line_that_names_the_file(tmp_path
     [
         ("another value", "'head.bias' has other values"),
         ("no head.bias", "missing: 1 (head.bias)"),
-        ("cut", "b.pth was not written: reading it back failed, it is not a readable checkpoint"),
+        ("cut", "b.pth was not written: reading it back failed, it is damaged"),
     ],
 )
 def test_a_written_file_that_is_not_the_network_is_not_kept_and_the_reason_is_said(

@@ -175,8 +175,9 @@ def write_weights(net: FusedAetherNet, part: Path, target: Path, half: bool) -> 
         if wrong:
             raise ValueError(f"{wrong[0]!r} has other values.")
     except (UserError, ValueError) as error:
-        reason = str(error).replace(str(part), "it")
-        raise UserError(f"{target} was not written: reading it back failed, {reason}") from None
+        reason = str(error).replace(str(part), "it").replace(" (--output_path).", ".")
+        found = f"{target} was not written: reading it back failed, {reason}"
+        raise UserError(f"{found} Is the disk sound? Pass another --output_path.") from None
     return fused
 
 
