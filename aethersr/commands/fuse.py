@@ -3,8 +3,8 @@
     python fuse_aether.py --model_path net_g_latest.pth --output_path 2x_MyModel_fused.safetensors
 
 Reads checkpoints of neosr, traiNNer-redux, BasicSR and others (EMA weights preferred), fuses in float64,
-reads back what it wrote and compares. Needs only PyTorch, and safetensors for .safetensors files; --onnx and --ncnn
-need what runs their files. The options: docs/fuse.md.
+reads back what it wrote and compares. Needs only PyTorch, and safetensors for .safetensors files; --onnx and
+--ncnn need what runs their files. The options: docs/fuse.md.
 """
 
 from __future__ import annotations
