@@ -1,10 +1,9 @@
-"""The fuse command and the system: odd names, links, rights, full disks, several runs at once."""
+"""The fuse command and the system: odd names, full disks, several runs at once. Paths: test_files.py."""
 
 from __future__ import annotations
 
 import os
 import resource
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import STATE
-from conftest import ROOT, AsNobody, one_line
+from conftest import ROOT, one_line
 
 from aethersr.checkpoint import ENDINGS
 from aethersr.commands import fuse as command
@@ -55,64 +54,6 @@ def test_any_name_that_the_disk_takes_is_read_and_written(checkpoint: Path, capf
         assert sorted(os.listdir(folder)) == sorted([source.name, target.name])
         assert "fused already" in refused(capfd, target, folder / "again.pth")  # it was read back
         target.unlink()
-
-
-@pytest.mark.parametrize("kind", ["folder", "fifo", "loop", "device"])
-@pytest.mark.parametrize("ending", ENDINGS)
-def test_what_is_no_file_is_refused_and_never_waited_for(
-    checkpoint: Path, capfd: Any, kind: str, ending: str
-) -> None:
-    folder = checkpoint.parent
-    model = folder / f"model{ending}"
-    if kind == "folder":
-        model.mkdir()
-    elif kind == "fifo":
-        os.mkfifo(model)
-    else:
-        model.symlink_to({"loop": model, "device": "/dev/zero"}[kind])
-    signal.alarm(60)  # a run that waits for ever ends the tests
-    assert str(model) in refused(capfd, model, folder / "out.pth")
-    if kind in ("fifo", "device"):
-        for more in ((), ("--overwrite",)):
-            assert "pipe or a device" in refused(capfd, checkpoint, model, *more)
-            assert os.path.lexists(model)
-    signal.alarm(0)
-    assert sorted(os.listdir(folder)) == sorted(["in.pth", model.name])
-
-
-def test_unreadable_files_and_read_only_folders_are_said(
-    open_folder: Path, checkpoint: Path, capfd: Any
-) -> None:
-    assert fuse(checkpoint, checkpoint.with_name("warm.safetensors")) == 0  # late imports need rights too
-    model, locked, closed = open_folder / "in.pth", open_folder / "locked", open_folder / "closed"
-    secrets = [open_folder / f"secret{ending}" for ending in ENDINGS]
-    for path in (model, *secrets):
-        path.write_bytes(checkpoint.read_bytes())
-    for path, mode in ((locked, 0o555), (closed, 0)):
-        path.mkdir()
-        path.chmod(mode)
-    for path in secrets:
-        path.chmod(0)
-    with AsNobody():
-        for secret in secrets:
-            refused(capfd, secret, open_folder / "out.pth")
-            assert "Permission denied" in refused(capfd, model, locked / f"out{secret.suffix}")
-        for source, target in ((model, closed / "out.pth"), (closed / "in.pth", open_folder / "out.pth")):
-            refused(capfd, source, target)
-    assert not list(locked.iterdir())
-    assert not list(open_folder.glob("out*"))
-
-
-def test_a_link_as_output_is_replaced_and_what_it_points_to_stays(checkpoint: Path, capfd: Any) -> None:
-    folder = checkpoint.parent
-    (folder / "mine.txt").write_text("mine")
-    for name, points_to in (("link.pth", folder / "mine.txt"), ("dangling.pth", folder / "nothing")):
-        (folder / name).symlink_to(points_to)
-        assert "--overwrite" in refused(capfd, checkpoint, folder / name)
-        assert fuse(checkpoint, folder / name, "--overwrite") == 0
-        assert not (folder / name).is_symlink()
-    assert (folder / "mine.txt").read_text() == "mine"
-    assert not (folder / "nothing").exists()
 
 
 @pytest.mark.parametrize("room", [2000, 30_000])

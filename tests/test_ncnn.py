@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
 from pathlib import Path
@@ -49,15 +48,6 @@ def differs_by(net: Any, param: str, *sizes: Any) -> float:
     return largest
 
 
-def chainner() -> Any:
-    """importlib, with the checkout of chaiNNer in reach that CHAINNER_ROOT names; else skips the test."""
-    root = os.environ.get("CHAINNER_ROOT")
-    if not root:
-        pytest.skip("set CHAINNER_ROOT to a checkout of chaiNNer to run its own code")
-    sys.path.append(str(Path(root, "backend", "src")))
-    return importlib
-
-
 class TestWithTheConverter:
     @pytest.fixture(autouse=True)
     def _converter(self) -> None:
@@ -89,18 +79,6 @@ class TestWithTheConverter:
         # And its writer leaves out what these need: "not all axes", and a pad_top of 0 beside a pad_left.
         assert "Reduction" not in {layer[0] for layer in layers}
         assert not [line for line in layers if "14=0" in line and "4=0" not in line]
-
-    @pytest.mark.parametrize("options", [{"scale": 2, "use_spatial_attn": False}, {"scale": 4}], ids=str)
-    def test_it_is_the_same_after_chainner_has_loaded_it(
-        self, options: Dict[str, Any], tmp_path: Path
-    ) -> None:
-        net = network(**options)
-        param, _ = export_ncnn(net, net.scale, str(tmp_path / "net.param"))
-        nodes = chainner()
-        model = nodes.import_module("nodes.impl.ncnn.model").NcnnModel.load_from_file(param)
-        model.write_param(str(tmp_path / "again.param"))  # what its session gives to ncnn
-        model.write_bin(str(tmp_path / "again.bin"))
-        assert differs_by(net, str(tmp_path / "again.param"), (17, 23), (1, 9), (9, 1)) <= 1
 
     @pytest.mark.slow
     @pytest.mark.parametrize("variant", aether_arch.VARIANTS, ids=lambda variant: variant.__name__)
