@@ -144,17 +144,6 @@ def test_other_programs_own_export_of_the_training_form_works(tmp_path: Path, op
 # ----------------------------------------------------------------------------------------- shapes and readers
 
 
-@pytest.mark.parametrize("variant", aether_arch.VARIANTS, ids=lambda variant: variant.__name__)
-@pytest.mark.parametrize("precision", ["fp16", "int8"])
-def test_shape_inference_finds_the_scale_of_every_variant(
-    tmp_path: Path, variant: Any, precision: str
-) -> None:
-    net = variant(scale=4, embed_dim=10 if variant is aether_arch.aether_large else 8).eval()
-    net = net.prepare_qat() if precision == "int8" else net
-    model = exported(tmp_path, precision, net=net, simplify=True)
-    assert [inferred(model, *size) for size in ((64, 64), (17, 31))] == [[1, 3, 256, 256], [1, 3, 68, 124]]
-
-
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("static", [None, (3, 16, 24)])
 def test_upscalers_find_what_they_look_for(
