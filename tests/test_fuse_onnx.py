@@ -78,10 +78,10 @@ def test_finished_weights_become_onnx_files_too(tmp_path: Path, pictures: Path, 
     torch.save(net.state_dict(), tmp_path / "net.pth")
     torch.save(net.fused().half().state_dict(), tmp_path / "fused.pth")
     options = ["--onnx", "fp32,int8,fp32", "--calibration", pictures]
-    for name in ("net", "fused"):
-        assert run(tmp_path / f"{name}.pth", tmp_path / f"{name}_out.pth", *options) == 0
+    for name, target in (("net", "first_fused.pth"), ("fused", "second_fp16.pth")):
+        assert run(tmp_path / f"{name}.pth", tmp_path / target, *options) == 0
     for precision in ("fp32", "int8"):
-        first, second = (output(tmp_path / f"{name}_out_{precision}.onnx") for name in ("net", "fused"))
+        first, second = (output(tmp_path / f"{name}_{precision}.onnx") for name in ("first", "second"))
         assert np.abs(first - second).mean() < 0.01 * first.std(), precision
     capsys.readouterr()
     assert run(tmp_path / "fused.pth", tmp_path / "b.pth") == 2
