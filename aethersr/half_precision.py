@@ -29,7 +29,7 @@ class Fit(NamedTuple):
 
     powers: Dict[str, int]  # powers of two, by group
     lost: List[str]  # pictures on which the network runs away, in float32 too
-    total: int  # of pictures
+    tried: int  # pictures, all together
     problem: str  # what rescaling can't solve; "" if half precision holds everything
     decibels: float  # PSNR of half precision against float32, over the other pictures; NaN with a problem
     steps: float  # largest difference there, in steps of 1/255
@@ -40,7 +40,7 @@ class Fit(NamedTuple):
         if self.lost:
             first = ", ".join(self.lost[:3]) + (", ..." if len(self.lost) > 3 else "")
             remedy = "" if bounded else "; --bound 1, with the training checkpoint, prevents it"
-            found = f"on {len(self.lost)} of {self.total} hard pictures the network runs away, in float32 too"
+            found = f"on {len(self.lost)} of {self.tried} hard pictures the network runs away, in float32 too"
             lines.append(f"Note: {found}: {first}{remedy}")
         if self.powers:
             first = ", ".join(f"{name} 2^{power}" for name, power in list(self.powers.items())[:3])
