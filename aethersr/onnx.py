@@ -85,7 +85,7 @@ def export_onnx(
         if precision == "int8":
             quantised: Any = model.convert_to_quantized()
             reference = quantised.for_target(target, reduce_range).cpu()
-            described.update(placement=reference.placement, target=target)
+            described.update(target=target)
         else:
             reference = model.fused().cpu().float()
         network = for_export(reference)
@@ -125,7 +125,7 @@ def _check_arguments(
     if precision not in PRECISIONS:
         allowed = ", ".join(map(repr, PRECISIONS))
         raise ValueError(f"export_onnx: precision={precision!r} is not known; allowed: {allowed}.")
-    if precision == "int8" and not hasattr(model, "placement"):
+    if precision == "int8" and not hasattr(model, "is_int8"):
         raise ValueError(
             "export_onnx: precision='int8' needs a quantised network: "
             "prepare_qat(), fine-tune, convert_to_quantized()."

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from aether_arch import AetherBase, FusedAetherNet
-from aether_quant import PLACEMENTS, QuantAetherNet
+from aether_quant import QuantAetherNet
 from torch import Tensor
 
 from aethersr import calibration, ncnn, verify
@@ -125,7 +125,6 @@ def quantise(
     say: Say,
 ) -> QuantAetherNet:
     """The fused network with int8 weights, its ranges from training or calibrated on pictures."""
-    trained = unfused.placement if isinstance(unfused, QuantAetherNet) else None
     if args.calibration is None:
         assert isinstance(unfused, QuantAetherNet)  # check_int8
         if powers:
@@ -134,10 +133,9 @@ def quantise(
     pairs = calibration.calibration_pairs(Path(args.calibration), net)
     say(
         f"Calibrating on {len(pairs)} pictures"
-        + (", in place of the ranges that training found" if trained else "")
+        + (", in place of the ranges that training found" if isinstance(unfused, QuantAetherNet) else "")
     )
-    placement = args.placement or trained or PLACEMENTS[0]
-    found = calibration.calibrated(net, placement, pairs, args.target, args.reduce_range)
+    found = calibration.calibrated(net, pairs, args.target, args.reduce_range)
     for note in found.notes:
         say(f"Note: {note}")
     loss = f"PSNR {found.mean:+.3f} dB in the mean, {found.worst:+.3f} dB at worst"
@@ -153,12 +151,9 @@ def check_int8(unfused: AetherBase, source: Path, args: argparse.Namespace) -> N
     if not isinstance(unfused, QuantAetherNet):
         found = f"{source} was not trained with qat: true, so int8 needs pictures to find its ranges"
         raise UserError(f"{found}: {remedy}.")
-    if any(bool(quantizer.watched == 0) for quantizer in unfused.quantizers().values()):
+    if not unfused.has_ranges():
         found = f"{source} was saved before its first training step, so its ranges are unknown"
         raise UserError(f"{found}; {remedy}.")
-    if args.placement not in (None, unfused.placement):
-        found = f"{source} was trained with placement {unfused.placement}"
-        raise UserError(f"{found}; leave --placement out, or {remedy} too.")
 
 
 # ---------------------------------------------------------------------------------------------------- writing

@@ -13,7 +13,7 @@ from typing import Dict, List, Optional, Sequence, Tuple
 
 import torch
 from aether_arch import SCALES, VARIANTS, AetherBase, __version__
-from aether_quant import PLACEMENTS, TARGETS
+from aether_quant import TARGETS
 
 from aethersr import ncnn
 from aethersr.checkpoint import ENDINGS
@@ -47,8 +47,6 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     add("--onnx", metavar="LIST", help=text)
     add("--int8", action="store_true", help="the same as int8 in --onnx")
     add("--calibration", metavar="FOLDER", help="pictures for int8 without quantisation-aware training")
-    text = f"what --calibration quantises (default: as trained, otherwise {PLACEMENTS[0]})"
-    add("--placement", choices=PLACEMENTS, help=text)
     text = "runtime to optimise the int8 file for (default: %(default)s)"
     add("--target", choices=TARGETS, default=TARGETS[0], help=text)
     text = "7-bit weights in the int8 file, for CPUs without VNNI, which overflow with 8 bits"
@@ -113,7 +111,7 @@ def precisions(args: argparse.Namespace) -> List[str]:
         if not first <= args.opset <= last:
             found = f"--opset {args.opset} is not possible for {key}"
             raise UserError(f"{found}; pass one from {first} to {last}.")
-    for option in ("calibration", "placement", "reduce_range"):
+    for option in ("calibration", "reduce_range"):
         if getattr(args, option) and "int8" not in wanted:
             raise UserError(f"--{option} needs --int8; pass both, or leave it out.")
     return list(dict.fromkeys(wanted))
