@@ -253,11 +253,10 @@ def with_ranges_of(net: FusedAetherNet, trained: QuantAetherNet, powers: Mapping
     ``powers`` are those of the rescaling; each range is scaled like its values.
     """
     power_of = {value: powers.get(name, 0) for name, group in groups(net).items() for value in group.values}
-    quantised = insert_quantizers(copy.deepcopy(net).float(), trained.placement)
+    quantised = insert_quantizers(copy.deepcopy(net).float())
     ranges = trained.quantizers()
     for name, quantizer in quantised.quantizers().items():
-        value = re.sub(r"\.(?:fine\.)?quant_(in|out|start|sum)$", r".\1", name)
-        value = value.replace(".start", ".in").replace(".sum", ".out")
+        value = re.sub(r"\.quant_(in|out)$", r".\1", name)
         quantizer.range_sum.copy_(ranges[name].range_sum.float() * 2.0 ** power_of.get(value, 0))
         quantizer.watched.copy_(ranges[name].watched)
     return quantised.eval()

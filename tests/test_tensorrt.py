@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, List, Tuple
 
 import pytest
-from test_onnx_int8 import float_net, quantised
+from conftest import small_net
+from test_onnx_int8 import quantised
 
 from aethersr.onnx import export_onnx
 

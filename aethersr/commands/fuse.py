@@ -16,7 +16,7 @@ from typing import Callable, Dict, List, Mapping, Optional, Tuple
 
 import torch
 from aether_arch import AetherBase, FusedAetherNet
-from aether_quant import PLACEMENTS, QuantAetherNet
+from aether_quant import QuantAetherNet
 from torch import Tensor
 
 from aethersr import calibration, half_precision, ncnn, verify
@@ -103,8 +103,7 @@ def quantise(
     pairs = calibration.calibration_pairs(Path(args.calibration), net)
     instead = ", in place of the ranges that training found" if isinstance(unfused, QuantAetherNet) else ""
     say(f"Calibrating on {len(pairs)} pictures{instead}")
-    placement = getattr(unfused, "placement", PLACEMENTS[0])
-    found = calibration.calibrated(net, placement, pairs, args.target, args.reduce_range)
+    found = calibration.calibrated(net, pairs, args.target, args.reduce_range)
     for note in found.notes:
         say(f"Note: {note}")
     loss = f"PSNR {found.mean:+.3f} dB in the mean, {found.worst:+.3f} dB at worst"
