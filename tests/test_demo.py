@@ -123,7 +123,7 @@ def test_the_launcher_names_a_missing_options_file_in_one_line() -> None:
 def test_the_demo_does_not_empty_a_folder_that_is_not_its_own(tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     assert demo.main(["--quick", "--output", str(tmp_path)]) == 2
-    assert "is not empty and not from an earlier demo; name another (--output)" in capsys.readouterr().err
+    assert "not from an earlier demo and not empty; name another folder (--output)" in capsys.readouterr().err
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
