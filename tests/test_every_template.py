@@ -21,6 +21,8 @@ from frameworks import FRAMEWORKS, BasicSR, Framework, Neosr, Redux, framework_n
 from PIL import Image
 from skimage import data as photographs
 
+from aethersr.commands import fuse
+
 pytestmark = pytest.mark.slow
 BATCH, SIDE = 4, 32
 

@@ -100,7 +100,6 @@ def test_a_run_that_fails_or_is_stopped_leaves_nothing(mine: Path, tmp_path: Pat
     ("arguments", "words"),
     [
         (["--pictures", "mine", "--reductions", "4"], "no crop of mine is sharp enough"),
-        (["--pictures", "mine", "--reductions", "0"], "no reduction to 1/0; pass 1 or more (--reductions)"),
         (["--pictures", "mine", "--textures"], "--textures is about the packages"),
         (["--pictures", "mine", "--packages", "mine"], "--packages is about the packages"),
         (["--pictures", "none"], "there is no folder none"),
