@@ -15,6 +15,7 @@ def for_export(network: Any) -> Any:
     """A copy of a fused or quantised network that computes the same but is easier to convert."""
     network = copy.deepcopy(network).eval()
     network.tail = ExportTail(network.tail, network.options["in_chans"])
+    network.forward = lambda image: network.tail(network.features(image), image)
     mean = network.mean
     if mean.dtype != torch.float32:
         network.tail.to(mean.dtype)

@@ -18,7 +18,10 @@ import copy
 import functools
 import importlib
 import inspect
+import itertools
+import logging
 import math
+import re
 import warnings
 from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple, Type
 
@@ -28,6 +31,9 @@ from torch.nn import functional as F
 
 __version__ = "0.2.0"
 SCALES = (1, 2, 3, 4, 8)
+RECORDED = {"bound": None, "img_range": 1.0}  # options that a file holds where they aren't these
+TAIL = ("upsample.", "conv_last.")  # the training form's layers that another scale has others of
+log = logging.getLogger(__name__.split(".")[0])  # in a framework, the framework's own
 
 
 def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -243,7 +249,7 @@ class AetherBase(nn.Module):
         self.options: Dict[str, Any] = {**defaults, **options}
         _check_options(self.options)
         if self.options.pop("batch_renorm"):
-            warnings.warn("AetherNet: batch_renorm was removed; using norm='frozen' instead.", stacklevel=3)
+            log.warning("AetherNet: batch_renorm was removed; using norm='frozen' instead.")
             self.options["norm"] = self.options["norm"] or "frozen"
         self.scale: int = self.options["scale"]
         self.register_buffer("mean", torch.full((1, self.options["in_chans"], 1, 1), 0.5))
@@ -283,75 +289,108 @@ class AetherBase(nn.Module):
 
         Do it before fusing: a fused file's values may be rescaled for half precision, unknown to the bound.
         """
-        _check_options({**self.options, "bound": bound})
-        self.options = {**self.options, "bound": bound}
-        self._buffers.pop("bound", None)
-        if bound is not None:
-            self.register_buffer("bound", self.mean.new_full((1,), bound))
+        self._record("bound", bound)
         for block in self.modules():
             if isinstance(block, (AetherBlock, FusedAetherBlock)):
                 block.bound = bound
 
+    def _record(self, name: str, value: Any) -> None:
+        """Set an option that files record, as a buffer of shape (1,)."""
+        _check_options({**self.options, name: value})
+        self.options = {**self.options, name: value}
+        self._buffers.pop(name, None)
+        if value != RECORDED[name]:
+            self.register_buffer(name, self.mean.new_full((1,), value))
+
     def become(self, other: AetherBase) -> None:
-        """Take ``other``'s form and tensors in place, but keep device, precision, layout and mode."""
-        weights = list(self.parameters())
+        """Take ``other``'s form and tensors in place, but keep device, precision, layout, mode and hooks.
+
+        A tensor whose parts were all frozen stays frozen.
+        """
         other.to(device=self.mean.device, dtype=self.mean.dtype).train(self.training)
-        if any(value.dim() == 4 and not value.is_contiguous() for value in weights):
+        if any(value.dim() == 4 and not value.is_contiguous() for value in self.parameters()):
             other.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        is_int8 = getattr(self, "is_int8", False)  # as int8, which is never trainable
-        if weights and not is_int8 and not any(value.requires_grad for value in weights):
-            other.requires_grad_(False)
+        trained: Dict[str, List[bool]] = {}
+        for name, value in self.named_parameters() if not getattr(self, "is_int8", False) else ():
+            trained.setdefault(_fused_name(name), []).append(value.requires_grad)
+        frozen = {name for name, parts in trained.items() if not all(parts)}
+        for name, value in other.named_parameters():
+            if not any(trained.get(_fused_name(name), [True])):
+                value.requires_grad_(False)
+                frozen.discard(_fused_name(name))
+        frozen = {name for name in frozen if name.endswith(("weight", "bias"))}  # not statistics and ranges
+        if frozen:
+            log.warning("AetherNet: merged with others, no longer frozen: %s.", ", ".join(sorted(frozen)))
         self.__class__ = type(other)  # as torch.nn.utils.parametrize does: forward belongs to the class
-        for name in ("keep_norm", "placement", "is_int8"):  # attributes that only some forms have
+        for name in ("_parameters", "_buffers", "_modules", "options", "keep_norm", "placement", "is_int8"):
             self.__dict__.pop(name, None)
-        self.__dict__.update({name: value for name, value in vars(other).items() if "_hooks" not in name})
+            if name in vars(other):  # some forms have it, others don't
+                self.__dict__[name] = vars(other)[name]
 
     def map_state_dict(self, state_dict: Dict[str, Tensor]) -> Dict[str, Tensor]:
         """Take the form of ``state_dict``. traiNNer-redux calls this before it compares names."""
-        self._take_form_of(state_dict, "", strict=False)
+        self._take_form_of(state_dict, "", _strict_of_caller())
         return state_dict
 
     def _load_from_state_dict(self, state_dict: Dict[str, Tensor], prefix: str, *args: Any) -> None:
         """Runs before any value is copied, so a file loads completely or the network stays unchanged."""
-        # torch passes strict=True here, whatever load_state_dict got (perhaps DDP's): ask the caller's frame.
-        frame: Any = inspect.currentframe()
-        while frame and frame.f_code is not nn.Module.load_state_dict.__code__:
-            frame = frame.f_back
-        self._take_form_of(state_dict, prefix, strict=not frame or frame.f_locals["strict"])
+        self._take_form_of(state_dict, prefix, _strict_of_caller())
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     @torch.inference_mode(False)
     @torch.random.fork_rng(devices=[])
     def _take_form_of(self, state_dict: Dict[str, Tensor], prefix: str, strict: bool) -> None:
-        """Take a state dict's form, bound and norms. RuntimeError, and no change, if it doesn't fit."""
+        """Take a whole file's form and recorded options. RuntimeError, and no change, if it can't be loaded.
+
+        ``strict`` means what it does in torch, but if it is off, weights of another scale give their body.
+        """
+        own = {name[len(prefix) :]: value for name, value in state_dict.items() if name.startswith(prefix)}
         # Without strict, BasicSR and traiNNer-redux append ".ignore" to names of tensors with other shapes.
-        named = ((name[len(prefix) :], state_dict[name]) for name in state_dict if name.startswith(prefix))
-        own = {name.split(".ignore")[0]: value for name, value in named}
-        form, scale, other = form_of(own), scale_of(own), self
-        if "bound" in own and own["bound"].shape != (1,):
-            raise RuntimeError(f"{type(self).__name__}: 'bound' is not one number of shape (1,).")
-        bound = float(own["bound"]) if "bound" in own else None
-        if form and not (isinstance(self, form) and form.options_from_names(own).items() <= vars(self).items()):
-            other = form(**{**self.options, "bound": bound}, **form.options_from_names(own))
-        elif form is AetherNet and scale not in (None, self.scale) and not strict:
-            text = f"AetherNet x{self.scale} loads only the body of x{scale} weights; its tail is new."
-            warnings.warn(text, stacklevel=4)
-            for name in [name for name in own if name.startswith(("upsample.", "conv_last."))]:
-                state_dict.pop(prefix + name, own.pop(name))
-        wrong = differences(other, own, strict or other is not self)  # another form is complete, or not taken
+        file = {name.split(".ignore")[0]: value for name, value in own.items()}
+        form, scale, other = form_of(file), scale_of(file), self
+        for name in {*RECORDED} & {*own}:
+            if getattr(own[name], "shape", None) != (1,):
+                raise RuntimeError(f"{type(self).__name__}: {name!r} is not one number of shape (1,).")
+        recorded: Dict[str, Any] = {name: float(own[name]) for name in RECORDED if name in own}
+        mine = form and isinstance(self, form)
+        if form and not (mine and form.options_from_names(own).items() <= vars(self).items()):
+            other = form(**{**self.options, "bound": None, **recorded}, **form.options_from_names(own))
+        body = other is self and form is AetherNet and scale not in (None, self.scale) and not strict
+        if body:
+            tail = {name: value for name, value in self.state_dict().items() if name.startswith(TAIL)}
+            own = {**{name: value for name, value in own.items() if not name.startswith(TAIL)}, **tail}
+        allowed = () if strict else ("unexpected",) if other is not self else ("unexpected", "missing")
+        wrong = differences(other, own, allowed)
         if wrong:
-            found = f"{form.__name__ if form else 'unknown weights'} x{scale} does not fit; tensors {wrong}."
-            me = f"{type(self).__name__} x{self.scale} stays as it was"
-            raise RuntimeError(f"{me}: {found} fuse_aether.py reads other layouts.")
+            raise RuntimeError(_refusal(self, file, wrong))
+        whole = form is not None and not differences(other, own, ("unexpected",))
+        ignored = tuple(prefix + part for part in ((TAIL if body else ()) if whole else RECORDED))
+        for name in [name for name in state_dict if name.startswith(ignored)]:
+            del state_dict[name]
         if other is not self:
             self.become(other)
-        elif form and bound != self.options["bound"]:
+        if whole and body:
+            text = "AetherNet x%s takes only the body of x%s weights; its tail is new."
+            log.warning(text, self.scale, scale)
+        if whole:
+            self._take_options(recorded, own)
+            for name, value in self.named_buffers(recurse=False):
+                if name in RECORDED:  # older files don't have img_range
+                    state_dict[prefix + name] = value
+
+    def _take_options(self, recorded: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
+        """The bound and img_range that a file records, and the kind of norms that it was trained with."""
+        bound = recorded.get("bound")
+        if bound is None and self.options["bound"] is not None:
+            log.warning("AetherNet: the file has no bound; the option's, %s, goes.", self.options["bound"])
+        if bound != self.options["bound"]:
             self.set_bound(bound)
-        if form is AetherNet and self.options["norm"] is None:
-            had_batch_statistics = any(name.endswith(".running_mean") and bool(value.any()) for name, value in own.items())
-            for module in self.modules():
-                if isinstance(module, DeploymentNorm):
-                    module.batch = had_batch_statistics
+        if "img_range" in recorded:
+            self._record("img_range", recorded["img_range"])
+        means = [value for name, value in state.items() if name.endswith(".running_mean")]
+        for module in self.modules() if self.options["norm"] is None else ():
+            if isinstance(module, DeploymentNorm):
+                module.batch = any(bool(value.any()) for value in means)
 
 
 class AetherNet(AetherBase):
@@ -382,8 +421,6 @@ class AetherNet(AetherBase):
         norm: Optional[str] = None,
     ) -> None:  # fmt: skip
         super().__init__({k: option for k, option in locals().items() if k not in ("self", "__class__")})
-        self.img_range = float(img_range)
-        self.non_finite: Any = 0  # training batches with a pixel that is not finite
         rates = iter([drop_path_rate * k / max(1, sum(depths) - 1) for k in range(sum(depths))])
         self.conv_first = nn.Conv2d(in_chans, embed_dim, 3, padding=1)
         self.add_stages(lambda: AetherBlock(self.options, next(rates)))
@@ -395,27 +432,15 @@ class AetherNet(AetherBase):
         self.upsample = AdaptiveUpsample(embed_dim, scale)
         self.conv_last = nn.Conv2d(self.upsample.out_channels, in_chans, 3, padding=1)
         self.set_bound(bound)
+        self._record("img_range", img_range)
         _initialize(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training:
-            finite = x.isfinite()
-            self.non_finite = self.non_finite + finite.all().logical_not().detach()
-            x = torch.where(finite, x, self.mean.to(x.dtype))
-        shallow = self.conv_first((x - self.mean) * self.img_range)
+        img_range = self.options["img_range"]
+        shallow = self.conv_first((x - self.mean) * img_range)
         body = self.quant_fusion_layer(self.all_stages(shallow)) + shallow
         body = self.conv_after_body(self.norm(body)) + body
-        out = self.conv_last(self.upsample(self.conv_before_upsample(body))) / self.img_range + self.mean
-        if out.requires_grad and not _is_traced():  # so that a broken target doesn't ruin the weights
-            out.register_hook(lambda grad: torch.nan_to_num(grad, 0.0, 0.0, 0.0))
-        return out
-
-    def train(self, mode: bool = True) -> AetherNet:
-        count = 0 if mode else int(self.non_finite)
-        if count:
-            warnings.warn(f"AetherNet: {count} batches held NaN or infinite pixels, now grey", stacklevel=2)
-            self.non_finite = 0
-        return super().train(mode)
+        return self.conv_last(self.upsample(self.conv_before_upsample(body))) / img_range + self.mean
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -429,27 +454,33 @@ class AetherNet(AetherBase):
 
     def reparameterize(self) -> Dict[str, Tensor]:
         """State dict of the equivalent FusedAetherNet, in this network's precision."""
+        img_range = self.options["img_range"]  # becomes part of the first and the last weights
         state = {**dict(self.named_buffers(recurse=False)), **self.conv_first.state_dict(prefix="head.")}
-        state["head.weight"] = self.conv_first.weight * self.img_range
+        state.pop("img_range", None)
+        state["head.weight"] = self.conv_first.weight * img_range
         for name, block in self.stages.named_modules():
             if isinstance(block, AetherBlock):
                 state.update({f"stages.{name}.{key}": value for key, value in block.reparameterize().items()})
         state.update(self.fusion_convs.state_dict(prefix="fusion_convs."))
         state["fusion.weight"], state["fusion.bias"] = self.quant_fusion_layer.reparameterize()
         state.update(self.conv_after_body.state_dict(prefix="body_conv."))
+        state.update(self.conv_before_upsample.state_dict(prefix="conv_before_upsample."))
+        tail = CollapsedTail.collapse(nn.Sequential(self.upsample, self.conv_last), self.scale)
+        state.update({f"tail.{name}": value / img_range for name, value in tail.items()})
         scale, shift = self.norm.scale_and_shift()
-        # conv(s * b + t) + b = conv'(b') + b' - t/s with b' = b + t/s. If s is small beside t, rounding would
-        # drown b; then the norm stays, as a depthwise 1x1 convolution.
-        if bool((self.norm.bias.abs() <= 16 * self.norm.weight.abs()).all()):
-            offset = torch.where(scale == 0, torch.zeros_like(shift), shift / scale)
+        # conv(s * b + t) + b = conv'(b') + b' - t/s with b' = b + t/s, which half precision rounds by up to
+        # t/s * 2^-11. If of this noise more than 1/16 of a step of 1/255 arrived in the picture (0.001 dB at
+        # 40 dB), the norm stays, as a depthwise 1x1 convolution.
+        offset = torch.where((scale == 0) & (shift == 0), shift, shift / scale)
+        noise = (offset * 2.0**-11) ** 2
+        for name in ("conv_before_upsample.0.weight", "tail.weight"):
+            noise = state[name].pow(2).sum((2, 3)) @ noise
+        if bool(noise.sqrt().max() * 255 <= 1 / 16):  # not where it is NaN
             state["fusion.bias"] = state["fusion.bias"] + offset
             state["body_conv.weight"] = state["body_conv.weight"] * scale.view(1, -1, 1, 1)
             state["body_conv.bias"] = state["body_conv.bias"] - offset
         else:
             state["body_norm.weight"], state["body_norm.bias"] = scale.view(-1, 1, 1, 1), shift
-        state.update(self.conv_before_upsample.state_dict(prefix="conv_before_upsample."))
-        tail = CollapsedTail.collapse(nn.Sequential(self.upsample, self.conv_last), self.scale)
-        state.update({f"tail.{name}": value / self.img_range for name, value in tail.items()})
         state["tail.bias"] = state["tail.bias"] + self.mean.flatten().repeat_interleave(self.scale**2)
         return state
 
@@ -499,24 +530,39 @@ BORDERS = {
     "top": (-1, 0), "bottom": (1, 0), "left": (0, -1), "right": (0, 1),
     "top_left": (-1, -1), "top_right": (-1, 1), "bottom_left": (1, -1), "bottom_right": (1, 1),
 }  # fmt: skip
-EDGES = {"top": (2, -1), "bottom": (2, 1), "left": (3, -1), "right": (3, 1)}  # as (dimension, side)
 BORDER_LINES = {1: 1, 2: 1, 3: 1, 4: 2, 8: 2}  # by scale: how many lines of pixels a correction sees
-Masks = Dict[Tuple[int, int], List[Tensor]]  # by edge
 
 
-def outermost(x: Tensor, edge: Tuple[int, int], k: int = 0) -> Tensor:
-    """View of ``x``'s k-th row or column from an edge."""
-    return x.narrow(edge[0], k if edge[1] < 0 else x.shape[edge[0]] - 1 - k, 1)
+def outermost(x: Tensor, sides: Tuple[int, int], count: int) -> Tensor:
+    """The ``count`` first or last rows and columns at BORDERS' ``sides``; zeros for those beyond ``x``."""
+    lines = {-1: slice(count), 0: slice(None), 1: slice(-count, None)}
+    place = (..., lines[sides[0]], lines[sides[1]])
+    missing = [(count - 1) * (side == end) for side in reversed(sides) for end in (1, -1)]
+    return F.pad(x[place], missing)[place] if any(missing) else x[place]
+
+
+def add_to_outermost(x: Tensor, delta: Tensor, sides: Tuple[int, int]) -> Tensor:
+    """``x`` with ``delta`` added to its first or last row and column at BORDERS' ``sides``."""
+    line, rest = {-1: slice(1), 0: slice(None), 1: slice(-1, None)}, {-1: slice(1, None), 1: slice(-1)}
+    if not torch.jit.is_tracing():
+        x[..., line[sides[0]], line[sides[1]]] += delta
+        return x
+    if sides == (0, 0):
+        return x + delta
+    # Few runtimes can write into a part of a tensor, but all can concatenate: rows first, then in the row.
+    dim, side, inner = (2, sides[0], (0, sides[1])) if sides[0] else (3, sides[1], (0, 0))
+    lines, others = (x[(slice(None),) * dim + (part[side],)] for part in (line, rest))
+    parts = [add_to_outermost(lines, delta, inner), others]
+    return torch.cat(parts[::-side], dim)
 
 
 class CollapsedTail(nn.Module):
     """Every layer after the LeakyReLU, as one 5x5 convolution and one pixel shuffle.
 
-    Features (N, C, H, W) and the network's input (N, c, H, W) -> (N, c, scale * H, scale * W). Upsampling
-    convolutions, shuffles and conv_last are linear, so inside the image they are one convolution. At the
-    border they pad with zeros at a higher resolution, where the one convolution still sees values. The
-    difference is linear too and affects only the outermost pixels. It is added there as a convolution of the
-    outermost line of features; in an exported graph under a mask, since several runtimes can't slice.
+    (N, C, H, W) -> (N, out_channels, scale * H, scale * W). Upsampling convolutions, shuffles and conv_last
+    are linear, so inside the image they are one convolution. At the border they pad with zeros at a higher
+    resolution, where the one convolution still sees values. The difference is linear too and affects only the
+    outermost pixels. It is added there as a convolution of the outermost lines of features.
     """
 
     def __init__(self, channels: int, out_channels: int, scale: int) -> None:
@@ -570,52 +616,13 @@ class CollapsedTail(nn.Module):
         """Weight (outputs, C, rows, columns) and bias of a correction."""
         return getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias")
 
-    def forward(self, x: Tensor, image: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         out = self.convolve(x)
-        masks = {edge: self.masks(image, *edge) for edge in EDGES.values()} if _is_traced() else {}
-        for name, edge in EDGES.items():
-            line = self.line(x, edge, masks)
-            delta = self.correction(line, name)
-            for side in ("left", "right") if edge[0] == 2 else ():  # the corners
-                delta = self.added(delta, self.correction(line, f"{name}_{side}"), EDGES[side], masks)
-            out = self.added(out, delta, edge, masks)
+        for name, sides in BORDERS.items():
+            padding = [0 if side else 2 for side in sides]
+            delta = F.conv2d(outermost(x, sides, self.depth), *self.border(name), padding=padding)
+            out = add_to_outermost(out, delta, sides)
         return F.pixel_shuffle(out, self.scale)
-
-    def masks(self, image: Tensor, dim: int, side: int) -> List[Tensor]:
-        """Masks of the ``depth`` outermost rows (dim 2: (N, 1, H, 1)) or columns (dim 3), outermost first."""
-        shape, padding = ((1, 1, 3, 1), (1, 0)) if dim == 2 else ((1, 1, 1, 3), (0, 1))
-        shift = image.new_tensor([1, 0, 0] if side < 0 else [0, 0, 1]).view(shape)
-        ones = [torch.ones_like(image.mean((1, 5 - dim), keepdim=True))]
-        for _ in range(self.depth):  # each shift brings in a zero from outside
-            ones.append(F.conv2d(ones[-1], shift, padding=padding))
-        return [before - after for before, after in zip(ones, ones[1:])]
-
-    def line(self, x: Tensor, edge: Tuple[int, int], masks: Masks) -> Tensor:
-        """The outermost rows (N, depth * C, 1, W) or columns (N, depth * C, H, 1), as channels."""
-        if masks:
-            return torch.cat([(x * mask).sum(edge[0], keepdim=True) for mask in masks[edge]], 1)
-        lines = [outermost(x, edge, k) for k in range(min(self.depth, x.shape[edge[0]]))]
-        missing = [torch.zeros_like(lines[0])] * (self.depth - len(lines))  # beyond the other edge
-        return torch.cat(lines + missing, 1)
-
-    def correction(self, line: Tensor, name: str) -> Tensor:
-        """The correction of an edge, or of one of its corners: a convolution along the line."""
-        (weight, bias), (row, column) = self.border(name), BORDERS[name]
-        dim, side = (2, row) if row else (3, column)
-        lines = weight.unbind(dim)  # in image order, while the line's channels have the outermost first
-        weight = torch.cat(lines if side < 0 else lines[::-1], 1).unsqueeze(dim)
-        if row and column and self.depth > 1:  # a corner's kernel starts or ends at its pixel: centre it
-            # Not F.pad: the ONNX exporter doesn't know its output's shape.
-            zeros = weight.new_zeros(*weight.shape[:3], self.depth - 1)
-            weight = torch.cat([zeros, weight] if column < 0 else [weight, zeros], 3)
-        return F.conv2d(line, weight, bias, padding=[weight.shape[2] // 2, weight.shape[3] // 2])
-
-    def added(self, x: Tensor, delta: Tensor, edge: Tuple[int, int], masks: Masks) -> Tensor:
-        """``x`` with ``delta`` added to its outermost row or column."""
-        if masks:
-            return x + delta * masks[edge][0]
-        outermost(x, edge).add_(outermost(delta, edge))
-        return x
 
 
 class FusedAetherNet(AetherBase):
@@ -628,7 +635,7 @@ class FusedAetherNet(AetherBase):
     block: Type[FusedAetherBlock] = FusedAetherBlock
     warns_in_training = True
 
-    def __init__(self, keep_norm: bool = False, **options: Any) -> None:
+    def __init__(self, *, keep_norm: bool = False, **options: Any) -> None:
         super().__init__(options)
         self.keep_norm = keep_norm
         in_chans, channels = self.options["in_chans"], self.options["embed_dim"]
@@ -646,14 +653,17 @@ class FusedAetherNet(AetherBase):
     def options_from_names(cls, names: Iterable[str]) -> Dict[str, Any]:
         return {"keep_norm": "body_norm.weight" in names}
 
+    def features(self, x: Tensor) -> Tensor:
+        """What the tail gets: (N, in_chans, H, W) -> (N, embed_dim, H, W)."""
+        shallow = self.head(x - self.mean)
+        body = self.fusion(self.all_stages(shallow)) + shallow
+        return self.conv_before_upsample(self.body_conv(self.body_norm(body)) + body)
+
     def forward(self, x: Tensor) -> Tensor:
         if self.training and self.warns_in_training and torch.is_grad_enabled():
             self.warns_in_training = False
             warnings.warn("AetherNet: this trains the fused form; use the training form.", stacklevel=2)
-        shallow = self.head(x - self.mean)
-        body = self.fusion(self.all_stages(shallow)) + shallow
-        body = self.body_conv(self.body_norm(body)) + body
-        return self.tail(self.conv_before_upsample(body), x)
+        return self.tail(self.features(x))
 
     def fuse_model(self) -> FusedAetherNet:
         return self
@@ -661,12 +671,13 @@ class FusedAetherNet(AetherBase):
 
 def form_of(names: Iterable[str]) -> Any:
     """The class of network that has these tensor names; None if they are not an AetherNet's."""
-    names = list(names)
-    if any(name.endswith(".lk_conv.weight") for name in names):
+    ends = {tuple(name.split(".")[3:]) for name in names if name.startswith("stages.")}
+    if ("conv", "lk_conv", "weight") in ends:
         return AetherNet
-    quantised = any(name.endswith(".reparam_conv.quant_out.range_sum") for name in names)
-    fused = any(name.endswith(".reparam_conv.weight") for name in names)
-    return _import_sibling("aether_quant").QuantAetherNet if fused and quantised else FusedAetherNet if fused else None
+    if ("reparam_conv", "weight") not in ends:
+        return None
+    quantised = ("reparam_conv", "quant_out", "range_sum") in ends
+    return _import_sibling("aether_quant").QuantAetherNet if quantised else FusedAetherNet
 
 
 def scale_of(state: Mapping[str, Tensor]) -> Optional[int]:
@@ -679,19 +690,74 @@ def scale_of(state: Mapping[str, Tensor]) -> Optional[int]:
     return scale if scale in SCALES and (tail or convs) else None
 
 
-def differences(net: nn.Module, state: Mapping[str, Tensor], strict: bool = True) -> str:
-    """Why ``net`` can't load ``state``: other shapes and, if strict, missing and unexpected names."""
-    expected = {name: value.shape for name, value in net.state_dict().items() if name != "bound"}
-    found = {name: value.shape for name, value in state.items() if name != "bound"}
-    kinds = {"of another shape": [name for name in found if expected.get(name, found[name]) != found[name]]}
-    if strict:
-        kinds.update(missing=sorted({*expected} - {*found}), unexpected=sorted({*found} - {*expected}))
-
+def differences(net: nn.Module, state: Mapping[str, Any], allowed: Sequence[str] = ()) -> str:
+    """Why ``net`` can't load ``state``, by kind: "of another shape", "missing", "unexpected" names."""
+    expected = {name: value.shape for name, value in net.state_dict().items() if name not in RECORDED}
+    found = {name: getattr(value, "shape", None) for name, value in state.items() if name not in RECORDED}
+    both = expected.keys() & found.keys()
+    kinds = {
+        "missing": sorted(expected.keys() - both),
+        "of another shape": sorted(name for name in both if expected[name] != found[name]),
+        "unexpected": sorted(found.keys() - both),
+    }
     texts = []
-    for kind, names in sorted(kinds.items()):
-        some = ", ".join([name[:80] for name in names[:3]] + ["..."] * (len(names) > 3))
-        texts += [f"{kind}: {len(names)} ({some})"] if names else []
+    for kind in [kind for kind, names in kinds.items() if names and kind not in allowed]:
+        some = ", ".join([name[:80] for name in kinds[kind][:3]] + ["..."] * (len(kinds[kind]) > 3))
+        texts.append(f"{kind}: {len(kinds[kind])} ({some})")
     return "; ".join(texts)
+
+
+def described(state: Mapping[str, Any]) -> str:
+    """The network with these tensors in words, such as "fused aether_small x2 (96 wide)"."""
+    form, first = form_of(state), state.get("conv_first.weight", state.get("head.weight"))
+    if form is None or first is None:
+        return "no AetherNet"
+    blocks = sorted({tuple(name.split(".")[1:3]) for name in state if name.startswith("stages.")})
+    depths = [len(list(blocks_of)) for _, blocks_of in itertools.groupby(blocks, lambda block: block[0])]
+    name = f"AetherNet of depths {depths}"
+    for variant in VARIANTS:
+        options = inspect.signature(variant).parameters
+        if (options["embed_dim"].default, options["depths"].default) == (first.shape[0], tuple(depths)):
+            name = variant.__name__
+    kind = {AetherNet: "", FusedAetherNet: "fused "}.get(form, "quantised ")
+    return f"{kind}{name} x{scale_of(state)} ({first.shape[0]} wide)"
+
+
+def _refusal(net: AetherBase, state: Mapping[str, Any], wrong: str) -> str:
+    """Why a load is refused: what the file is, what the network is, and what mends it."""
+    remedy = "fuse_aether.py reads other layouts."
+    if form_of(state) is AetherNet and scale_of(state) != net.scale:
+        remedy = "To take only the body, pass strict=False; in a template, set strict_load_g: false"
+    elif form_of(state):
+        remedy = "Build the network with the options that the file was trained with."
+    text = f"the file is {described(state)}, the network {described(net.state_dict())}"
+    return f"{type(net).__name__} stays as it was: {text}; tensors {wrong}. {remedy}"
+
+
+# By name in the training form: the fused form's tensor that it becomes a part of.
+FUSED_NAMES = (
+    (r"^conv_first", "head"), (r"\.conv\.[ls]k_(conv\.)?", ".reparam_conv."),
+    (r"(\.\d+)\.norm\.", r"\1.reparam_conv."), (r"ffn\.conv_(gate|main|out)", r"\1_conv"),
+    (r"ffn\.temperature", "gate_conv.weight"), (r"^quant_fusion_layer\.fusion_conv", "fusion"),
+    (r"^quant_fusion_layer\.error_comp", "fusion.bias"), (r"^norm", "body_norm"),
+    (r"^conv_after_body", "body_conv"), (r"^(upsample|conv_last|tail)\..*", "tail.weight"),
+)  # fmt: skip
+
+
+def _fused_name(name: str) -> str:
+    return functools.reduce(lambda text, pair: re.sub(pair[0], pair[1], text), FUSED_NAMES, name)
+
+
+def _strict_of_caller() -> bool:
+    """What load_state_dict, or traiNNer-redux before it, was asked for.
+
+    torch tells a module strict=True whatever was asked of the whole (which may be DDP or another wrapper), so
+    this looks up the stack.
+    """
+    frame: Any = inspect.currentframe()
+    while frame and not isinstance(frame.f_locals.get("strict"), bool):
+        frame = frame.f_back
+    return frame is None or frame.f_locals["strict"]
 
 
 def _import_sibling(module: str) -> Any:

@@ -248,8 +248,8 @@ class QuantTail(StorableTail):
     def convolve(self, x: Tensor) -> Tensor:
         return self.conv(x)
 
-    def forward(self, x: Tensor, image: Tensor) -> Tensor:
-        return super().forward(self.quant_in(x), image)
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.quant_in(x))
 
 
 class StoredConv2d(nn.Module):
@@ -370,13 +370,13 @@ class QuantAetherNet(arch.FusedAetherNet):
         own = {name[len(prefix) :]: value for name, value in state_dict.items() if name.startswith(prefix)}
         form = arch.form_of(own)
         if form in (arch.AetherNet, arch.FusedAetherNet):
-            bound = float(own["bound"]) if "bound" in own else None
-            net = form(**{**self.options, "bound": bound}, **form.options_from_names(own))
-            net.load_state_dict(own)
-            state = _quantised(net.eval().fuse_model(), self.placement).state_dict()
-            for name in own:
-                del state_dict[prefix + name]
-            state_dict.update({prefix + name: value for name, value in state.items()})
+            net = form(**self.options, **form.options_from_names(own))
+            if not arch.differences(net, own, () if strict else ("unexpected",)):  # else it is refused below
+                net.load_state_dict(own, strict=False)
+                state = _quantised(net.eval().fuse_model(), self.placement).state_dict()
+                for name in own:
+                    del state_dict[prefix + name]
+                state_dict.update({prefix + name: value for name, value in state.items()})
         super()._take_form_of(state_dict, prefix, strict)
 
     def train(self, mode: bool = True) -> QuantAetherNet:
@@ -390,8 +390,8 @@ class QuantAetherNet(arch.FusedAetherNet):
     def calibrate(self, images: Iterable[Tensor]) -> None:
         """Set every range from ``images``, each (N, in_chans, H, W) in [0, 1], without training.
 
-        The range is the median image's, see Quantizer.typical_largest; values beyond it are clipped. A range for the
-        one picture that drives a layer ten times as far would leave few steps for the others.
+        The range is the median image's, see Quantizer.typical_largest; values beyond it are clipped. A range
+        for the one picture that drives a layer ten times as far would leave few steps for the others.
 
         Raises:
             ValueError: no image, or none on which all values are finite; the ranges stay as they were.

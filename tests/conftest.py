@@ -34,7 +34,7 @@ def randomize(net: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
         for name, value in net.state_dict().items():
             if name.endswith(("running_var", "temperature")) or (name.endswith("norm.weight")):
                 value.copy_(torch.rand(value.shape, generator=generator, dtype=torch.float64) + 0.5)
-            elif name in ("mean", "bound"):
+            elif name in ("mean", "bound", "img_range"):
                 continue
             elif value.dim() == 4 and value.shape[0] != 1:
                 gain = 0.3 if ".ffn.conv_out." in name else 1.0  # else forty gated products in a row explode

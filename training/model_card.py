@@ -30,8 +30,8 @@ from aethersr.commands import exit_code  # noqa: E402
 from aethersr.errors import UserError  # noqa: E402
 from aethersr.files import Together, check_output  # noqa: E402
 from aethersr.identify import aether_from_state_dict, variant_name  # noqa: E402
+from aethersr.network import open_upscaler  # noqa: E402
 from aethersr.quality import psnr  # noqa: E402
-from aethersr.upscalers import open_upscaler  # noqa: E402
 
 PLATFORMS = {".pth": "pytorch", ".safetensors": "pytorch", ".onnx": "onnx"}
 ALIKE = 43.0  # dB, PSNR-Y between files of one model; 8 bits cost less, other training more

@@ -49,7 +49,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from aethersr.commands import exit_code
 from aethersr.errors import UserError
 from aethersr.picture import opaque, readable
-from aethersr.upscalers import KINDS
+from aethersr.quality import KINDS
 
 WALLPAPERS = (
     "gnome-backgrounds",
