@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Callable, Dict, List, Tuple
+from typing import Any, List, Tuple
 
 import pytest
 import torch
@@ -17,15 +17,14 @@ from checkpoints import STATE, Calls
 from conftest import ROOT
 from safetensors.torch import save_file
 
-CALLS = [
-    *("execve", "execveat", "fork", "vfork", "clone", "clone3", "socket"),
-    *("connect", "ptrace", "open", "openat", "openat2", "creat", "truncate"),
-    *("unlink", "unlinkat", "rename", "renameat", "renameat2", "mkdir", "mkdirat"),
-    *("rmdir", "link", "linkat", "symlink", "symlinkat", "mknod"),
-    *("mknodat", "chmod", "fchmodat"),
-]
+CALLS = (
+    "execve execveat fork vfork clone clone3 socket connect ptrace open openat openat2 creat truncate unlink "
+)
+CALLS += (
+    "unlinkat rename renameat renameat2 mkdir mkdirat rmdir link linkat symlink symlinkat mknod mknodat chmod"
+)
 STRACE = ["strace", "-f", "--seccomp-bpf", "-qq", "-s", "9999", "-e"]
-STRACE += ["trace=" + ",".join(f"?{call}" for call in CALLS)]
+STRACE += ["trace=" + ",".join(f"?{call}" for call in CALLS.split())]
 
 
 def can_trace() -> bool:
@@ -68,58 +67,38 @@ def harmless(line: str, *folders: Path) -> bool:
         return False
     found = re.findall(r'"((?:[^"\\]|\\.)*)"', arguments)
     paths = [Path(os.path.normpath(folders[0] / path)) for path in found]
-    own = [{path, *path.parents} & {*folders, Path(os.devnull)} for path in paths]
-    return all(own)
+    return all({path, *path.parents} & {*folders, Path(os.devnull)} for path in paths)
 
 
-PAYLOADS: Dict[str, Callable[[Path], Calls]] = {
-    "os.system": lambda marker: Calls(os.system, f"touch '{marker}'"),
-    "subprocess": lambda marker: Calls(subprocess.Popen, ["touch", str(marker)]),
-    "exec": lambda marker: Calls(exec, "import socket; socket.socket().connect_ex(('127.0.0.1', 9))"),
-    "write": lambda marker: Calls(open, str(marker), "w"),
-}
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    (tmp_path / "folder").mkdir()
-    return tmp_path / "folder"
-
-
-def traced(folder: Path, source: str, target: str) -> Tuple[int, str, List[str]]:
-    words = ["--model_path", source, "--output_path", target, "--device", "cpu"]
-    return deeds(folder, sys.executable, str(ROOT / "fuse_aether.py"), *words)
-
-
-@pytest.mark.parametrize("payload", PAYLOADS)
-def test_the_trace_shows_a_payload_that_runs(folder: Path, payload: str) -> None:
-    (folder / "in.pth").write_bytes(pickle.dumps(PAYLOADS[payload](folder.with_name("ran"))))
-    _, _, seen = deeds(folder, sys.executable, "-c", "import pickle; pickle.load(open('in.pth', 'rb'))")
-    expected = {"os.system": "execve", "subprocess": "execve", "exec": "connect", "write": "openat"}[payload]
-    assert any(re.match(rf"\d+ +{expected}\(", call) for call in seen), seen
-
-
-@pytest.mark.parametrize("layout", ["archive", "pickle"])
-@pytest.mark.parametrize("payload", PAYLOADS)
+@pytest.mark.parametrize(
+    ("expected", "payload"),
+    [
+        ("execve", Calls(os.system, "touch ../ran")),
+        ("connect", Calls(exec, "import socket; socket.socket().connect_ex(('127.0.0.1', 9))")),
+        ("openat", Calls(open, "../ran", "w")),
+    ],
+)
 def test_a_payload_starts_nothing_writes_nothing_and_calls_nobody(
-    folder: Path, payload: str, layout: str
+    tmp_path: Path, expected: str, payload: Any
 ) -> None:
-    marker = folder.with_name("ran")
-    content = {"params": STATE, "more": PAYLOADS[payload](marker)}
-    torch.save(content, folder / "in.pth", _use_new_zipfile_serialization=layout == "archive")
-    code, error, seen = traced(folder, "in.pth", "out.pth")
-    assert (code, error.count("\n")) == (2, 1), error
-    assert "asks to run code" in error
-    assert not seen
-    assert not marker.exists()
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "in.pth").write_bytes(pickle.dumps(payload))
+    _, _, seen = deeds(folder, sys.executable, "-c", "import pickle; pickle.load(open('in.pth', 'rb'))")
+    assert any(re.match(rf"\d+ +{expected}\(", call) for call in seen), "the trace doesn't show it"
+    (tmp_path / "ran").unlink(missing_ok=True)
+    torch.save({"params": STATE, "more": payload}, folder / "in.pth")
+    words = ["--model_path", "in.pth", "--output_path", "out.pth", "--device", "cpu"]
+    code, error, seen = deeds(folder, sys.executable, str(ROOT / "fuse_aether.py"), *words)
+    assert (code, error.count("\n"), seen) == (2, 1, [])
+    assert not (tmp_path / "ran").exists()
     assert [path.name for path in folder.iterdir()] == ["in.pth"]
 
 
-@pytest.mark.parametrize("ending", [".pth", ".safetensors"])
-def test_a_good_checkpoint_needs_no_more_than_its_output(folder: Path, ending: str) -> None:
-    torch.save(STATE, folder / "in.pth")
+def test_a_good_checkpoint_needs_no_more_than_its_output(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
     save_file(STATE, folder / "in.safetensors")
-    code, error, seen = traced(folder, f"in{ending}", f"out{ending}")
-    assert (code, error) == (0, "")
-    assert not seen
-    assert sorted(path.name for path in folder.iterdir()) == ["in.pth", "in.safetensors", f"out{ending}"]
+    words = ["--model_path", "in.safetensors", "--output_path", "out.safetensors", "--device", "cpu"]
+    assert deeds(folder, sys.executable, str(ROOT / "fuse_aether.py"), *words) == (0, "", [])
+    assert sorted(path.name for path in folder.iterdir()) == ["in.safetensors", "out.safetensors"]

@@ -15,6 +15,7 @@ from typing import Any, Callable, Dict
 import aether_arch
 import numpy as np
 import pytest
+import runners as runtimes
 import torch
 from conftest import ROOT, randomize
 from PIL import Image
@@ -22,9 +23,6 @@ from safetensors.torch import save_file
 
 from aethersr.exported import for_export
 from aethersr.onnx import export_onnx
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import runtimes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIZES = ((17, 31), (33, 13), (1, 9))
@@ -133,21 +131,6 @@ def test_coreml_describes_pictures_of_any_size(tmp_path: Path) -> None:
     assert [described.input[0].name, described.output[0].name] == ["input", "output"]
 
 
-def test_one_run_measures_all_runtimes(capsys: pytest.CaptureFixture[str]) -> None:
-    net = network("aether_medium", 2)
-    image = np.random.default_rng(0).random((1, 3, 16, 16), np.float32)
-    rows = runtimes.measure(net, image, rounds=3)
-    names = [row[0] for row in rows]
-    assert names[:3] == ["ONNX Runtime fp32", "ONNX Runtime fp16", "PyTorch"]
-    left_out = capsys.readouterr().err
-    for name in ("OpenVINO", "OpenCV", "MNN", "NCNN", "LiteRT"):
-        assert (name in names) != (f"{name} is left out" in left_out)
-    for name, steps, ms, ratio in rows:
-        assert float(steps) <= (1 if name in ("ONNX Runtime fp16", "NCNN") else 0.1), name
-        assert float(ms) > 0
-        assert ratio == "1" or re.fullmatch(r"[\d.]+ \([\d.]+ to [\d.]+\)", ratio)
-
-
 PAGE = (ROOT / "docs" / "runtimes.md").read_text(encoding="utf-8")
 
 
@@ -164,13 +147,6 @@ def type_in(line: str, folder: Path) -> None:
     line = re.sub(r"^python(?= )", shlex.quote(sys.executable), line)
     line = line.replace("fuse_aether.py", shlex.quote(str(ROOT / "fuse_aether.py")))
     subprocess.run(line, shell=True, check=True, cwd=folder)
-
-
-def test_the_table_is_what_the_benchmark_printed() -> None:
-    printed = runtimes.RESULTS.read_text(encoding="utf-8").splitlines()
-    rows = [line for line in printed if line.startswith("|")]
-    assert len(rows) == 2 + len(runtimes.USES)
-    assert "\n".join(rows) in PAGE, "docs/runtimes.md has another table than benchmarks/results/runtimes.md"
 
 
 def test_every_block_that_can_run_here_is_run_by_a_test() -> None:

@@ -75,3 +75,21 @@ def test_a_training_goes_on_from_its_saved_state(registry: Registry) -> None:
     train(net, optimizer, pictures[13:])
     train(other, resumed, pictures[13:])
     assert torch.allclose(net.weight, other.weight, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("began", "name"), [(torch.optim.AdamW, "Adam or AdamW"), (torch.optim.SGD, "another optimizer")]
+)
+def test_the_state_of_another_optimizer_is_refused_by_name_with_the_way_on(
+    registry: Registry, began: Any, name: str
+) -> None:
+    net = nn.Conv2d(4, 6, 3)
+    other, optimizer = began(net.parameters(), lr=1e-3), registry["SOAP32"](net.parameters(), **OPTIONS)
+    net(torch.rand(2, 4, 8, 8)).sum().backward()
+    other.step()
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(
+        RuntimeError, match=f"began with {name}, and optim_g now says SOAP32: .*pretrain_network_g"
+    ):
+        optimizer.load_state_dict(other.state_dict())
+    assert optimizer.state_dict() == before

@@ -26,7 +26,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "archs")]
 
 from aethersr.commands import exit_code  # noqa: E402
 from aethersr.errors import UserError  # noqa: E402
-from aethersr.upscalers import find_pictures, read_rgb  # noqa: E402
+from aethersr.quality import find_pictures, read_rgb  # noqa: E402
 
 LEAST = 12  # of 3855 cuts and 95 test pictures, chance gave none more than 4
 DISTINCT = 0.8  # Lowe's ratio: the nearest keypoint must be so much nearer than the second

@@ -8,7 +8,7 @@ bicubic PSNR-Y of every pair) and, for the packages, FOLDER/copyright (their aut
 licences require attribution). The packages need Debian or Ubuntu: apt-get downloads them into FOLDER/packages
 and dpkg-deb unpacks them; nothing is installed. ``--packages`` names a folder that already has them.
 ``--pictures`` uses your own folder instead, with its subfolders; transparent pictures stand on white, and
-pictures that can't be read are left out and named.
+pictures that can't be read are left out and named. Nothing that exists is changed or deleted.
 
 ===========================  ============================================  ==========================
 package                      authors                                       licence
@@ -40,6 +40,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -51,7 +52,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from aethersr.commands import exit_code
 from aethersr.errors import UserError
 from aethersr.picture import opaque, readable
-from aethersr.upscalers import KINDS
+from aethersr.quality import KINDS
 
 WALLPAPERS = (
     "gnome-backgrounds",
@@ -80,7 +81,8 @@ class Cut(NamedTuple):
 
 def unpack(names: Sequence[str], packages: Path, folder: Path) -> None:
     """Unpack each from ``packages`` into ``folder``/NAME; download those that are missing."""
-    packages.mkdir(parents=True, exist_ok=True)
+    for each in (packages, folder):
+        each.mkdir(parents=True, exist_ok=True)
     missing = [name for name in names if not list(packages.glob(f"{name}_*.deb"))]
     if missing:
         if not shutil.which("apt-get"):
@@ -167,8 +169,9 @@ def main(argv: Optional[List[str]] = None) -> int:
 
 
 def prepare(args: argparse.Namespace) -> None:
-    if (args.folder / "gt").exists():
-        raise UserError(f"{args.folder / 'gt'} exists; remove it or name another folder (FOLDER).")
+    for name in ("gt", "lq", "sources.csv", "copyright"):
+        if (args.folder / name).exists():
+            raise UserError(f"{args.folder / name} exists; name another folder, or remove it (FOLDER).")
     if min(args.reductions or REDUCTIONS) < 1:
         raise UserError(f"there is no reduction to 1/{min(args.reductions)}; pass 1 or more (--reductions).")
     if args.pictures and (args.textures or args.packages):
@@ -176,23 +179,38 @@ def prepare(args: argparse.Namespace) -> None:
         raise UserError(f"{flag} is about the packages, which --pictures replaces; leave one of them out.")
     if args.pictures and not args.pictures.is_dir():
         raise UserError(f"there is no folder {args.pictures}; pass one with pictures (--pictures).")
-    unpacked = args.folder / "unpacked"
-    unpacked.mkdir(parents=True, exist_ok=True)
+    try:
+        args.folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="unfinished-", dir=args.folder) as unfinished:
+            rows = write_pairs(args, Path(unfinished))
+            written = sorted(Path(unfinished, "pairs").iterdir(), key=lambda path: path.name == "gt")
+            for path in written:  # gt last: once it exists, all is complete
+                path.rename(args.folder / path.name)
+    except OSError as error:
+        where = error.filename or args.folder
+        raise UserError(
+            f"{where} can't be written: {error.strerror}; pass another folder (FOLDER)."
+        ) from None
+    print(f"{len(rows)} pairs from {len({row[1] for row in rows})} pictures in {args.folder}")
+    print(f"bicubic x{args.scale}: median {np.median([float(row[3]) for row in rows]):.1f} dB")
+
+
+def write_pairs(args: argparse.Namespace, unfinished: Path) -> List[Tuple[str, str, int, str]]:
+    """Write ``unfinished``/pairs, what belongs in FOLDER, and return the rows of its sources.csv."""
+    pairs, unpacked = unfinished / "pairs", unfinished / "unpacked"
+    for sub in ("gt", "lq"):
+        (pairs / sub).mkdir(parents=True)
     if args.pictures:
         kinds = {args.pictures: (SIZE, args.reductions or REDUCTIONS)}
     else:
         kinds = {unpacked / name: (SHORTEST, args.reductions or REDUCTIONS) for name in WALLPAPERS}
         kinds.update({unpacked / name: (2 * SIZE, OF_TEXTURES) for name in TEXTURES if args.textures})
         unpack([folder.name for folder in kinds], args.packages or args.folder / "packages", unpacked)
-        (args.folder / "copyright").mkdir(exist_ok=True)
+        (pairs / "copyright").mkdir()
         for folder in kinds:
             documents = folder / "usr/share/doc" / folder.name
-            shutil.copy(documents / "copyright", args.folder / "copyright" / folder.name)
+            shutil.copy(documents / "copyright", pairs / "copyright" / folder.name)
     source = args.pictures or unpacked
-    rows: List[Tuple[str, str, int, str]] = []
-    for sub in ("gt", "lq"):
-        shutil.rmtree(args.folder / f"{sub}.partial", ignore_errors=True)
-        (args.folder / f"{sub}.partial").mkdir()
     unreadable: Dict[Path, str] = {}
     found = {
         path: reductions
@@ -202,7 +220,8 @@ def prepare(args: argparse.Namespace) -> None:
     if not found and not unreadable:
         needed = f"pictures of {SIZE} pixels or more a side ({', '.join(KINDS)})"
         raise UserError(f"{source} holds none; expected {needed} (--pictures).")
-    for path, reductions in tqdm(found.items(), unit="picture"):
+    rows: List[Tuple[str, str, int, str]] = []
+    for path, reductions in tqdm(found.items(), unit="picture", disable=None):
         try:
             chosen = cuts(path, args.scale, reductions)
         except UserError as error:
@@ -210,8 +229,8 @@ def prepare(args: argparse.Namespace) -> None:
             continue
         for cut in chosen:
             name = f"{len(rows):05d}.png"
-            cut.gt.save(args.folder / "gt.partial" / name, compress_level=1)
-            cut.lq.save(args.folder / "lq.partial" / name, compress_level=1)
+            cut.gt.save(pairs / "gt" / name, compress_level=1)
+            cut.lq.save(pairs / "lq" / name, compress_level=1)
             rows.append((name, str(path.relative_to(source)), cut.reduction, f"{cut.bicubic_db:.2f}"))
     for text in unreadable.values():
         print(f"left out: {text}", file=sys.stderr)
@@ -219,13 +238,9 @@ def prepare(args: argparse.Namespace) -> None:
         raise UserError(f"no picture of {source} can be read; pass another folder (--pictures).")
     if not rows:
         raise UserError(f"no crop of {source} is sharp enough; try others (--reductions).")
-    with open(args.folder / "sources.csv", "w", newline="", encoding="utf-8") as file:
+    with open(pairs / "sources.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("cut", "picture", "reduction", "bicubic_db"), *rows])
-    for sub in ("lq", "gt"):  # gt last: once it exists, all is complete
-        (args.folder / f"{sub}.partial").rename(args.folder / sub)
-    shutil.rmtree(unpacked)
-    print(f"{len(rows)} pairs from {len({row[1] for row in rows})} pictures in {args.folder}")
-    print(f"bicubic x{args.scale}: median {np.median([float(row[3]) for row in rows]):.1f} dB")
+    return rows
 
 
 if __name__ == "__main__":

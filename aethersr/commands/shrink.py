@@ -1,0 +1,132 @@
+"""Take out of a trained network what it misses least, and write a smaller training checkpoint.
+
+    aether-shrink --model_path net_g_ema.pth --output_path small_8.pth --pictures FOLDER --time 0.5
+    aether-shrink --model_path net_g_ema.pth --output_path small_8.pth --pictures FOLDER --blocks 8 --kernel 7
+
+Fine-tune the new file afterwards, with the printed lines in network_g. See docs/shrink.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any, List, Mapping, Optional, Sequence, Tuple
+
+import torch
+from aether_arch import AetherBase, __version__
+from torch import Tensor
+
+from aethersr import shrink
+from aethersr.calibration import calibration_pairs
+from aethersr.checkpoint import ENDINGS, read_checkpoint, write_state
+from aethersr.commands import exit_code
+from aethersr.errors import UserError
+from aethersr.files import Together, check_output
+from aethersr.identify import form_name, read_options, variant_name
+
+PICTURES, SIDE = 16, 48  # pictures at most, and low-resolution pixels of a side, to choose on
+KERNEL = 7  # with --time: larger ones take time, and after fine-tuning nothing is lost
+
+
+def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
+    description = "Make a smaller training checkpoint of a trained AetherNet, to be fine-tuned."
+    parser = argparse.ArgumentParser(prog="aether-shrink", description=description, allow_abbrev=False)
+    add = parser.add_argument
+    add("--model_path", type=Path, required=True, help="the training checkpoint, .pth or .safetensors")
+    add("--output_path", type=Path, required=True, help="the smaller one to write, .pth or .safetensors")
+    text = "folder of pictures at the resolution of the output, such as those that the network was trained on"
+    add("--pictures", type=Path, required=True, help=text)
+    add("--blocks", type=int, metavar="N", help="leave N blocks in all; each stage keeps one")
+    add("--kernel", type=int, metavar="K", help="leave the middle KxK of each large kernel")
+    add("--hidden", type=int, metavar="H", help="leave H hidden channels in each block")
+    text = f"as many blocks as take at most T of the time, such as 0.5, with --kernel {KERNEL} by default"
+    add("--time", type=float, metavar="T", help=text)
+    text = "the training option of this name, if it was not 1.0 and the checkpoint doesn't record it"
+    add("--img_range", type=float, metavar="R", help=text)
+    add("--overwrite", action="store_true", help="replace an existing file")
+    add("--version", action="version", version=f"AetherNet {__version__}")
+    return parser.parse_args(argv)
+
+
+def build(args: argparse.Namespace, state: Mapping[str, Tensor]) -> AetherBase:
+    """The fused network of a training form."""
+    form = form_name(state)
+    if form not in ("training", ""):
+        found = f"{args.model_path} is in {form} form, which can't be fine-tuned"
+        raise UserError(f"{found}; pass the training form that it was made from (--model_path).")
+    try:
+        return shrink.fused(state, args.img_range)
+    except ValueError as error:
+        given = "" if args.img_range is None else " or another --img_range"
+        raise UserError(f"{args.model_path}: {error} Pass a training form (--model_path){given}.") from None
+
+
+def size_left(args: argparse.Namespace, options: Mapping[str, Any]) -> shrink.Size:
+    """The size that the user wants."""
+    size, stages = shrink.Size.of(options), len(options["depths"])
+    least = shrink.Size(stages, options["sk_kernel"], 1)
+    for name in size._fields:
+        given, low, high = getattr(args, name), getattr(least, name), getattr(size, name)
+        if given is None:
+            continue
+        if not low <= given <= high or (name == "kernel" and given % 2 == 0):
+            odd = "an odd number " if name == "kernel" else ""
+            raise UserError(f"--{name} {given} is not possible; expected {odd}from {low} to {high}.")
+        size = size._replace(**{name: given})
+    if args.time is None:
+        return size
+    if not 0 < args.time < 1:
+        raise UserError(f"--time {args.time:g} is not possible; expected a share below 1, such as 0.5.")
+    if args.blocks is not None:
+        raise UserError("--time chooses the number of blocks; leave out --blocks, or --time.")
+    if args.kernel is None:
+        size = size._replace(kernel=max(least.kernel, min(KERNEL, size.kernel)))
+    try:
+        return size._replace(blocks=shrink.blocks_within(args.time, options, size))
+    except ValueError as error:
+        remedy = "pass a larger --time, or a smaller --kernel or --hidden"
+        raise UserError(f"--time {args.time:g} can't be reached: {error}; {remedy}.") from None
+
+
+def read_pictures(folder: Path, net: AetherBase) -> List[Tuple[Tensor, Tensor]]:
+    pairs, large = calibration_pairs(folder, net, "--pictures"), SIDE * net.scale
+    pairs = pairs[:: -(-len(pairs) // PICTURES)]
+    return [(low[..., :SIDE, :SIDE], high[..., :large, :large]) for low, high in pairs]
+
+
+def run(args: argparse.Namespace) -> None:
+    """What the command does. Raises UserError, and then writes nothing."""
+    target = args.output_path
+    if target.suffix.lower() not in ENDINGS:
+        raise UserError(f"{target} does not end in .pth or .safetensors; pass another --output_path.")
+    check_output(target, [args.model_path], args.overwrite, "--output_path")
+    state, chosen = read_checkpoint(args.model_path)
+    before: Any = build(args, state)
+    pairs = read_pictures(args.pictures, before)
+    left = size_left(args, {**before.options, **read_options(state)})
+    print(f"Weights: {chosen}\nOn {len(pairs)} pictures of {args.pictures}, before any training:\n")
+    print(f"{'taken out':<24}{'blocks in each stage':<24}{'PSNR, dB':>8}")
+    for step in shrink.steps(state, pairs, left, args.img_range):
+        depths = ", ".join(map(str, read_options(step.state)["depths"]))
+        print(f"{step.what:<24}{depths:<24}{step.decibels:>8.2f}", flush=True)
+    options = {**before.options, **read_options(step.state)}
+    ratio = shrink.times({"before": before, "after": shrink.fused(step.state, args.img_range)}).ratio(
+        "after", "before"
+    )
+    measured = f"{shrink.SIDE}x{shrink.SIDE} pixels, {torch.get_num_threads()} threads, both fused"
+    print(f"\nTime: {ratio.value:.2f} of the network's ({ratio.low:.2f} to {ratio.high:.2f}; {measured})")
+    name, metadata = variant_name(options), {"format": "pt", "form": "training", "scale": str(before.scale)}
+    metadata["architecture"] = name if name.startswith("aether") else "AetherNet"
+    try:
+        with Together() as files:
+            write_state(step.state, files.part(target), metadata)
+            files.commit()
+    except OSError as error:
+        found = f"{target} can't be written: {error.strerror or error}"
+        raise UserError(f"{found}; free space or pass another --output_path.") from None
+    print(f"Wrote {target}; to fine-tune it:\n\nnetwork_g:")
+    print("\n".join(f"  {line}" for line in shrink.network_lines(options)))
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    return exit_code("aether-shrink", lambda: run(parse_args(argv)), "nothing was written.")

@@ -1,0 +1,181 @@
+"""aether-shrink takes out what a network misses least and keeps the rest; every tool opens its files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Dict
+
+import aether_arch
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import one_line, randomize
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from aethersr import shrink
+from aethersr.commands.fuse import main as fuse
+from aethersr.commands.shrink import main
+from aethersr.identify import aether_from_state_dict, read_options
+from aethersr.timing import Comparison
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+PLAIN = {"use_channel_attn": False, "use_spatial_attn": False}
+KINDS: Dict[str, Dict[str, Any]] = {
+    "x2": PLAIN,
+    "x3, no bound": {"scale": 3, "bound": None, **PLAIN},
+    "x4, attention": {"scale": 4, "depths": (2, 1, 3), "embed_dim": 12},
+    "batch statistics": {"norm": "batch", "sk_kernel": 5, "mlp_ratio": 1.5, **PLAIN},
+    "grey, img_range": {"in_chans": 1, "img_range": 255.0, **PLAIN},
+}
+
+
+def network(**options: Any) -> Any:
+    options = {"scale": 2, "embed_dim": 8, "depths": (3, 2), "lk_kernel": 7, **options}
+    return randomize(aether_arch.AetherNet(**options)).eval()
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    (tmp_path / "pictures").mkdir()
+    for index in range(2):
+        noise = np.random.default_rng(index).integers(0, 256, (40, 48, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(tmp_path / "pictures" / f"{index}.png")
+    return tmp_path / "pictures"
+
+
+def run(tmp_path: Path, *options: Any, source: str = "net.pth", target: str = "small.pth") -> int:
+    given = ("--model_path", tmp_path / source, "--output_path", tmp_path / target)
+    return main([str(each) for each in (*given, "--pictures", tmp_path / "pictures", *options)])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_smaller_weights_compute_what_the_network_does_without_the_parts(kind: str) -> None:
+    net, image = network(**KINDS[kind]), torch.rand(1, KINDS[kind].get("in_chans", 3), 9, 14)
+    state = shrink.with_kernel(shrink.without_block(net.state_dict(), 0, 0), 5)
+    net.stages[0][0] = nn.Identity()
+    channels = {}
+    for name, module in net.named_modules():
+        if isinstance(module, aether_arch.ReparamLargeKernelConv):
+            for side in (0, -1):
+                module.lk_conv.weight[:, :, side] = module.lk_conv.weight[:, :, :, side] = 0
+        if isinstance(module, aether_arch.GatedConvFFN):
+            stage, block = name.split(".")[1:3]
+            name = f"stages.{stage}.{int(block) - (stage == '0')}."
+            channels[name] = torch.arange(1, module.conv_out.in_channels, 2)
+            module.conv_out.weight[:, ::2] = 0
+    smaller = aether_from_state_dict(shrink.with_hidden(state, channels), KINDS[kind].get("img_range", 1.0))
+    assert shrink.Size.of(smaller.options) == (
+        sum(net.options["depths"]) - 1,
+        5,
+        len(channels["stages.1.0."]),
+    )
+    torch.testing.assert_close(smaller(image), net(image), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_with_nothing_taken_out_every_tensor_is_equal(tmp_path: Path, pictures: Path, kind: str) -> None:
+    state = network(**KINDS[kind]).half().state_dict()
+    torch.save(state, tmp_path / "net.pth")
+    save_file(state, str(tmp_path / "net.safetensors"))
+    assert run(tmp_path) == run(tmp_path, source="net.safetensors", target="small.safetensors") == 0
+    written = torch.load(tmp_path / "small.pth", weights_only=True)
+    for found in (written, load_file(str(tmp_path / "small.safetensors"))):
+        assert sorted(found) == sorted(state)
+        assert all(found[name].dtype == torch.half for name in state)
+        assert all(torch.equal(found[name], value) for name, value in state.items())
+
+
+@torch.no_grad()
+def test_what_the_network_does_not_need_goes_first() -> None:
+    net = network(embed_dim=9, depths=(3, 2, 1), **PLAIN)
+    for block in (net.stages[0][1], net.stages[1][1], net.stages[2][0]):  # the last is alone in its stage
+        nn.init.zeros_(block.ffn.conv_out.weight)
+        nn.init.zeros_(block.ffn.conv_out.bias)
+    for module in net.modules():
+        if isinstance(module, aether_arch.GatedConvFFN):
+            module.conv_out.weight[:, [0, 5, 6]] = 0
+        if isinstance(module, aether_arch.ReparamLargeKernelConv):
+            module.lk_conv.weight[:, :, [0, -1]] = module.lk_conv.weight[:, :, :, [0, -1]] = 0
+    images = torch.rand(3, 1, 3, 11, 8)
+    pairs = [(image, net(image).clamp(0, 1)) for image in images]
+    found = list(shrink.steps(net.state_dict(), pairs, shrink.Size(4, 5, 15)))
+    assert sorted(step.what for step in found[1:3]) == ["block 0.1", "block 1.1"]
+    assert [step.decibels for step in found] == [99] * 5
+    smaller = aether_from_state_dict(found[-1].state)
+    torch.testing.assert_close(smaller(images[0]), net(images[0]), atol=1e-5, rtol=1e-5)
+
+
+def test_time_chooses_the_number_of_blocks(
+    tmp_path: Path, pictures: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(nets: Any) -> Comparison:  # 1 ms, and 1 ms each block; a kernel of 9 costs another
+        sizes = {name: shrink.Size.of(net.options) for name, net in nets.items()}
+        return Comparison({name: [1.0 + size.blocks + (size.kernel == 9)] for name, size in sizes.items()})
+
+    monkeypatch.setattr(shrink, "times", measured)
+    torch.save(network(depths=(4, 4), lk_kernel=9, **PLAIN).state_dict(), tmp_path / "net.pth")
+    assert run(tmp_path, "--time", 0.61) == 0
+    options = read_options(torch.load(tmp_path / "small.pth", weights_only=True))
+    assert (sum(options["depths"]), options["lk_kernel"]) == (5, 7)
+    assert "Time: 0.60 of" in capsys.readouterr().out
+    assert run(tmp_path, "--time", 0.2, "--overwrite") == 2
+    assert "takes 0.30 of" in one_line(capsys.readouterr().err, "aether-shrink")
+
+
+REFUSED = {
+    "--blocks 1": "from 2 to 5",
+    "--blocks 6": "from 2 to 5",
+    "--kernel 4": "odd number from 3 to 7",
+    "--hidden 17": "from 1 to 16",
+    "--time 0": "below 1",
+    "--time 0.5 --blocks 3": "leave out --blocks",
+    "--img_range 0": "--img_range",
+    "--pictures missing": "--pictures missing",
+    "--output_path small.onnx": "end in .pth or .safetensors",
+    "--output_path net.pth": "the input itself",
+    "--model_path fused.pth": "fused form",
+    "--model_path int8.pth": "int8 form",
+    "--model_path other.pth": "not an AetherNet",
+}
+
+
+@pytest.mark.parametrize("options", REFUSED)
+def test_refused_in_one_line(
+    tmp_path: Path, pictures: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch, options: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    net = network(**PLAIN)
+    torch.save(net.state_dict(), "net.pth")
+    torch.save(net.fused().state_dict(), "fused.pth")
+    quantised = net.fused().prepare_qat("default", [torch.rand(1, 3, 9, 9)])
+    torch.save(quantised.convert_to_quantized().state_dict(), "int8.pth")
+    torch.save({"head.weight": torch.zeros(3, 3)}, "other.pth")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+    assert run(tmp_path, *options.split()) == 2
+    assert REFUSED[options] in one_line(capsys.readouterr().err, "aether-shrink")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before
+
+
+def test_every_tool_opens_uneven_depths(tmp_path: Path, pictures: Path, capsys: Any) -> None:
+    import onnxruntime
+
+    torch.save(network(depths=(2, 3, 2, 2), **PLAIN).state_dict(), tmp_path / "net.pth")
+    assert run(tmp_path, "--blocks", 6, "--kernel", 5, "--hidden", 9) == 0
+    lines = yaml.safe_load(capsys.readouterr().out.partition("to fine-tune it:")[2])["network_g"]
+    smaller = getattr(aether_arch, lines.pop("type"))(scale=2, **lines).eval()
+    smaller.load_state_dict(torch.load(tmp_path / "small.pth", weights_only=True))
+    files = ["--model_path", str(tmp_path / "small.pth"), "--output_path", str(tmp_path / "2x_fused.pth")]
+    assert fuse([*files, "--onnx", "fp32,int8", "--calibration", str(pictures)]) == 0
+    image = torch.rand(1, 3, 13, 8)
+    expected = smaller(image).detach().numpy()
+    largest = max(1, np.abs(expected).max())
+    fused = aether_from_state_dict(torch.load(tmp_path / "2x_fused.pth", weights_only=True))(image)
+    assert np.abs(fused.detach().numpy() - expected).max() < 1e-5 * largest
+    for precision, allowed in (("fp32", 1e-4), ("int8", 0.5)):
+        session = onnxruntime.InferenceSession(str(tmp_path / f"2x_{precision}.onnx"))
+        out = session.run(None, {session.get_inputs()[0].name: image.numpy()})[0]
+        assert np.abs(out - expected).max() < allowed * largest
