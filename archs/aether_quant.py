@@ -24,7 +24,6 @@ else:  # copied into a framework
 TARGETS = ("onnxruntime", "tensorrt", "openvino")  # runtimes to optimise for, see for_target
 FULL = "placement 'full' was removed; AetherNet 0.2.0 is the last version that reads it"
 RANGES = (".range_sum", ".watched")  # how names of a quantiser's tensors end
-SMALLEST = 1e-6  # the range of a tensor that is always zero
 
 
 def prepare_qat(
@@ -32,13 +31,11 @@ def prepare_qat(
 ) -> QuantAetherNet:
     """Fuse a network and insert fake quantisation for fine-tuning, in place. Make the optimizer afterwards.
 
-    Args:
-        placement: "default", the only one left.
-        calibration: pictures for the initial ranges, each (N, in_chans, H, W) in [0, 1]; training replaces
-            these ranges. Default: the ranges that the network has, otherwise those of synthetic pictures.
+    ``calibration``: pictures for the initial ranges, each (N, in_chans, H, W) in [0, 1]; training replaces
+    these ranges. Default: the ranges that the network has, otherwise those of synthetic pictures.
 
-    Raises:
-        ValueError: another placement, or no picture to calibrate on. The network stays as it was.
+    Raises ValueError for a placement other than "default", the only one left, or without a usable picture;
+    the network stays as it was.
     """
     if calibration is None and not (isinstance(net, QuantAetherNet) and net.has_ranges()):
         calibration = _test_pictures(net.options["in_chans"])
@@ -53,10 +50,9 @@ def insert_quantizers(
     calibration: Optional[Iterable[Tensor]] = None,
 ) -> QuantAetherNet:
     """prepare_qat, but without ``calibration`` nothing is rounded until training sets the ranges."""
-    if placement == "full":
-        raise ValueError(f"AetherNet: {FULL}; use qat: true.")
-    if placement is not True and placement != "default":
-        raise ValueError(f"AetherNet: qat={placement!r} is not possible; allowed: true, false, default.")
+    if placement not in (True, "default"):
+        remedy = f"{FULL}; use true" if placement == "full" else "allowed: true, false, default"
+        raise ValueError(f"AetherNet: qat={placement!r} is not possible; {remedy}.")
     made = net
     if not isinstance(made, QuantAetherNet) or made.is_int8:
         fused = net.fused()
@@ -71,18 +67,15 @@ def insert_quantizers(
 
 
 class Quantizer(nn.Module):
-    """Fake quantisation: rounds a tensor (N, ...) to 256 values on one scale.
+    """Fake quantisation: rounds a tensor (N, ...) to 256 values on one scale. arxiv.org/abs/1712.05877
 
-    Reference: https://arxiv.org/abs/1712.05877. The range follows the first ``WATCH`` training batches, then
-    stays fixed. Nothing is rounded before the first. The range is a moving average of the largest value in
-    each batch's median image: one image in ten may reach a hundred times as far as the others, and a range
-    for that image would leave no steps for the rest. A batch of zeros says nothing and doesn't count.
+    The values start at ``low``, if the function has a minimum (sigmoid, SiLU); otherwise they are symmetric.
+    The range follows the first ``WATCH`` training batches, then stays fixed. Nothing is rounded before. It is
+    a moving average of the largest value in each batch's median image: some networks run away on one image in
+    ten, and a range for that one leaves no steps for the rest. Batches of zeros or infinities don't count.
 
     The state is float parameters without gradient, because frameworks' EMA copies those but not every buffer.
     It is a sum and a count, because the quotient of their averages is right even if they start at zero.
-
-    Args:
-        low: smallest value, if the function has one (sigmoid, SiLU). None: symmetric, as TensorRT needs it.
     """
 
     WATCH = 100
@@ -106,12 +99,12 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def observe(self, x: Tensor) -> None:
         largest = (x.abs() if self.low is None else x).flatten(1).amax(1).float()
-        seen = (_median(largest) * self.margin).clamp(max=self.limit or math.inf)
+        seen = _median(largest) * self.margin
+        counts = (self.watched < self.WATCH) & seen.isfinite() & (seen > 0)
+        seen = seen.clamp(max=self.limit or math.inf)
         # In a small batch even the median image may be extreme: it counts as twice the range at most.
         later = self.largest.lerp(torch.minimum(seen, 2 * self.largest), 0.1)
         average = torch.where(self.watched > 0, later, seen)
-        # An infinite batch would ruin the range, and so would a zero at its start.
-        counts = (self.watched < self.WATCH) & seen.isfinite() & (seen > 0)
         self.range_sum.copy_(torch.where(counts, average * (self.watched + 1), self.range_sum))
         self.watched.add_(counts)
 
@@ -188,8 +181,7 @@ class StoredConv2d(nn.Module):
 
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
-        self.padding: Any = conv.padding
-        self.groups = conv.groups
+        self.padding, self.groups = conv.padding, conv.groups
         self.quant_in: nn.Module = getattr(conv, "quant_in", nn.Identity())
         self.quant_out: nn.Module = getattr(conv, "quant_out", nn.Identity())
         assert conv.bias is not None  # for the type checker
@@ -298,11 +290,8 @@ class QuantAetherNet(arch.FusedAetherNet):
     def calibrate(self, images: Iterable[Tensor]) -> None:
         """Set every range from ``images``, each (N, in_chans, H, W) in [0, 1], without training.
 
-        The range is the median image's; values beyond it are clipped. A range for the one picture that drives
-        a layer ten times as far would leave few steps for the others.
-
-        Raises:
-            ValueError: no image, or none on which all values are finite; the ranges stay as they were.
+        The range is the median image's, and values beyond it are clipped, as in Quantizer. Raises ValueError
+        without an image on which all values are finite; the ranges stay as they were.
         """
         if self.is_int8:
             raise ValueError("calibrate: this network holds int8 weights already; calibrate the float one.")
@@ -413,8 +402,7 @@ class QuantAetherNet(arch.FusedAetherNet):
             if isinstance(conv, nn.Conv2d) and "_attn." not in path:  # attention is small
                 parent, _, name = path.rpartition(".")
                 setattr(self.get_submodule(parent), name, StoredConv2d(conv))
-        tail: Any = self.tail
-        tail.to_int8_()
+        self.tail.to_int8_()  # type: ignore[operator]
         self.requires_grad_(False)
         self.is_int8 = True
         self._settle(True)
@@ -422,10 +410,8 @@ class QuantAetherNet(arch.FusedAetherNet):
     def convert_to_quantized(self) -> QuantAetherNet:
         """A copy in evaluation mode with int8 weights: a third of the float file's size, not trainable.
 
-        A network that has int8 weights already is returned itself.
-
-        Raises:
-            ValueError: ranges are unknown (no training, no calibrate), or weights are beyond half precision.
+        A network that has int8 weights already is returned itself. Raises ValueError if ranges are unknown
+        (no training, no calibrate) or weights are beyond half precision.
         """
         if self.is_int8:
             return self
@@ -434,8 +420,8 @@ class QuantAetherNet(arch.FusedAetherNet):
             raise ValueError(f"convert_to_quantized: the ranges are unknown; {remedy}.")
         other = copy.deepcopy(self).eval().float()
         for quantizer in other.quantizers().values():
-            # A sum over a hundred may exceed half precision.
-            quantizer.range_sum.copy_(quantizer.largest.clamp_min(SMALLEST))
+            # A sum over a hundred may exceed half precision; a tensor that is always zero has no range yet.
+            quantizer.range_sum.copy_(quantizer.largest.clamp_min(1e-6))
             quantizer.watched.fill_(1)
         other.to_int8_()
         for name, value in other.state_dict().items():
