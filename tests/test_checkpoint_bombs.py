@@ -49,7 +49,7 @@ def long1(number: int) -> bytes:
 def blown_up_text() -> Any:
     encode = __import__("_codecs").encode
     text: Any = "ab"
-    for _ in range(24):  # each doubles it
+    for _ in range(28):  # each doubles it
         text = Calls(encode, text, "utf-16-le") if isinstance(text, str) else Calls(encode, text, "hex")
     return text
 

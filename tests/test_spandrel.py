@@ -85,7 +85,7 @@ def load(path: Path, state: Dict[str, Tensor]) -> ImageModelDescriptor[Any]:
 
 UNDETECTABLE = {"drop", "drop_path_rate", "norm"}  # no tensor holds them; they change nothing in evaluation
 NETWORKS: Dict[str, Dict[str, Any]] = {
-    "deep": {"scale": 1, "depths": [30], "use_channel_attn": False, "use_spatial_attn": False},
+    "deep": {"scale": 1, "depths": [60], "use_channel_attn": False, "use_spatial_attn": False},
     "x3, channel attention": {"scale": 3, "use_spatial_attn": False},
     "x8, spatial attention": {"scale": 8, "use_channel_attn": False},
     "grey": {"in_chans": 1},
