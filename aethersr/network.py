@@ -186,6 +186,8 @@ def load_network(
                 check_kind(file.read(512), weights=False)
         except Refused as error:
             raise UserError(f"{path} {error} ({flag}).") from None
+        except OSError as error:
+            raise UserError(f"{path} can't be read: {error.strerror}; pass another ({flag}).") from None
         ncnn = path.suffix.lower() == ".param"
         return NcnnNetwork(path, flag) if ncnn else OnnxNetwork(path, device, flag)
     try:

@@ -67,18 +67,9 @@ def check_same_network(first: Path, others: list[Path]) -> None:
 
 def resource(path: Path, url: str) -> dict[str, Any]:
     content, ending = path.read_bytes(), path.suffix.lower()
-    return {
-        "platform": PLATFORMS[ending],
-        "type": ending[1:],
-        "size": len(content),
-        "sha256": hashlib.sha256(content).hexdigest(),
-        "urls": [f"{url.rstrip('/')}/{quote(path.name)}"] if url else [],
-    }
-
-
-def model_name(path: Path) -> str:
-    """2x_NAME_fused_fp16.safetensors -> NAME."""
-    return re.sub(r"(_fused|_fp16|_fp32|_bf16|_int8)+$", "", re.sub(r"^\d+x[-_ ]?", "", path.stem))
+    urls = [f"{url.rstrip('/')}/{quote(path.name)}"] if url else []
+    file = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest(), "urls": urls}
+    return {"platform": PLATFORMS[ending], "type": ending[1:], **file}
 
 
 def model_id(name: str, scale: int) -> str:
@@ -98,7 +89,8 @@ def write_card(args: argparse.Namespace) -> None:
     network = facts(first)
     if network["inputChannels"] in (1, 3):
         check_same_network(first, args.files[1:])
-    name = args.name or model_name(first)
+    # 2x_NAME_fused_fp16.safetensors -> NAME
+    name = args.name or re.sub(r"^\d+x[-_ ]?|(_fused|_fp16|_fp32|_bf16|_int8)+$", "", first.stem)
     target = first.with_name(f"{model_id(name, network['scale'])}.json")
     check_output(target, args.files, args.overwrite, "--name")
     content = {
