@@ -162,7 +162,7 @@ def read_options(state: Mapping[str, Tensor]) -> Dict[str, Any]:
 
 
 def _refuse_other_versions(state: Mapping[str, Tensor]) -> None:
-    empty = [name for name, value in state.items() if value.numel() == 0]
+    empty = [name for name, value in state.items() if 0 in value.shape]
     if empty:
         raise ValueError(
             f"tensor {empty[0][:80]!r} holds no value; its shape is {tuple(state[empty[0]].shape)}."
