@@ -353,7 +353,7 @@ def scatter(points: List[Point], ms: Dict[str, float], budget: str) -> Any:
     axis.set_title(f"Quality against time: up and left is better\n{budget}", fontsize=11)
     axis.xaxis.set_major_formatter("{x:g}")
     axis.xaxis.set_minor_formatter("{x:g}")
-    axis.margins(x=0.2)
+    axis.margins(x=0.3)
     axis.grid(which="both", alpha=0.3)
     axis.legend()
     return figure
