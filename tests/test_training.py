@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 from typing import Any, Dict, List, Set
 
+import frameworks
 import numpy as np
 import pytest
 from conftest import ROOT
@@ -99,7 +100,6 @@ def test_a_run_that_fails_or_is_stopped_leaves_nothing(mine: Path, tmp_path: Pat
     ("arguments", "words"),
     [
         (["--pictures", "mine", "--reductions", "4"], "no crop of mine is sharp enough"),
-        (["--pictures", "mine", "--reductions", "0"], "no reduction to 1/0; pass 1 or more (--reductions)"),
         (["--pictures", "mine", "--textures"], "--textures is about the packages"),
         (["--pictures", "mine", "--packages", "mine"], "--packages is about the packages"),
         (["--pictures", "none"], "there is no folder none"),
@@ -189,3 +189,38 @@ def test_the_launcher_says_where_and_how_it_starts(
     monkeypatch.setattr(sys, "argv", ["trainner_redux_cpu.py", task])
     with pytest.raises(SystemExit, match=words):
         trainner_redux_cpu.main()
+
+
+# ------------------------------------------------------------ the route without a GPU, docs/fine-tuning.md
+
+
+def started_by_the_page(language: str) -> List[str]:
+    """The words that start the launcher in the page's block of a shell, with / between folders."""
+    text = (ROOT / "docs" / "fine-tuning.md").read_text(encoding="utf-8")
+    blocks = re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+    line = next(line for block in blocks for line in block.splitlines() if "trainner_redux_cpu" in line)
+    return line[line.index("python ") :].split(" >")[0].replace("\\", "/").split()
+
+
+def test_the_page_starts_the_same_on_windows() -> None:
+    assert started_by_the_page("sh") == started_by_the_page("bat")
+
+
+def test_the_line_of_the_page_trains_in_an_untouched_checkout_and_resumes(tmp_path: Path) -> None:
+    framework = frameworks.checkout(frameworks.Redux, "TRAINNER_REDUX_ROOT", tmp_path)
+    before = content(framework.archs)
+    for kind, side in (("hr", 64), ("lr", 32)):
+        (tmp_path / kind).mkdir()
+        Image.fromarray(PICTURE[:side, :side]).save(tmp_path / kind / "0.png")
+    text = framework.template_text("cpu_finetune")
+    python, script, *words = started_by_the_page("sh")
+    command = [framework.python, script.replace("AetherNet", str(ROOT), 1), *words]
+    assert python == "python"
+    changes = {"network_g": frameworks.TINY, "path": {"pretrain_network_g": None}}
+    for iterations in (2, 4):
+        options = framework.unedited("mine", text, tmp_path, 1, 24, 2, iterations, val=None, **changes)
+        options.rename(framework.root / "mine.yml")
+        done = subprocess.run(command, cwd=framework.root, capture_output=True, text=True, timeout=900)
+        assert framework.weights("mine", iterations).is_file(), done.stdout[-3000:] + done.stderr[-3000:]
+    assert sorted(framework.losses("mine")) == [1, 2, 3, 4]
+    assert content(framework.archs).keys() - before.keys() <= set(framework.archs.rglob("*.pyc"))

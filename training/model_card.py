@@ -27,10 +27,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "archs")]
 
 from aethersr.checkpoint import read_checkpoint  # noqa: E402
 from aethersr.commands import exit_code  # noqa: E402
+from aethersr.commands.evaluate import upscaler  # noqa: E402
 from aethersr.errors import UserError  # noqa: E402
 from aethersr.files import Together, check_output  # noqa: E402
 from aethersr.identify import aether_from_state_dict, variant_name  # noqa: E402
-from aethersr.network import open_upscaler  # noqa: E402
+from aethersr.network import load_network  # noqa: E402
 from aethersr.quality import psnr  # noqa: E402
 
 PLATFORMS = {".pth": "pytorch", ".safetensors": "pytorch", ".onnx": "onnx"}
@@ -56,28 +57,19 @@ def check_same_network(first: Path, others: list[Path]) -> None:
     Files for one size of picture see another border.
     """
     grain = np.random.default_rng(0).normal(128, 12, (64, 64, 3)).clip(0, 255).astype(np.uint8)
-    upscale, scale = open_upscaler(first, "cpu", "FILE")
-    expected = upscale(grain)
+    network = load_network(first, "cpu", flag="FILE")
+    expected = upscaler(network)(grain)
     for path in others:
-        found = open_upscaler(path, "cpu", "FILE")[0](grain)
-        if found.shape != expected.shape or psnr(expected, found, 16 * scale) < ALIKE:
+        found = upscaler(load_network(path, "cpu", flag="FILE"))(grain)
+        if found.shape != expected.shape or psnr(expected, found, 16 * network.scale) < ALIKE:
             raise UserError(f"{path} holds other weights than {first}; pass the files of one model (FILE).")
 
 
 def resource(path: Path, url: str) -> dict[str, Any]:
     content, ending = path.read_bytes(), path.suffix.lower()
-    return {
-        "platform": PLATFORMS[ending],
-        "type": ending[1:],
-        "size": len(content),
-        "sha256": hashlib.sha256(content).hexdigest(),
-        "urls": [f"{url.rstrip('/')}/{quote(path.name)}"] if url else [],
-    }
-
-
-def model_name(path: Path) -> str:
-    """2x_NAME_fused_fp16.safetensors -> NAME."""
-    return re.sub(r"(_fused|_fp16|_fp32|_bf16|_int8)+$", "", re.sub(r"^\d+x[-_ ]?", "", path.stem))
+    urls = [f"{url.rstrip('/')}/{quote(path.name)}"] if url else []
+    file = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest(), "urls": urls}
+    return {"platform": PLATFORMS[ending], "type": ending[1:], **file}
 
 
 def model_id(name: str, scale: int) -> str:
@@ -97,7 +89,8 @@ def write_card(args: argparse.Namespace) -> None:
     network = facts(first)
     if network["inputChannels"] in (1, 3):
         check_same_network(first, args.files[1:])
-    name = args.name or model_name(first)
+    # 2x_NAME_fused_fp16.safetensors -> NAME
+    name = args.name or re.sub(r"^\d+x[-_ ]?|(_fused|_fp16|_fp32|_bf16|_int8)+$", "", first.stem)
     target = first.with_name(f"{model_id(name, network['scale'])}.json")
     check_output(target, args.files, args.overwrite, "--name")
     content = {

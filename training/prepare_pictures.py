@@ -23,13 +23,10 @@ supertuxkart-data            authors named in copyright/supertuxkart-data  CC-BY
 ufoai-textures               authors named in copyright/ufoai-textures     GPL-2+, CC-BY-SA, CC0
 ===========================  ============================================  ==========================
 
-Wallpapers are large and soft, and a soft crop teaches nothing, because bicubic reproduces it. So pictures are
-first reduced to 1/2, 1/3, 1/4 and 1/6 (``--reductions``; 1 leaves sharp pictures as they are), and only crops
-on which bicubic interpolation reaches 20 to 37 dB are kept. Low-resolution pictures are Pillow's bicubic
-reductions of whole pictures, cropped afterwards, so that crops have no borders of their own.
-
-``--textures`` adds the last two packages, textures of games (1 GB): photographed surfaces, drawn signs and
-figures. They are smaller and sharper, and reduced to 1/2 and 1/3.
+A soft crop teaches nothing, because bicubic reproduces it. So pictures are first reduced to 1/2, 1/3, 1/4 and
+1/6 (``--reductions``; 1 leaves them as they are), and only crops on which bicubic interpolation reaches 20 to
+37 dB are kept. Low-resolution pictures are Pillow's bicubic reductions of whole pictures, cropped afterwards.
+``--textures`` adds the last two packages, textures of games (1 GB), reduced to 1/2 and 1/3.
 """
 
 from __future__ import annotations
@@ -163,7 +160,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     parser.add_argument("--pictures", type=Path, help="folder with your own pictures, instead of packages")
     parser.add_argument("--textures", action="store_true", help="also textures of games, 1 GB to download")
     text = f"reduce pictures to 1/N before cropping (default: {' '.join(map(str, REDUCTIONS))})"
-    parser.add_argument("--reductions", type=int, nargs="+", metavar="N", help=text)
+    parser.add_argument("--reductions", type=int, choices=range(1, 13), nargs="+", metavar="N", help=text)
     args = parser.parse_args(argv)
     return exit_code("prepare_pictures.py", lambda: prepare(args), f"{args.folder} is not complete.")
 
@@ -172,8 +169,6 @@ def prepare(args: argparse.Namespace) -> None:
     for name in ("gt", "lq", "sources.csv", "copyright"):
         if (args.folder / name).exists():
             raise UserError(f"{args.folder / name} exists; name another folder, or remove it (FOLDER).")
-    if min(args.reductions or REDUCTIONS) < 1:
-        raise UserError(f"there is no reduction to 1/{min(args.reductions)}; pass 1 or more (--reductions).")
     if args.pictures and (args.textures or args.packages):
         flag = "--textures" if args.textures else "--packages"
         raise UserError(f"{flag} is about the packages, which --pictures replaces; leave one of them out.")
@@ -187,10 +182,8 @@ def prepare(args: argparse.Namespace) -> None:
             for path in written:  # gt last: once it exists, all is complete
                 path.rename(args.folder / path.name)
     except OSError as error:
-        where = error.filename or args.folder
-        raise UserError(
-            f"{where} can't be written: {error.strerror}; pass another folder (FOLDER)."
-        ) from None
+        text = f"{error.filename or args.folder}: {error.strerror}"
+        raise UserError(f"{text}; pass another folder (FOLDER).") from None
     print(f"{len(rows)} pairs from {len({row[1] for row in rows})} pictures in {args.folder}")
     print(f"bicubic x{args.scale}: median {np.median([float(row[3]) for row in rows]):.1f} dB")
 
