@@ -126,3 +126,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+elif __name__ == "__mp_main__":  # a data worker on Windows or macOS, which begins from nothing
+    import_torchvision()
