@@ -94,16 +94,16 @@ def unwrap(content: Mapping[Any, Any]) -> Checkpoint:
 
 
 def _mappings(content: Mapping[Any, Any]) -> Iterator[Tuple[Tuple[str, ...], Mapping[Any, Any]]]:
-    """Every mapping in a checkpoint except optimizers, once, with the keys that lead to it."""
-    seen: Set[Tuple[str, int]] = set()
+    """Every mapping in a checkpoint except optimizers, with the keys that lead to it."""
+    seen: Set[int] = set()  # a small file can hold one mapping in endlessly many places
     waiting: List[Tuple[Tuple[str, ...], Mapping[Any, Any]]] = [((), content)]
     for path, mapping in waiting:
         yield path, mapping
         for key, value in mapping.items() if len(path) < DEPTH else ():
-            if isinstance(key, str) and isinstance(value, Mapping) and not _OPTIMIZER.search(key):
-                if (key, id(value)) not in seen:  # a small file can hold one mapping in endlessly many places
-                    waiting.append(((*path, key), value))
-                seen.add((key, id(value)))
+            named = isinstance(key, str) and not _OPTIMIZER.search(key)
+            if named and isinstance(value, Mapping) and id(value) not in seen:
+                seen.add(id(value))
+                waiting.append(((*path, key), value))
 
 
 def _networks(content: Mapping[Any, Any], anchor: Pattern[str]) -> List[_Candidate]:
@@ -247,8 +247,8 @@ def _check_tensors(state: Mapping[str, Tensor], size: int) -> None:
             raise Refused("has tensors that claim more than the file holds; expected a plain checkpoint")
         stored[storage] = max(claimed, stored.get(storage, 0))
         if not bool(torch.isfinite(value).all()):
-            found = f"holds tensor {name[:80]!r} with NaN or Inf"
-            raise Refused(f"{found}; training has diverged, so pass an earlier checkpoint")
+            found = f"is of a training that diverged, {name[:80]!r} holds NaN or Inf"
+            raise Refused(f"{found}; pass an earlier checkpoint")
 
 
 # ---------------------------------------------------------------------------------------------------- writing

@@ -68,9 +68,7 @@ def fit_half_precision_(net: FusedAetherNet, device: str = "cpu") -> Fit:
         return Fit({}, lost, len(pictures), problem, math.nan, math.nan)
     powers = rescale_(net, largest_of([measured[name] for name in sound]))
     decibels, steps = loss(copy.deepcopy(net).float().to(device), [pictures[name] for name in sound])
-    problem = (
-        "" if math.isfinite(decibels) else "half precision can't hold its values, and no rescaling helps"
-    )
+    problem = "half precision can't hold its values, and no rescaling helps" if math.isnan(decibels) else ""
     return Fit(powers, lost, len(pictures), problem, decibels, steps)
 
 
@@ -157,19 +155,6 @@ def largest_values(net: AetherBase, picture: Tensor) -> Dict[str, float]:
 def largest_of(measured: List[Dict[str, float]]) -> Dict[str, float]:
     """The largest of several measurements."""
     return {key: max(found[key] for found in measured) for key in measured[0]}
-
-
-@torch.no_grad()
-def changed_by_bound(bounded: FusedAetherNet, free: FusedAetherNet) -> Tuple[int, int, int]:
-    """Number of hard pictures that the bound changes, that are not finite without it, and in total."""
-    pictures = list(hard_pictures(bounded.options["in_chans"]).values())
-    bounded, free = (copy.deepcopy(net).float().cpu() for net in (bounded, free))
-    expected = [free(picture) for picture in pictures]
-    same = [
-        torch.allclose(bounded(each), output, rtol=1e-4, atol=1e-5)
-        for each, output in zip(pictures, expected)
-    ]
-    return same.count(False), sum(not bool(output.isfinite().all()) for output in expected), len(pictures)
 
 
 # ------------------------------------------------------------------------------------ the values in a network
@@ -268,11 +253,10 @@ def with_ranges_of(net: FusedAetherNet, trained: QuantAetherNet, powers: Mapping
     ``powers`` are those of the rescaling; each range is scaled like its values.
     """
     power_of = {value: powers.get(name, 0) for name, group in groups(net).items() for value in group.values}
-    quantised = insert_quantizers(copy.deepcopy(net).float(), trained.placement)
+    quantised = insert_quantizers(copy.deepcopy(net).float())
     ranges = trained.quantizers()
     for name, quantizer in quantised.quantizers().items():
-        value = re.sub(r"\.(?:fine\.)?quant_(in|out|start|sum)$", r".\1", name)
-        value = value.replace(".start", ".in").replace(".sum", ".out")
+        value = re.sub(r"\.quant_(in|out)$", r".\1", name)
         quantizer.range_sum.copy_(ranges[name].range_sum.float() * 2.0 ** power_of.get(value, 0))
         quantizer.watched.copy_(ranges[name].watched)
     return quantised.eval()

@@ -10,12 +10,14 @@ from typing import Any, Dict, List, Mapping, Optional, Tuple
 
 import torch
 from aether_arch import (
+    RECORDED,
     SCALES,
     VARIANTS,
     AetherBase,
     AetherNet,
     DeploymentNorm,
     FusedAetherNet,
+    described,
     differences,
     form_of,
     scale_of,
@@ -62,24 +64,20 @@ def aether_from_state_dict(state_dict: Mapping[str, Any], img_range: Optional[fl
     form: Any = form_of(state)
     if form is not AetherNet:
         options.update(form.options_from_names(state))
-    recorded = state.pop("img_range", None)
     if img_range is not None:
         if not 1e-6 <= img_range < 1e6:
-            raise ValueError(f"img_range {img_range:g} is not possible; expected a number from 1e-6 to 1e6.")
-        if recorded is not None and img_range != options["img_range"]:
+            expected = "expected a number from 1e-6 to 1e6, the training option of this name"
+            raise ValueError(f"--img_range {img_range} is not possible; {expected}.")
+        if "img_range" in state and img_range != options["img_range"]:
             found = f"it was trained with img_range {options['img_range']:g}, which it records"
-            raise ValueError(f"{found}; leave out the {img_range:g} that was given.")
+            raise ValueError(f"{found}; leave --img_range {img_range:g} out.")
         options["img_range"] = img_range
 
     def checked() -> AetherBase:
         net: AetherBase = form(**options)
-        own = net.state_dict()
-        state.update({name: own[name] for name in ("img_range",) if name in own})
         wrong = differences(net, state)
         if wrong:
-            raise ValueError(
-                f"{describe(options)} in {form_name(state)} form, but not whole; tensors {wrong}."
-            )
+            raise ValueError(f"the file is {described(state)}, but not whole; tensors {wrong}.")
         return net
 
     if hasattr(torch.device, "__enter__"):  # PyTorch 2: compare shapes before allocating memory
@@ -142,7 +140,7 @@ def read_options(state: Mapping[str, Tensor]) -> Dict[str, Any]:
     scale = scale_of(state)
     if scale is None:
         raise ValueError(f"the upsampling tensors fit none of the scales {SCALES}.")
-    recorded: Dict[str, Optional[float]] = {"bound": None, "img_range": 1.0}
+    recorded: Dict[str, Any] = {**RECORDED}
     for name, least in (("bound", 1e-3), ("img_range", 1e-6)):
         if name in state and (tuple(state[name].shape) != (1,) or not least <= float(state[name]) < 1e6):
             raise ValueError(f"{name!r} is not one number from {least:g} to 1e6, of shape (1,).")
@@ -226,10 +224,3 @@ def variant_name(options: Mapping[str, Any]) -> str:
             return variant.__name__
     told = ", ".join(f"{name}={options[name]}" for name in ("embed_dim", "depths", "lk_kernel", "mlp_ratio"))
     return f"a network of its own ({told})"
-
-
-def describe(options: Mapping[str, Any]) -> str:
-    """Variant, scale and width, such as "aether_small x2 (96 wide)"."""
-    name = variant_name(options)
-    name = name if name in [variant.__name__ for variant in VARIANTS] else "AetherNet"
-    return f"{name} x{options['scale']} ({options['embed_dim']} wide)"

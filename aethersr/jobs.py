@@ -50,10 +50,10 @@ def find_jobs(
     # Not source.exists(): before Python 3.14 it raises for a name that is too long.
     if not os.path.exists(source):
         raise UserError(f"{source} does not exist; pass a picture or a folder with --input.")
-    if not (source.is_dir() or source.is_file()):
+    if not (os.path.isdir(source) or os.path.isfile(source)):
         raise UserError(f"{source} is neither a file nor a folder; pass a picture or a folder with --input.")
     found, folder = Found([Job(source, target)], [], {}), target.parent
-    if source.is_dir():
+    if os.path.isdir(source):
         if os.path.isfile(target) or (target.suffix.lower() in FORMATS and not os.path.isdir(target)):
             kind = "is a file" if os.path.isfile(target) else "is a picture's name"
             raise UserError(f"{target} {kind}, but {source} is a folder; pass a folder with --output.")

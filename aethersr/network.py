@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Any, Callable, Dict, Optional, Protocol, Tuple
+from typing import Any, Dict, Optional, Protocol, Tuple
 
 import numpy as np
 import torch
@@ -15,10 +15,8 @@ from torch import Tensor
 from aethersr.checkpoint import read_checkpoint
 from aethersr.errors import UserError, first_line, missing_package
 from aethersr.identify import aether_from_state_dict
-from aethersr.tiling import receptive_field, upscale_tiled
+from aethersr.tiling import receptive_field
 from aethersr.untrusted import Refused, check_kind
-
-TILE = 1024  # open_upscaler cuts larger pictures into tiles; the result is the same without attention
 
 
 class Network(Protocol):
@@ -188,6 +186,8 @@ def load_network(
                 check_kind(file.read(512), weights=False)
         except Refused as error:
             raise UserError(f"{path} {error} ({flag}).") from None
+        except OSError as error:
+            raise UserError(f"{path} can't be read: {error.strerror}; pass another ({flag}).") from None
         ncnn = path.suffix.lower() == ".param"
         return NcnnNetwork(path, flag) if ncnn else OnnxNetwork(path, device, flag)
     try:
@@ -202,22 +202,3 @@ def load_network(
     net = net.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # the faster layout
     return TorchNetwork(net.half() if fp16 else net)
-
-
-def open_upscaler(
-    path: Path, device: str, flag: str, img_range: Optional[float] = None
-) -> Tuple[Callable[[Any], Any], int]:
-    """A function from pictures (H, W, 3) uint8 to upscaled ones, by the network in a file; and its scale."""
-    net = load_network(path, device, img_range=img_range, flag=flag)
-    if net.in_chans not in (1, 3):
-        raise UserError(f"{path} takes {net.in_chans} channels; pass a network for 1 or 3 ({flag}).")
-    overlap = net.reach if net.size is None else min(net.reach, min(net.size) // 4)  # as aether-upscale
-
-    def upscale(picture: Any) -> Any:
-        x = torch.from_numpy(picture.copy()).permute(2, 0, 1)[None].float() / 255
-        x = x.reshape(-1, net.in_chans, *x.shape[2:])  # a greyscale network sees each colour separately
-        out = torch.cat([upscale_tiled(net, each, TILE, overlap, size=net.size) for each in x.split(1)])
-        out = out.reshape(3, *out.shape[2:]).permute(1, 2, 0)
-        return (out.clamp(0, 1) * 255).round().to(torch.uint8).numpy()
-
-    return upscale, net.scale

@@ -85,7 +85,7 @@ def export_onnx(
         if precision == "int8":
             quantised: Any = model.convert_to_quantized()
             reference = quantised.for_target(target, reduce_range).cpu()
-            described.update(placement=reference.placement, target=target)
+            described.update(target=target)
         else:
             reference = model.fused().cpu().float()
         network = for_export(reference)
@@ -123,7 +123,7 @@ def _check_arguments(
         f"precision={precision!r} is not known; allowed: {', '.join(PRECISIONS)}": precision
         not in PRECISIONS,
         "precision='int8' needs a quantised network: prepare_qat(), fine-tune, convert_to_quantized()": (
-            precision == "int8" and not hasattr(model, "placement")
+            precision == "int8" and not hasattr(model, "is_int8")
         ),
         f"target={target!r} is not known; allowed: {', '.join(TARGETS)}": target not in TARGETS,
         f"static={static!r} is not possible; expected ({channels}, height, width)": not sizes,

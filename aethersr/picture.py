@@ -163,7 +163,8 @@ class Picture:
         fields, extra, lost = notes.for_file(self.notes, kind, big=self.pixels.nbytes > _BIG)
         if kind == "BMP":
             image = Image.fromarray(self.pixels[..., 0] if channels == 1 else self.pixels)
-            image.save(path, kind, dpi=self.notes.get("dpi", (72, 72)))
+            image.save(buffer := io.BytesIO(), kind, dpi=self.notes.get("dpi", (72, 72)))
+            path.write_bytes(buffer.getvalue())  # Pillow doesn't see that a disk is full
             return lost
         deep = self.pixels.dtype == np.uint16
         image = pyvips.Image.new_from_memory(

@@ -167,20 +167,28 @@ def times(nets: Mapping[str, FusedAetherNet]) -> Comparison:
         return interleaved({name: functools.partial(net.eval(), image) for name, net in nets.items()})
 
 
-def blocks_within(share: float, options: Mapping[str, Any], left: Size) -> int:
-    """How many blocks take at most this share of the network's time, by measurement; at most those left.
+def size_within(share: float, options: Mapping[str, Any], most: Size, least: Size) -> Size:
+    """The largest size between two that takes at most this share of the network's time, by measurement.
 
-    Raises:
-        ValueError: even one block in each stage takes longer.
+    Channels go first, then blocks. Raises ValueError if ``least`` takes longer.
     """
-    least = left._replace(blocks=len(options["depths"]))
-    names = {"all": options, "least": least.within(options), "most": left.within(options)}
-    measured = times({name: FusedAetherNet(**each) for name, each in names.items()})
-    low, high = (measured.ratio(name, "all").value for name in ("least", "most"))
-    if low > share:
-        raise ValueError(f"one block in each stage takes {low:.2f} of the network's time")
-    room = (share - low) / max(high - low, 1e-6) * (left.blocks - least.blocks)
-    return least.blocks + min(int(room), left.blocks - least.blocks)
+    middle = most._replace(hidden=least.hidden)
+    sizes = {"most": most, "middle": middle, "least": least}
+    nets = {name: FusedAetherNet(**size.within(options)) for name, size in sizes.items()}
+    measured = times({"all": FusedAetherNet(**options), **nets})
+    high, mid, low = (measured.ratio(name, "all").value for name in sizes)
+
+    def between(first: int, last: int, start: float, end: float) -> int:
+        return first + int((last - first) * (share - start) / max(end - start, 1e-6))
+
+    if high <= share:
+        return most
+    if mid <= share:
+        hidden = between(least.hidden, most.hidden, mid, high)
+        return most._replace(hidden=max(least.hidden, hidden // 8 * 8))
+    if low <= share:
+        return middle._replace(blocks=between(least.blocks, most.blocks, low, mid))
+    raise ValueError(f"one block in each stage takes {low:.2f} of the network's time")
 
 
 def network_lines(options: Mapping[str, Any]) -> List[str]:

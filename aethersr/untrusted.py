@@ -70,7 +70,9 @@ def load_pickled(content: bytes) -> Any:
             raise Refused(
                 "has a pickle of another protocol than torch.save's own, 2; save it with that"
             ) from None
-        raise Refused("is damaged, or something else than a checkpoint; copy it again") from None
+        raise Refused(
+            "is not a readable checkpoint: it is damaged, or something else; copy it again"
+        ) from None
 
 
 def _pickles(content: bytes) -> List[bytes]:
@@ -113,7 +115,7 @@ def _follow(stream: BinaryIO, file_size: int) -> Any:
         elif name.endswith("PUT"):
             memo[made], cost = stack[-1], 96
         elif name.startswith("EMPTY_"):
-            made, cost = () if name == "EMPTY_TUPLE" else [64], 216 if name == "EMPTY_SET" else 64
+            made, cost = () if name == "EMPTY_TUPLE" else [64], 216 if name == "EMPTY_SET" else 96
         elif name.startswith("TUPLE"):
             made = tuple(taken)
             cost = sys.getsizeof(made)

@@ -6,7 +6,7 @@ import copy
 import tempfile
 from typing import Any, Callable, Dict, Iterator, Sequence, Tuple
 
-import runtimes as others
+import networks as others
 import torch
 from networks import as_trained, deployed, opened, peer, published_fusion, short
 from torch import Tensor, nn
@@ -92,9 +92,8 @@ def peers(bench: Any) -> None:
 
 def in_runtime(bench: Any, opener: Callable[[], others.Runner], image: Any, reference: others.Runner) -> Case:
     run = opener()
-    return lambda: run(
-        image
-    ), lambda ms: f"differs by {255 * abs(run(image) - reference(image)).max():.2g}/255"
+    difference = 255 * abs(run(image) - reference(image)).max()
+    return lambda: run(image), lambda ms: f"differs by {difference:.2g}/255"
 
 
 def runtimes(bench: Any) -> None:
@@ -118,9 +117,10 @@ def runtimes(bench: Any) -> None:
 def training_step(
     bench: Any, variant: str, batch: int, crop: int, precision: str, layout: str, more: str = ""
 ) -> Case:
-    """A training step at x2 as in the frameworks: autocast, in fp16 a scaled loss. Says its memory on a GPU.
+    """A training step at x2 as in the frameworks: autocast, in fp16 a scaled loss.
 
-    ``more``: "compiled", or SOAP instead of AdamW, with "new bases" in every step or in none ("old bases").
+    ``more``: "compiled"; "memory", to say what it takes of a GPU; or SOAP instead of AdamW, with "new bases"
+    in every step or in none ("old bases").
     """
     net = bench.build(variant, 2).train().to(bench.device).to(memory_format=LAYOUTS[layout])
     run = torch.compile(net) if more == "compiled" else net
@@ -147,7 +147,7 @@ def training_step(
 
     def told(ms: float) -> str:
         words = f"{1e3 * batch / ms:.0f} crops/s"
-        if bench.cuda:
+        if more == "memory":
             bench.tidy()
             torch.cuda.reset_peak_memory_stats()
             step()
@@ -183,7 +183,9 @@ def memory(bench: Any) -> None:
         for batch, crop in [(batch, crop) for crop in (32, 48, 64) for batch in (4, 8, 16, 32)]:
             what, case = f"training memory, {variant} x2", f"{batch} crops of {crop}x{crop}"
             if bench.cuda:
-                bench.group(what, {case: (training_step, variant, batch, crop, "AMP", "channels_last")})
+                bench.group(
+                    what, {case: (training_step, variant, batch, crop, "AMP", "channels_last", "memory")}
+                )
             else:
                 least = (fixed + batch * crop**2 * pixel) / 2**30
                 bench.row(what, case, "-", "-", f"at least {least:.1f} GiB, by calculation")

@@ -13,7 +13,7 @@ from conftest import ROOT
 from aethersr.exported import for_export
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from runtimes import Runner, ncnn, onnx_runtime, openvino  # noqa: F401
+from networks import Runner, ncnn, onnx_runtime, openvino  # noqa: F401
 
 
 def opencv(path: str, classic: bool = False) -> Runner:

@@ -135,11 +135,8 @@ def test_which_weights_were_taken_is_said(tmp_path: Path, capsys: Any) -> None:
         assert_same(tmp_path / "b.pth", expected)
 
 
-def test_what_a_bound_changes_is_said(checkpoint: Path, capsys: Any) -> None:
+def test_a_bound_is_written(checkpoint: Path) -> None:
     assert run(checkpoint, checkpoint.with_name("b.pth"), "--bound", 0.5) == 0
-    told = capsys.readouterr().out.split("Bound 0.5: changes the output for ")[1]
-    assert int(told.split()[0]) > 0
-    assert "without it 0 of them are not finite" in told
     assert float(torch.load(checkpoint.with_name("b.pth"))["bound"]) == 0.5
 
 
@@ -212,7 +209,7 @@ def test_weights_that_are_not_fused_end_in_one_line_that_names_the_file(tmp_path
     without = {name: value for name, value in STATE.items() if name != "conv_last.bias"}
     for words, content, *arguments in (
         ("Keys at the top: 'iter'", {"iter": 3}),
-        ("'mean' holds NaN or Inf", {**STATE, "mean": torch.full((1, 3, 1, 1), float("nan"))}),
+        ("'mean' with NaN or Inf", {**STATE, "mean": torch.full((1, 3, 1, 1), float("nan"))}),
         ("fused already (fused form)", FUSED),
         ("holds int8 weights already", int8),
         ("conv_last.bias", without),
@@ -234,7 +231,7 @@ def test_weights_that_are_not_fused_end_in_one_line_that_names_the_file(tmp_path
     [
         ("another value", "'head.bias' has other values"),
         ("no head.bias", "missing: 1 (head.bias)"),
-        ("cut", "b.pth was not written: reading it back failed, it is not a readable checkpoint"),
+        ("cut", "b.pth was not written: reading it back failed, it is damaged"),
     ],
 )
 def test_a_written_file_that_is_not_the_network_is_not_kept_and_the_reason_is_said(

@@ -13,7 +13,7 @@ import torch
 from conftest import one_line, small_net
 from PIL import Image
 from skimage import data as photographs
-from test_half_precision import adversary, scale_stream
+from test_half_precision import blown_up
 
 from aethersr import half_precision
 from aethersr.commands import fuse
@@ -78,10 +78,10 @@ def test_finished_weights_become_onnx_files_too(tmp_path: Path, pictures: Path, 
     torch.save(net.state_dict(), tmp_path / "net.pth")
     torch.save(net.fused().half().state_dict(), tmp_path / "fused.pth")
     options = ["--onnx", "fp32,int8,fp32", "--calibration", pictures]
-    for name in ("net", "fused"):
-        assert run(tmp_path / f"{name}.pth", tmp_path / f"{name}_out.pth", *options) == 0
+    for name, target in (("net", "first_fused.pth"), ("fused", "second_fp16.pth")):
+        assert run(tmp_path / f"{name}.pth", tmp_path / target, *options) == 0
     for precision in ("fp32", "int8"):
-        first, second = (output(tmp_path / f"{name}_out_{precision}.onnx") for name in ("net", "fused"))
+        first, second = (output(tmp_path / f"{name}_{precision}.onnx") for name in ("first", "second"))
         assert np.abs(first - second).mean() < 0.01 * first.std(), precision
     capsys.readouterr()
     assert run(tmp_path / "fused.pth", tmp_path / "b.pth") == 2
@@ -93,12 +93,12 @@ def test_int8_is_made_from_the_rescaled_weights(
     tmp_path: Path, pictures: Path, capsys: Any, source: str
 ) -> None:
     """Else its first layer, which is held in half precision, is infinite, and the file was refused."""
-    path, net = tmp_path / "large.pth", adversary(scale_stream).float()
+    path, net = tmp_path / "large.pth", blown_up(small_net(2).fused().float(), "stream")
     torch.save((net.prepare_qat() if source == "trained" else net).state_dict(), path)
     arguments = [] if source == "trained" else ["--calibration", pictures]
     assert run(path, tmp_path / "a.pth", "--onnx", "int8", *arguments) == 0, capsys.readouterr().err
     assert "Rescaled for half precision" in capsys.readouterr().out
-    expected = adversary(scale_stream).fused()(IMAGE.double()).detach().numpy()
+    expected = small_net(2)(IMAGE.double()).detach().numpy()
     assert np.abs(output(tmp_path / "a_int8.onnx") - expected).mean() < 0.2 * expected.std()
 
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
@@ -17,7 +14,7 @@ import onnxruntime
 import pytest
 import torch
 from aether_arch import AetherBase, AetherNet
-from conftest import ROOT, randomize, small_net
+from conftest import randomize, small_net
 
 from aethersr.onnx import OPSETS, PRECISIONS, TARGETS, export_onnx
 
@@ -125,20 +122,6 @@ def test_the_file_says_what_it_is_and_the_same_network_gives_the_same_bytes(
     assert Path("aether_x2_fp16.onnx").is_file()
 
 
-def test_any_file_name_works_where_the_locale_knows_ascii_only(tmp_path: Path) -> None:
-    code = (
-        "import os, sys; sys.path[:0] = sys.argv[1:3]\n"
-        "import aether_arch; from aethersr.onnx import export_onnx\n"
-        "net = aether_arch.AetherNet(scale=2, embed_dim=8, depths=[1], lk_kernel=3)\n"
-        "name = os.fsdecode(b'\\xc3\\xa4.onnx')\n"
-        "export_onnx(net, 2, output_path=os.path.join(sys.argv[3], name))\n"
-    )
-    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "OMP_NUM_THREADS": "1"}
-    arguments = [sys.executable, "-W", "ignore", "-c", code, str(ROOT / "archs"), str(ROOT), str(tmp_path)]
-    subprocess.run(arguments, env={**os.environ, **locale}, check=True)
-    assert (tmp_path / "ä.onnx").is_file()
-
-
 def test_a_file_can_be_written_under_inference_mode(tmp_path: Path) -> None:
     with torch.inference_mode():
         net = network()
@@ -159,17 +142,6 @@ def test_other_programs_own_export_of_the_training_form_works(tmp_path: Path, op
 
 
 # ----------------------------------------------------------------------------------------- shapes and readers
-
-
-@pytest.mark.parametrize("variant", aether_arch.VARIANTS, ids=lambda variant: variant.__name__)
-@pytest.mark.parametrize("precision", ["fp16", "int8"])
-def test_shape_inference_finds_the_scale_of_every_variant(
-    tmp_path: Path, variant: Any, precision: str
-) -> None:
-    net = variant(scale=4, embed_dim=10 if variant is aether_arch.aether_large else 8).eval()
-    net = net.prepare_qat() if precision == "int8" else net
-    model = exported(tmp_path, precision, net=net, simplify=True)
-    assert [inferred(model, *size) for size in ((64, 64), (17, 31))] == [[1, 3, 256, 256], [1, 3, 68, 124]]
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -218,21 +190,15 @@ def test_opsets_from_first_to_last_work_with_allowed_operators(tmp_path: Path, p
             model = exported(tmp_path, precision, net=net, target=target, opset=opset, simplify=True)
             assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", opset)]
             assert {node.op_type for node in model.graph.node} <= ALLOWED[precision]
-    plain = exported(tmp_path, precision, net=net)
-    assert {node.op_type for node in plain.graph.node} <= ALLOWED[precision] | NOT_SIMPLIFIED
-
-
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_simplifying_removes_nodes_and_keeps_the_output(tmp_path: Path, precision: str) -> None:
-    net = network(precision, 4)
     plain, simple = (exported(tmp_path, precision, net=net, simplify=simplify) for simplify in (False, True))
+    assert {node.op_type for node in plain.graph.node} <= ALLOWED[precision] | NOT_SIMPLIFIED
     assert len(simple.graph.node) < len(plain.graph.node)
     assert simple.ByteSize() < 1.1 * plain.ByteSize()
     image = np.random.default_rng(0).random((2, 3, 9, 14)).astype(DTYPES[precision])
     outputs = [run(model, image) for model in (plain, simple)]
     # ONNX Runtime computes parts of an fp16 graph in float32 on a CPU, and not the same parts of both.
-    difference, largest = np.abs(outputs[0] - outputs[1]).max(), np.abs(outputs[0]).max()
-    assert difference <= (1e-2 if precision == "fp16" else 1e-6) * largest
+    allowed = (1e-2 if precision == "fp16" else 1e-6) * np.abs(outputs[0]).max()
+    assert np.abs(outputs[0] - outputs[1]).max() <= allowed
 
 
 # --------------------------------------------------------------------------------------------------- refusals

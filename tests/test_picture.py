@@ -145,14 +145,6 @@ def test_palettes_and_bits_and_transparent_colours_become_channels(
     assert (back.pixels.shape[2], back.alpha) == (channels, channels in (2, 4))
 
 
-def test_a_transparent_colour_of_16_bits_becomes_alpha(tmp_path: Path) -> None:
-    pixels = waves(3, np.uint16)
-    clear = (b"tRNS", struct.pack(">HHH", *pixels[3, 4]))
-    back = read(tmp_path, written(tmp_path, Picture(pixels, notes={"chunks": [clear]}), "PNG"))
-    assert back.pixels[3, 4, 3] == 0
-    assert back.pixels[..., 3].max() == 65535
-
-
 @pytest.mark.parametrize("kind", ["JPEG", "TIFF"])
 @pytest.mark.parametrize(("profile", "most"), [(b"", 6), (b"broken", 25)])
 def test_printing_colours_become_rgb(tmp_path: Path, kind: str, profile: bytes, most: int) -> None:
@@ -322,17 +314,14 @@ def test_what_is_no_still_picture_is_refused_by_name(
     assert "--input" in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("picture", "target", "words"),
-    [
+def test_a_format_that_cannot_hold_the_picture_is_refused() -> None:
+    for picture, target, words in (
         (Picture(waves(4), True), "out.jpg", "transparency"),
         (Picture(waves(2), True), "out.bmp", "transparency"),
         (Picture(waves(3, np.uint16)), "out.webp", "16 bits"),
-    ],
-)
-def test_a_format_that_cannot_hold_the_picture_is_refused(picture: Picture, target: str, words: str) -> None:
-    with pytest.raises(UserError, match=words):
-        picture.check_fits(Path("in.png"), Path(target))
+    ):
+        with pytest.raises(UserError, match=words):
+            picture.check_fits(Path("in.png"), Path(target))
 
 
 FILES = [*((ending, False) for ending in (".png", ".jpg", ".webp", ".tif", ".bmp", ".gif", ".avif")),
@@ -389,22 +378,14 @@ import resource, sys, numpy as np
 from pathlib import Path
 sys.path[:0] = {paths!r}
 from aethersr.picture import Picture
-side, folder = int(sys.argv[1]), Path(sys.argv[2])
-memory = lambda: int([l.split()[1] for l in open("/proc/self/status") if l.startswith("RssAnon")][0]) / 1024
-# In a file: its pages are the system's to drop, so what is left is what the writer itself takes.
-pixels, rng = np.memmap(folder / "pixels", np.uint8, "w+", shape=(side, side, 3)), np.random.default_rng(0)
+side, folder, rng = int(sys.argv[1]), Path(sys.argv[2]), np.random.default_rng(0)
+# In a file, whose pages don't count: so the limit is for what the writer itself takes.
+pixels = np.memmap(folder / "pixels", np.uint8, "w+", shape=(side, side, 3))
 for y in range(0, side, 500):
     pixels[y : y + 500] = rng.integers(0, 256, pixels[y : y + 500].shape, np.uint8)
-import threading, time
-peak, begin = [], memory()
-watch = lambda: [(peak.append(memory()), time.sleep(0.02)) for _ in iter(lambda: not done.is_set(), False)]
-done = threading.Event()
-thread = threading.Thread(target=watch)
-thread.start()
+now = int(open("/proc/self/status").read().split("VmData:")[1].split()[0]) * 1024
+resource.setrlimit(resource.RLIMIT_DATA, (now + 500 * 2**20,) * 2)
 Picture(pixels).write(folder / "out.png", "PNG")
-done.set()
-thread.join()
-print(max(peak) - begin)
 """
 
 
@@ -413,16 +394,8 @@ print(max(peak) - begin)
 def test_27500_times_27500_pixels_are_written_in_little_memory_and_read_by_opencv(tmp_path: Path) -> None:
     """As one IDAT chunk, as which it was written once, no other program could read it: it has over 2 GiB."""
     side = int(os.environ.get("AETHER_SIDE", "27500"))
-    command = [
-        sys.executable,
-        "-c",
-        LARGE.format(paths=[str(ROOT), str(ROOT / "archs")]),
-        str(side),
-        tmp_path,
-    ]
-    mebibytes = float(subprocess.run(command, capture_output=True, check=True).stdout)
-    print(f"{side}x{side}: {mebibytes:.0f} MiB")
-    assert mebibytes < 500
+    large = LARGE.format(paths=[str(ROOT), str(ROOT / "archs")])
+    subprocess.run([sys.executable, "-c", large, str(side), tmp_path], check=True)
     if shutil.which("pngcheck"):
         subprocess.run(["pngcheck", "-q", tmp_path / "out.png"], check=True)
     code = "import cv2, numpy as np, sys; found = cv2.imread(sys.argv[1]);" \

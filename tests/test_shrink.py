@@ -109,21 +109,28 @@ def test_what_the_network_does_not_need_goes_first() -> None:
     torch.testing.assert_close(smaller(images[0]), net(images[0]), atol=1e-5, rtol=1e-5)
 
 
-def test_time_chooses_the_number_of_blocks(
-    tmp_path: Path, pictures: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("time", "size"),
+    [(0.95, (8, 7, 32)), (0.8, (8, 7, 24)), (0.7, (8, 7, 16)), (0.6, (6, 7, 16)), (0.33, (2, 7, 16))],
+)
+def test_time_chooses_channels_then_blocks(
+    tmp_path: Path, pictures: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch, time: float, size: Any
 ) -> None:
-    def measured(nets: Any) -> Comparison:  # 1 ms, and 1 ms each block; a kernel of 9 costs another
+    def measured(
+        nets: Any,
+    ) -> Comparison:  # 10 ms, 4 each block, and 4 for all channels; a kernel of 9: 2 more
         sizes = {name: shrink.Size.of(net.options) for name, net in nets.items()}
-        return Comparison({name: [1.0 + size.blocks + (size.kernel == 9)] for name, size in sizes.items()})
+        of = {k: 10 + each.blocks * (2 + each.hidden / 16 + (each.kernel == 9)) for k, each in sizes.items()}
+        return Comparison({name: [value] for name, value in of.items()})
 
     monkeypatch.setattr(shrink, "times", measured)
-    torch.save(network(depths=(4, 4), lk_kernel=9, **PLAIN).state_dict(), tmp_path / "net.pth")
-    assert run(tmp_path, "--time", 0.61) == 0
-    options = read_options(torch.load(tmp_path / "small.pth", weights_only=True))
-    assert (sum(options["depths"]), options["lk_kernel"]) == (5, 7)
-    assert "Time: 0.60 of" in capsys.readouterr().out
-    assert run(tmp_path, "--time", 0.2, "--overwrite") == 2
-    assert "takes 0.30 of" in one_line(capsys.readouterr().err, "aether-shrink")
+    torch.save(network(embed_dim=16, depths=(4, 4), lk_kernel=9, **PLAIN).state_dict(), tmp_path / "net.pth")
+    assert run(tmp_path, "--time", time) == 0
+    assert shrink.Size.of(read_options(torch.load(tmp_path / "small.pth", weights_only=True))) == size
+    taken = measured({"all": network(embed_dim=16, depths=(4, 4), lk_kernel=9)}).times["all"][0]
+    expected = (10 + size[0] * (2 + size[2] / 16)) / taken
+    assert expected <= time
+    assert f"Time: {expected:.2f} of" in capsys.readouterr().out
 
 
 REFUSED = {
@@ -132,6 +139,7 @@ REFUSED = {
     "--kernel 4": "odd number from 3 to 7",
     "--hidden 17": "from 1 to 16",
     "--time 0": "below 1",
+    "--time 0.001": "can't be reached",
     "--time 0.5 --blocks 3": "leave out --blocks",
     "--img_range 0": "--img_range",
     "--pictures missing": "--pictures missing",

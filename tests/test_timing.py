@@ -76,9 +76,7 @@ def test_a_drift_of_the_machine_cancels_in_the_ratio() -> None:
     ("ratios", "measurable"),
     [
         ([1.5, 1.5, 1.5, 1.5], True),
-        ([0.93, 1.09, 1.23], False),  # one file, three runs of an older release
         ([1.1, 1.5, 2.9], False),  # on one side, but the spread is as large as the effect
-        ([0.6, 0.61, 0.62], True),
         ([1.05, 1.051, 1.052], True),  # a small effect that is sure
     ],
 )

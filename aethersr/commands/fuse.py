@@ -3,13 +3,8 @@
     python fuse_aether.py --model_path net_g_latest.pth --output_path 2x_MyModel_fused.safetensors
 
 Reads checkpoints of neosr, traiNNer-redux, BasicSR and others (EMA weights preferred), fuses in float64,
-writes float32, or half precision with ``--half``, reads the file back and compares it with the unfused
-network. Needs only PyTorch, and safetensors for .safetensors files.
-
-``--onnx fp32,fp16,int8`` writes ONNX files beside the weights (needs onnx, onnxruntime and onnxslim). int8
-needs a checkpoint from quantisation-aware training, or ``--calibration FOLDER`` (pictures at the resolution
-of the network's output; needs Pillow). ``--ncnn`` writes NCNN's .param and .bin (needs ncnn and pnnx). With
-these and with ``--half``, --model_path can also be fused weights.
+reads back what it wrote and compares. Needs only PyTorch, and safetensors for .safetensors files; --onnx and
+--ncnn need what runs their files. The options: docs/fuse.md.
 """
 
 from __future__ import annotations
@@ -17,11 +12,11 @@ from __future__ import annotations
 import argparse
 import copy
 from pathlib import Path
-from typing import Callable, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Callable, Dict, List, Mapping, Optional, Tuple
 
 import torch
 from aether_arch import AetherBase, FusedAetherNet
-from aether_quant import PLACEMENTS, QuantAetherNet
+from aether_quant import QuantAetherNet
 from torch import Tensor
 
 from aethersr import calibration, half_precision, ncnn, verify
@@ -80,14 +75,6 @@ def build(path: Path, state: Mapping[str, Tensor], args: argparse.Namespace) -> 
     return net.double()
 
 
-def report_bound(state: Mapping[str, Tensor], net: FusedAetherNet, say: Say) -> None:
-    free = copy.deepcopy(net)
-    free.set_bound(None)
-    changed, lost, count = half_precision.changed_by_bound(net, free)
-    found = f"changes the output for {changed} of {count} hard pictures"
-    say(f"Bound {net.options['bound']:g}: {found}; without it {lost} of them are not finite")
-
-
 # ----------------------------------------------------------------------------------------------------- export
 
 
@@ -116,8 +103,7 @@ def quantise(
     pairs = calibration.calibration_pairs(Path(args.calibration), net)
     instead = ", in place of the ranges that training found" if isinstance(unfused, QuantAetherNet) else ""
     say(f"Calibrating on {len(pairs)} pictures{instead}")
-    placement = getattr(unfused, "placement", PLACEMENTS[0])
-    found = calibration.calibrated(net, placement, pairs, args.target, args.reduce_range)
+    found = calibration.calibrated(net, pairs, args.target, args.reduce_range)
     for note in found.notes:
         say(f"Note: {note}")
     loss = f"PSNR {found.mean:+.3f} dB in the mean, {found.worst:+.3f} dB at worst"
@@ -175,8 +161,9 @@ def write_weights(net: FusedAetherNet, part: Path, target: Path, half: bool) -> 
         if wrong:
             raise ValueError(f"{wrong[0]!r} has other values.")
     except (UserError, ValueError) as error:
-        reason = str(error).replace(str(part), "it")
-        raise UserError(f"{target} was not written: reading it back failed, {reason}") from None
+        reason = str(error).replace(str(part), "it").replace(" (--output_path).", ".")
+        found = f"{target} was not written: reading it back failed, {reason}"
+        raise UserError(f"{found} Is the disk sound? Pass another --output_path.") from None
     return fused
 
 
@@ -196,7 +183,7 @@ def check_difference(unfused: AetherBase, net: FusedAetherNet, source: Path, dev
     return difference
 
 
-def table(nets: Dict[str, AetherBase], sizes: Sequence[int], args: argparse.Namespace) -> List[str]:
+def table(nets: Dict[str, AetherBase], sizes: List[int], args: argparse.Namespace) -> List[str]:
     """Sizes and, on request, times of the unfused and the fused network."""
     rows = [
         ("parameters", [f"{sum(value.numel() for value in net.parameters()):,}" for net in nets.values()]),
@@ -236,8 +223,6 @@ def fuse(args: argparse.Namespace, say: Say = print) -> None:
         check_int8(unfused, source, args)
     say("Fusing in float64, and comparing with the unfused network")
     net = unfused.fused()
-    if args.bound is not None:
-        report_bound(state, net, say)
     fit = half_precision.fit_half_precision_(net, args.device)
     for note in fit.notes(net.options["bound"] is not None):
         say(note)

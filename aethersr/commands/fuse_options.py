@@ -151,7 +151,7 @@ def ncnn_paths(target: Path, scale: int) -> Tuple[Path, Path]:
 
 
 def _stem(target: Path) -> str:
-    return target.stem[: -len("_fused")] if target.stem.endswith("_fused") else target.stem
+    return re.sub("_(fused|fp16)$", "", target.stem)
 
 
 def onnx_metadata(source: Path, args: argparse.Namespace) -> Dict[str, str]:

@@ -25,7 +25,7 @@ from aethersr.files import Together, check_output
 from aethersr.identify import form_name, read_options, variant_name
 
 PICTURES, SIDE = 16, 48  # pictures at most, and low-resolution pixels of a side, to choose on
-KERNEL = 7  # with --time: larger ones take time, and after fine-tuning nothing is lost
+KERNEL = 7  # with --time: the borders of larger ones take time and hardly help
 
 
 def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
@@ -39,7 +39,10 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     add("--blocks", type=int, metavar="N", help="leave N blocks in all; each stage keeps one")
     add("--kernel", type=int, metavar="K", help="leave the middle KxK of each large kernel")
     add("--hidden", type=int, metavar="H", help="leave H hidden channels in each block")
-    text = f"as many blocks as take at most T of the time, such as 0.5, with --kernel {KERNEL} by default"
+    text = (
+        f"as much as takes at most T of the time, such as 0.5: kernels of {KERNEL}, hidden channels down to "
+    )
+    text += "half, then fewer blocks, unless --kernel or --hidden say other"
     add("--time", type=float, metavar="T", help=text)
     text = "the training option of this name, if it was not 1.0 and the checkpoint doesn't record it"
     add("--img_range", type=float, metavar="R", help=text)
@@ -81,8 +84,9 @@ def size_left(args: argparse.Namespace, options: Mapping[str, Any]) -> shrink.Si
         raise UserError("--time chooses the number of blocks; leave out --blocks, or --time.")
     if args.kernel is None:
         size = size._replace(kernel=max(least.kernel, min(KERNEL, size.kernel)))
+    least = size._replace(blocks=stages, hidden=size.hidden if args.hidden else -(-size.hidden // 2))
     try:
-        return size._replace(blocks=shrink.blocks_within(args.time, options, size))
+        return shrink.size_within(args.time, options, size, least)
     except ValueError as error:
         remedy = "pass a larger --time, or a smaller --kernel or --hidden"
         raise UserError(f"--time {args.time:g} can't be reached: {error}; {remedy}.") from None

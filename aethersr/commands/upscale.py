@@ -12,6 +12,7 @@ network sees one tile at a time, so its memory doesn't grow with the picture. Fr
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from typing import Any, List, Optional, Union
@@ -59,7 +60,9 @@ class Progress:
         self.pixels += pixels
         if self.done == self.count:
             self.bar.close()  # else it would be drawn again below the line
-        self.bar.n = max(self.bar.n, self.done)  # skipped pictures had no tiles
+        else:
+            self.bar.n = max(self.bar.n, self.done)  # skipped pictures had no tiles
+            self.tick(0, 1)
         self.say(line)
 
     def say(self, line: str) -> None:
@@ -110,7 +113,7 @@ def upscale(args: argparse.Namespace) -> None:
         from aethersr.upscaling import Upscaler
     except ImportError as error:
         raise missing_package(error, PROGRAM, "upscale") from None
-    folder, ending = args.input.is_dir(), f".{args.format}" if args.format else ""
+    ending = f".{args.format}" if args.format else ""
     jobs, problems, others = find_jobs(
         args.input, args.output, args.recursive, args.overwrite, args.skip_existing, ending
     )
@@ -136,7 +139,7 @@ def upscale(args: argparse.Namespace) -> None:
     finally:
         progress.bar.close()
     if problems:
-        if folder:
+        if os.path.isdir(args.input):
             number = len(problems)
             problems.append(f"{number} of {number + written} pictures were skipped, for the reasons above; "
                             "the others are written. Mend them and pass --skip-existing.")  # fmt: skip
