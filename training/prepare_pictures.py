@@ -4,11 +4,11 @@
     python training/prepare_pictures.py FOLDER --pictures MINE [--reductions 1 2]
 
 Writes FOLDER/gt and FOLDER/lq (PNG pairs with the same names), FOLDER/sources.csv (source, reduction and
-bicubic PSNR-Y of every pair) and, for the packages, FOLDER/copyright (their authors and licences). The packages
-need Debian or Ubuntu: apt-get downloads them into FOLDER/packages and dpkg-deb unpacks them; nothing is
-installed. ``--packages`` names a folder that already has them. ``--pictures`` uses your own folder instead, with
-its subfolders; transparent pictures stand on white, and pictures that can't be read are left out and named.
-Nothing that exists is changed or deleted.
+bicubic PSNR-Y of every pair) and, for the packages, FOLDER/copyright (their authors and licences). The
+packages need Debian or Ubuntu: apt-get downloads them into FOLDER/packages and dpkg-deb unpacks them;
+nothing is installed. ``--packages`` names a folder that already has them. ``--pictures`` uses your own
+folder instead, with its subfolders; transparent pictures stand on white, and pictures that can't be read are
+left out and named. Nothing that exists is changed or deleted.
 
 A soft crop teaches nothing, because bicubic reproduces it. So pictures are first reduced to 1/2, 1/3, 1/4 and
 1/6 (``--reductions``; 1 leaves them as they are), and only crops on which bicubic interpolation reaches 20 to
