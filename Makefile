@@ -1,16 +1,19 @@
 # Each command sets up its own virtual environment, .venv. README.md has the plain commands for Windows.
 PYTHON ?= python3
 BIN := .venv/bin
+PIP := $(BIN)/pip install --disable-pip-version-check
 # Two processes with one thread each: the networks in the tests are too small for more.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
-FAST := network fusion loading registration checkpoint* identify errors files fuse_command upscale_command
+# PyTorch for your card, in .venv or another Python: make gpu GPU_PYTHON=python3
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+FAST := network fusion loading registration checkpoint checkpoint_* identify errors files tiling timing
 RUNTIMES := runtimes exported onnx onnx_int8 ncnn tensorrt spandrel comfyui
 tests_of = $(wildcard $(patsubst %,tests/test_%.py,$(1)))
 
-.PHONY: demo web test test-fast test-runtimes lint format options train gpu bench requirements clean
+.PHONY: demo web test test-fast test-slow test-runtimes lint format options bench gpu mutants requirements clean
 
 demo: .venv/.installed
-	$(BIN)/python demo/demo.py
+	$(BIN)/python demo/demo.py $(ARGS)
 
 # The page that upscales in the browser, on localhost. make web ARGS="--port 8080"
 web: .venv/.installed
@@ -19,13 +22,16 @@ web: .venv/.installed
 test: .venv/.installed
 	$(PYTEST)
 
-# The network, fusing, loading and the commands.
+# The network, fusing and loading, in a minute.
 test-fast: .venv/.installed
 	$(PYTEST) $(call tests_of,$(FAST))
 
-# Our files in other runtimes, spandrel and ComfyUI. Installs requirements-runtimes.txt first.
+# What takes minutes each, such as a training with every template.
+test-slow: .venv/.installed
+	$(PYTEST) -m slow
+
+# Our files in other runtimes, spandrel and ComfyUI.
 test-runtimes: .venv/.installed
-	$(BIN)/pip install --disable-pip-version-check --no-deps --require-hashes -r requirements-runtimes.txt
 	$(PYTEST) $(call tests_of,$(RUNTIMES))
 
 lint: .venv/.installed
@@ -40,33 +46,47 @@ format: .venv/.installed
 options: .venv/.installed
 	$(BIN)/python options/generate_options.py
 
-# make train ARGS="--traiNNer-redux CHECKOUT --data FOLDER"
-train: .venv/.installed
-	$(BIN)/python training/train.py $(ARGS)
-
 bench: .venv/.installed
-	$(BIN)/pip install --disable-pip-version-check -q -r benchmarks/requirements.txt
-	$(BIN)/python benchmarks/benchmark.py $(ARGS)
+	$(BIN)/python benchmarks/speed.py $(ARGS)
 
-# What a GPU can do, in four minutes. Install the PyTorch build for your GPU first.
-gpu: .venv/.installed
-	$(BIN)/pip install --disable-pip-version-check -q -r benchmarks/requirements.txt
-	$(BIN)/python benchmarks/gpu.py $(ARGS)
+# What a GPU can do, in four minutes. Needs PyTorch and nothing else.
+gpu:
+	$(GPU_PYTHON) benchmarks/speed.py --device cuda --output benchmarks/results/gpu.md $(ARGS)
 
-.venv/.installed: requirements.txt requirements-basicsr.txt
+# COUNT changes to MODULE, drawn with SEED, and which of them TESTS notice. It changes files: run it in a clone.
+MODULE ?= aethersr/tiling.py
+TESTS ?= tests/test_tiling.py
+COUNT ?= 25
+SEED ?= 1
+define DRAW
+import random, sqlite3
+with sqlite3.connect("mutants.sqlite") as session:
+    jobs = [job for job, in session.execute("SELECT job_id FROM mutation_specs ORDER BY rowid")]
+    kept = random.Random($(SEED)).sample(jobs, min($(COUNT), len(jobs)))
+    for table in ("work_items", "mutation_specs"):
+        session.execute(f"DELETE FROM {table} WHERE job_id NOT IN ({','.join('?' * len(kept))})", kept)
+endef
+export DRAW
+mutants: .venv/.installed
+	$(PIP) -q cosmic-ray==8.7.0
+	sed 's|MODULE|$(MODULE)|; s|TESTS|$(TESTS)|' tests/cosmic-ray.toml > mutants.toml
+	$(BIN)/cosmic-ray init --force mutants.toml mutants.sqlite
+	$(BIN)/python -c "$$DRAW"
+	OMP_NUM_THREADS=1 PATH="$(abspath $(BIN)):$$PATH" $(BIN)/cosmic-ray exec mutants.toml mutants.sqlite
+	$(BIN)/cr-report --surviving-only --show-diff mutants.sqlite
+
+.venv/.installed: requirements.lock requirements-basicsr.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --disable-pip-version-check --no-deps --require-hashes -r requirements.txt
-	$(BIN)/pip install --disable-pip-version-check torch==2.13.0
-	$(BIN)/pip install --disable-pip-version-check --no-deps --require-hashes --no-build-isolation -r requirements-basicsr.txt
+	$(PIP) --no-deps --require-hashes -r requirements.lock
+	$(PIP) torch==2.13.0
+	$(PIP) --no-deps --require-hashes --no-build-isolation -r requirements-basicsr.txt
 	touch $@
 
-# After changing a requirements*.in. Pinned versions stay unless UPGRADE=--upgrade.
-COMPILE = $(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes $(UPGRADE) \
-	--custom-compile-command "make requirements"
+# After changing requirements.txt. Pinned versions stay unless UPGRADE=--upgrade.
 requirements: .venv/.installed
-	$(BIN)/pip install --disable-pip-version-check -q uv==0.13.9
-	$(COMPILE) --output-file requirements.txt requirements.in
-	$(COMPILE) --constraint requirements.txt --output-file requirements-runtimes.txt requirements-runtimes.in
+	$(PIP) -q uv==0.13.9
+	$(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url $(UPGRADE) \
+		--custom-compile-command "make requirements" --output-file requirements.lock requirements.txt
 
 clean:
 	rm -rf .venv demo_output build dist *.egg-info

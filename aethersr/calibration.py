@@ -6,7 +6,7 @@ import copy
 import math
 import warnings
 from pathlib import Path
-from typing import List, NamedTuple, Tuple
+from typing import Any, List, NamedTuple, Optional, Tuple
 
 import torch
 from aether_arch import AetherBase, FusedAetherNet
@@ -31,57 +31,56 @@ class Calibrated(NamedTuple):
 
 
 def calibration_pairs(folder: Path, net: AetherBase, flag: str = "--calibration") -> Pairs:
-    """(low resolution, high resolution) of each picture's centre: (1, in_chans, H, W) in [0, 1].
+    """(low resolution, high resolution) of pictures' centres: (1, in_chans, H, W) in [0, 1].
 
-    Reduced with Pillow's bicubic. Skips files that are not pictures, broken or too small.
+    The pictures lie evenly in the folder's order: the first readable one of each of PICTURES equal parts. The
+    low resolution is Pillow's bicubic.
     """
     try:
         import numpy as np
         from PIL import Image
+
+        from aethersr.picture import opaque
     except ImportError as error:
         raise missing_package(error, flag, "upscale") from None
     if not folder.is_dir():
         raise UserError(f"{flag} {folder} is not a folder; pass one with pictures.")
-    pairs: Pairs = []
+    endings = Image.registered_extensions()
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in endings)
     scale, mode = net.scale, "RGB" if net.options["in_chans"] == 3 else "L"
-    for path in sorted(folder.rglob("*")):
-        if len(pairs) == PICTURES or not path.is_file():
-            continue
+
+    def pair(path: Path) -> Optional[Tuple[Tensor, Tensor]]:
         try:
             with Image.open(path) as opened:
-                if opened.mode == "F":  # no known range
-                    continue
                 if opened.mode.startswith("I"):  # 16 bits; Pillow would clip everything above 255
-                    deep = np.asarray(opened).clip(0, 65535)
-                    image = Image.fromarray((deep // 257).astype(np.uint8)).convert(mode)
+                    codes = np.asarray(opened).clip(0, 65535) // 257
+                    image = Image.fromarray(codes.astype(np.uint8)).convert(mode)
                 else:
-                    image = opened.convert(mode)
-        except (
-            OSError,
-            SyntaxError,
-            ValueError,
-            Image.DecompressionBombError,
-        ):  # what Pillow raises for broken files
-            continue
+                    image = opaque(opened).convert(mode)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # Pillow's, for broken files
+            return None
         width, height = (min(SIDE, size // scale) for size in image.size)
         if min(width, height) < SMALLEST:
-            continue
+            return None
         left, top = ((size - part * scale) // 2 for size, part in zip(image.size, (width, height)))
-        image = image.crop((left, top, left + width * scale, top + height * scale))
-        small = image.resize((width, height), Image.Resampling.BICUBIC)
-        arrays = [np.atleast_3d(np.asarray(each, dtype=np.float32)) / 255 for each in (small, image)]
-        low, high = (torch.from_numpy(array).permute(2, 0, 1)[None].contiguous() for array in arrays)
-        pairs.append((low, high))
-    if not pairs:
+        high = image.crop((left, top, left + width * scale, top + height * scale))
+        return tensor(high.resize((width, height), Image.Resampling.BICUBIC)), tensor(high)
+
+    def tensor(image: Any) -> Tensor:
+        array = np.atleast_3d(np.asarray(image, dtype=np.float32)) / 255
+        return torch.from_numpy(array).permute(2, 0, 1)[None].contiguous()
+
+    limits = [len(paths) * k // PICTURES for k in range(PICTURES + 1)]
+    parts = [paths[start:end] for start, end in zip(limits, limits[1:])]
+    found = [next((each for each in map(pair, part) if each), None) for part in parts]
+    if not any(found):
         least = f"holds no picture of {SMALLEST * scale} pixels or more that Pillow reads"
         raise UserError(f"{flag} {folder} {least}; pass another folder.")
-    return pairs
+    return [each for each in found if each]
 
 
 @torch.no_grad()
-def calibrated(
-    net: FusedAetherNet, placement: str, pairs: Pairs, target: str, reduce_range: bool = False
-) -> Calibrated:
+def calibrated(net: FusedAetherNet, pairs: Pairs, target: str, reduce_range: bool = False) -> Calibrated:
     """The fused network with int8 weights and ranges from pictures, and what that costs on them.
 
     Raises:
@@ -90,9 +89,8 @@ def calibrated(
     fused = copy.deepcopy(net).cpu().float()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        stored = prepare_qat(
-            copy.deepcopy(fused), placement, [low for low, _ in pairs]
-        ).convert_to_quantized()
+        quantised = prepare_qat(copy.deepcopy(fused), calibration=[low for low, _ in pairs])
+    stored = quantised.convert_to_quantized()
     written = stored.for_target(target, reduce_range)
     gains = [psnr(written(low), high) - psnr(fused(low), high) for low, high in pairs]
     return Calibrated(stored, [str(each.message) for each in caught], sum(gains) / len(gains), min(gains))

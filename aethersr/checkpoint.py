@@ -8,32 +8,18 @@ from __future__ import annotations
 import io
 import json
 import os
-import pickletools
 import re
-import warnings
-import zipfile
 from collections import OrderedDict
 from pathlib import Path
-from typing import (
-    Any,
-    BinaryIO,
-    Dict,
-    Iterator,
-    List,
-    Mapping,
-    NamedTuple,
-    Pattern,
-    Tuple,
-    Union,
-)
+from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Pattern, Set, Tuple, Union
 
 import torch
 from torch import Tensor
 
 from aethersr.errors import UserError, first_line
+from aethersr.untrusted import ROOM, Refused, check_kind, load_pickled
 
-ENDINGS = (".pth", ".safetensors")  # for writing
-READ_ENDINGS = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
+ENDINGS = (".pth", ".safetensors")  # for writing; what is read is told by its content
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 # Common wrappers in order of preference. Those of any other name are searched as well, up to DEPTH levels.
@@ -41,10 +27,10 @@ WRAPPERS = ("params", "state_dict", "model_state_dict", "model", "net_g", "gener
 DEPTH = 3
 _BETWEEN = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # DDP, compile, ...
 _NOISE = re.compile(rf"(?<![^.])({'|'.join(_BETWEEN)})\.")  # no layer has such a name
-_COUNTERS = ("n_averaged", "initted", "step")  # what AveragedModel and ema-pytorch save beside the weights
 _AVERAGED = re.compile(r"(?<![a-z])(ema|swa|avg|averaged?|averaging|shadow)(?![a-z])")
 _ONLINE = re.compile(r"(?<![a-z])online(?![a-z])")
 _OPTIMIZER = re.compile(r"optim|sched")  # its tensors may have the names of the weights
+_OUTERMOST = ("mean", "bound", "img_range", "scale_tensor")  # tensors of a network that lie in no layer
 
 # What every AetherNet has: a block's large kernel or, in a damaged or unknown one, at least a block.
 # The prefix is whatever comes before it.
@@ -63,21 +49,16 @@ class Checkpoint(NamedTuple):
 
 
 class _Candidate(NamedTuple):
-    """A network in a checkpoint."""
+    """A network in a checkpoint, and where it is."""
 
-    wrappers: Tuple[str, ...]
-    prefix: str  # of every name, without _NOISE
     state: Dict[str, Tensor]
     averaged: bool
+    words: List[str]  # wrappers and prefix
+    where: str
 
     def rank(self) -> Tuple[bool, List[int]]:
         """Smaller is better."""
-        words = [*self.wrappers, *self.prefix.split(".")[:-1]]
-        return not self.averaged, [[*WRAPPERS, word].index(word) for word in words]
-
-    def __str__(self) -> str:
-        where = [repr("/".join(self.wrappers))] if self.wrappers else []
-        return ", ".join([*where, f"names under {self.prefix!r}"] if self.prefix else where)
+        return not self.averaged, [[*WRAPPERS, word].index(word) for word in self.words]
 
 
 def unwrap(content: Mapping[Any, Any]) -> Checkpoint:
@@ -88,15 +69,11 @@ def unwrap(content: Mapping[Any, Any]) -> Checkpoint:
     Raises:
         ValueError: there is none; the message lists the keys found and the known wrappers.
     """
-
-    def found(anchor: Pattern[str]) -> List[_Candidate]:
-        return [network for place in _mappings(content) for network in _networks(*place, anchor)]
-
-    candidates = sorted(found(_KERNEL) or found(_BLOCK), key=_Candidate.rank)
+    candidates = sorted(_networks(content, _KERNEL) or _networks(content, _BLOCK), key=_Candidate.rank)
     if not candidates:
         raise ValueError(_foreign(content))
     best, others = candidates[0], candidates[1:]
-    state, where = dict(best.state), str(best)
+    state, where = dict(best.state), best.where
     if not best.averaged:
         chosen = f"{where}, not averaged" if where else "the only ones in the file"
         shadow = _shadow(content, state)
@@ -108,47 +85,66 @@ def unwrap(content: Mapping[Any, Any]) -> Checkpoint:
         online = next((other for other in others if not other.averaged), None)
         if online and _never_updated(state) and not _never_updated(online.state):
             state.update({name: value for name, value in online.state.items() if _is_statistic(name)})
-            chosen += f"; their norm statistics were never updated, so those are the online ones of {online}"
+            chosen += (
+                f"; their norm statistics were never updated, so those are the online ones of {online.where}"
+            )
     if others and others[0].rank() == best.rank():
-        chosen += f"; the file holds others too, {others[0]}"
+        chosen += f"; the file holds others too, {others[0].where}"
     return Checkpoint(state, chosen)
 
 
-def _mappings(
-    content: Mapping[Any, Any], path: Tuple[str, ...] = ()
-) -> Iterator[Tuple[Tuple[str, ...], Mapping[Any, Any]]]:
-    """Every mapping in a checkpoint except optimizers, each with the keys that lead to it."""
-    yield path, content
-    for key, value in content.items() if len(path) < DEPTH else ():
-        if isinstance(key, str) and isinstance(value, Mapping) and not _OPTIMIZER.search(key):
-            yield from _mappings(value, (*path, key))
+def _mappings(content: Mapping[Any, Any]) -> Iterator[Tuple[Tuple[str, ...], Mapping[Any, Any]]]:
+    """Every mapping in a checkpoint except optimizers, with the keys that lead to it."""
+    seen: Set[int] = set()  # a small file can hold one mapping in endlessly many places
+    waiting: List[Tuple[Tuple[str, ...], Mapping[Any, Any]]] = [((), content)]
+    for path, mapping in waiting:
+        yield path, mapping
+        for key, value in mapping.items() if len(path) < DEPTH else ():
+            named = isinstance(key, str) and not _OPTIMIZER.search(key)
+            if named and isinstance(value, Mapping) and id(value) not in seen:
+                seen.add(id(value))
+                waiting.append(((*path, key), value))
 
 
-def _networks(
-    path: Tuple[str, ...], mapping: Mapping[Any, Any], anchor: Pattern[str]
-) -> Iterator[_Candidate]:
-    """The networks whose tensors share one mapping: one for each prefix of an anchor."""
-    tensors = {_NOISE.sub("", name): value for name, value in mapping.items() if _is_weight(name, value)}
-    matches = ((name, anchor.search(name)) for name in tensors)
-    prefixes = {name[: match.start()] for name, match in matches if match}
-    states: Dict[str, Dict[str, Tensor]] = {prefix: {} for prefix in sorted(prefixes)}
-    for name, value in tensors.items():
-        ends = [end.end() for end in re.finditer(r"\.", name)]
-        prefix = next((name[:end] for end in [*reversed(ends), 0] if name[:end] in prefixes), None)
-        if prefix is not None:
-            states[prefix][name[len(prefix) :]] = value
-    for prefix, state in states.items():
-        counted = "n_averaged" in state
-        for counter in _COUNTERS:
-            state.pop(counter, None)
-        words = re.sub(r"([a-z])([A-Z])", r"\1_\2", "/".join((*path, prefix))).lower()
-        averaged = counted or (bool(_AVERAGED.search(words)) and not _ONLINE.search(words))
-        yield _Candidate(path, prefix, state, averaged)
+def _networks(content: Mapping[Any, Any], anchor: Pattern[str]) -> List[_Candidate]:
+    """The networks in a checkpoint: in each mapping, one for each prefix of an anchor."""
+    found = []
+    for path, mapping in _mappings(content):
+        tensors = {_NOISE.sub("", name): value.detach() for name, value in _weights(mapping)}
+        matches = ((name, anchor.search(name)) for name in tensors)
+        states: Dict[str, Dict[str, Tensor]] = {
+            prefix: {} for prefix in sorted({name[: match.start()] for name, match in matches if match})
+        }
+        for name, value in tensors.items():
+            ends = [end.end() for end in re.finditer(r"\.", name)]
+            prefix = next((name[:end] for end in [*reversed(ends), 0] if name[:end] in states), None)
+            if prefix is not None:
+                states[prefix][name[len(prefix) :]] = value
+        for prefix, state in states.items():
+            words = re.sub(r"([a-z])([A-Z])", r"\1_\2", "/".join((*path, prefix))).lower()
+            averaged = "n_averaged" in state or bool(_AVERAGED.search(words) and not _ONLINE.search(words))
+            where = [repr("/".join(path))] * bool(path) + [f"names under {prefix!r}"] * bool(prefix)
+            plain = {name: value for name, value in state.items() if not _is_counter(name, value)}
+            found.append(_Candidate(plain, averaged, [*path, *prefix.split(".")[:-1]], ", ".join(where)))
+    return found
+
+
+def _weights(mapping: Mapping[Any, Any]) -> List[Tuple[str, Tensor]]:
+    return [
+        (name, value)
+        for name, value in mapping.items()
+        if isinstance(name, str) and isinstance(value, Tensor) and not _OPTIMIZER.search(name)
+    ]
+
+
+def _is_counter(name: str, value: Tensor) -> bool:
+    """Whether it only lies beside the weights, as AveragedModel's n_averaged or a trainer's global_step."""
+    return "." not in name and name not in _OUTERMOST and not (value.dim() and value.is_floating_point())
 
 
 def _shadow(content: Mapping[Any, Any], state: Mapping[str, Tensor]) -> Dict[str, Tensor]:
     """Averaged weights as torch-ema and diffusers save them: no names, in the order of ``state``; or none."""
-    names = [name for name in state if name not in ("mean", "bound") and not _is_statistic(name)]
+    names = [name for name in state if name not in _OUTERMOST and not _is_statistic(name)]
     for _, mapping in _mappings(content):
         found = mapping.get("shadow_params")
         values = [value for value in found if isinstance(value, Tensor)] if isinstance(found, list) else []
@@ -157,18 +153,9 @@ def _shadow(content: Mapping[Any, Any], state: Mapping[str, Tensor]) -> Dict[str
     return {}
 
 
-def _is_weight(name: Any, value: Any) -> bool:
-    return isinstance(name, str) and isinstance(value, Tensor) and not _OPTIMIZER.search(name)
-
-
 def _foreign(content: Mapping[Any, Any]) -> str:
     """What to say about a file without an AetherNet."""
-    names = [
-        name
-        for _, mapping in _mappings(content)
-        for name, value in mapping.items()
-        if _is_weight(name, value)
-    ]
+    names = [name for _, mapping in _mappings(content) for name, _ in _weights(mapping)]
     if any(re.search(r"(?<![^.])layers\.(.*\.)?(dwconv|ffn|conv)\.", name) for name in names):
         return "this is AetherNet's first layout (v1, tensors 'layers.*'): another network, not read here."
     keys = ", ".join(repr(str(key)[:40]) for key in list(content)[:6]) or "none"
@@ -194,10 +181,10 @@ def _never_updated(state: Mapping[str, Tensor]) -> bool:
 
 
 def read_checkpoint(path: Union[str, Path], flag: str = "--model_path") -> Checkpoint:
-    """The network's weights in a file. Runs no code from it.
+    """The network's weights in a file that torch.save or safetensors wrote, whatever its name. Runs no code.
 
     Args:
-        path: a file with one of READ_ENDINGS.
+        path: the file.
         flag: the option to name in error messages.
 
     Raises:
@@ -208,130 +195,60 @@ def read_checkpoint(path: Union[str, Path], flag: str = "--model_path") -> Check
         raise UserError(f"{path} does not exist; pass the checkpoint with {flag}.")
     if not path.is_file():
         raise UserError(f"{path} is not a file; pass one checkpoint with {flag}.")
-    ending = path.suffix.lower()
-    if ending not in READ_ENDINGS:
-        endings = f"{', '.join(READ_ENDINGS[:-1])} or {READ_ENDINGS[-1]}"
-        found = f"{path} ends in {path.suffix or 'nothing'!r}"
-        raise UserError(f"{found}; expected a checkpoint that ends in {endings} ({flag}).")
-    if path.stat().st_size == 0:
-        raise UserError(f"{path} is empty; expected a checkpoint, so copy it again ({flag}).")
-    content = _read_safetensors(path, flag) if ending == ".safetensors" else _read_pickled(path, flag)
-    if not isinstance(content, Mapping):
-        kind = type(content).__name__
-        raise UserError(
-            f"{path} holds a {kind}, expected a state dict; pass a network's checkpoint ({flag})."
-        )
     try:
-        checkpoint = unwrap(content)
+        with path.open("rb") as file:
+            check_kind(file.read(512))
+            file.seek(0)
+            content = file.read()  # once, so that what is checked is what is loaded
+        found = _read_safetensors(content) if content[8:9] == b"{" else load_pickled(content)
+        if not isinstance(found, Mapping):
+            kind = type(found).__name__
+            raise Refused(f"holds a {kind}, expected a state dict; pass a network's checkpoint")
+        checkpoint = unwrap(found)
+        _check_tensors(checkpoint.state, len(content))
+    except Refused as error:
+        raise UserError(f"{path} {error} ({flag}).") from None
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {error.strerror}; pass another ({flag}).") from None
     except ValueError as error:
         raise UserError(f"{path}: {error} Pass a checkpoint of AetherNet ({flag}).") from None
-    _check_tensors(path, checkpoint.state, flag)
     return checkpoint
 
 
-def _read_safetensors(path: Path, flag: str) -> Any:
+def _read_safetensors(content: bytes) -> Dict[str, Tensor]:
     try:
-        from safetensors.torch import load_file
+        from safetensors.torch import load
     except ImportError as error:
         package = (error.name or "safetensors").split(".")[0]
-        remedy = f"pip install {package}, or pass a .pth file ({flag})"
-        raise UserError(f"{path} needs the package {package}: {remedy}.") from None
+        raise Refused(f"needs the package {package}: pip install {package}, or pass a .pth file") from None
     try:
-        return load_file(str(path))
+        return load(content)
     except Exception as error:
-        reason = first_line(error)
-        remedy = f"copy it again or pass another ({flag})"
-        raise UserError(f"{path} is not a whole .safetensors file ({reason}); {remedy}.") from None
+        raise Refused(f"is not a whole .safetensors file ({first_line(error)}); copy it again") from None
 
 
-def _read_pickled(path: Path, flag: str) -> Any:
-    try:
-        with path.open("rb") as file:  # read once, so that what was checked is what is loaded
-            content = io.BytesIO(file.read())
-        _check_pickles(path, content, flag)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.load(content, map_location="cpu", weights_only=True)
-    except (UserError, MemoryError):
-        raise
-    except Exception as error:
-        # Not PyTorch's own message, which is about its internals and advises running the code.
-        reason = error.strerror if isinstance(error, OSError) else "it is damaged, or something else"
-        remedy = f"copy it again or pass another ({flag})"
-        raise UserError(f"{path} is not a readable checkpoint: {reason}; {remedy}.") from None
-
-
-# What a pickle may name: the parts of tensors, and what optimizers and schedulers store. None of these can
-# create more than the file holds.
-_GLOBALS = re.compile(
-    r"|collections (OrderedDict|Counter|defaultdict)|torch\._utils _rebuild_(tensor_v2|parameter)"
-    r"|torch (\w+Storage|Size|device|u?int\d+|b?float\d+\w*|bool|complex\d+)"
-)
-_LARGEST_PICKLE = 2**20  # bytes; a checkpoint with optimizers needs a tenth of it
-
-
-def _check_pickles(path: Path, content: io.BytesIO, flag: str) -> None:
-    """Refuse anything but a plain checkpoint before PyTorch sees it.
-
-    Even without running code, PyTorch creates whatever a pickle asks for: bytearray(2**40), a text encoded
-    over and over, a set for every byte.
-    """
-    refused = f"{path} is not a readable checkpoint: it"
-    streams = [content] * 5  # before PyTorch 1.6: five pickles, one after another, then the raw weights
-    if zipfile.is_zipfile(content):
-        with zipfile.ZipFile(content) as archive:
-            entries = archive.infolist()
-            # PyTorch doesn't compress, so a file that holds more than its size is not a checkpoint.
-            if sum(max(entry.file_size, entry.compress_size) for entry in entries) > len(content.getbuffer()):
-                expected = f"expected a checkpoint as torch.save writes it ({flag})"
-                raise UserError(f"{path} is a compressed archive, {expected}.")
-            pickles = [entry for entry in entries if entry.filename.endswith(".pkl")]
-            streams = [io.BytesIO(archive.read(entry)) for entry in pickles]
-    content.seek(0)
-    for stream in streams:
-        begin = stream.tell()
-        for name in _names_of(stream):
-            if not _GLOBALS.fullmatch(name):
-                reason = f"asks to run code on loading ({name.replace(' ', '.')[:80]!r}), which is refused"
-                remedy = "save the weights alone, torch.save(model.state_dict(), 'weights.pth')"
-                raise UserError(f"{refused} {reason}; {remedy}, or pass another ({flag}).")
-            if stream.tell() - begin > _LARGEST_PICKLE:
-                raise UserError(f"{refused} holds more than weights; pass another ({flag}).")
-    content.seek(0)
-
-
-def _names_of(stream: BinaryIO) -> Iterator[str]:
-    """What each opcode of a pickle asks for, as "module name", or ""."""
-    texts = [""]
-    memo: Dict[Any, str] = {}
-    for opcode, argument, _ in pickletools.genops(stream):
-        if opcode.name == "MEMOIZE":
-            memo[len(memo)] = texts[-1]
-        elif opcode.name == "BINGET":
-            texts.append(memo.get(argument, ""))
-        elif isinstance(argument, str):
-            texts.append(argument)
-        asked = {"GLOBAL": texts[-1], "STACK_GLOBAL": " ".join(texts[-2:]), "EMPTY_SET": "builtins set"}
-        yield asked.get(opcode.name, "")
-
-
-def _check_tensors(path: Path, state: Mapping[str, Tensor], flag: str) -> None:
-    """Raise UserError unless all tensors are plain, finite, and no larger than the file in total."""
-    room = path.stat().st_size
+def _check_tensors(state: Mapping[str, Tensor], size: int) -> None:
+    """Raise Refused unless all tensors are dense and finite, and little larger than the file in total."""
+    room, room_if_tied = size + ROOM, size + 2**28
+    stored: Dict[int, int] = {}  # by storage, which tied weights share
     for name, value in state.items():
-        described = f"{path}: tensor {name[:80]!r}"
-        stored = value.dtype == torch.int8 and f"{name}_scale" in state  # a weight of the int8 form
-        plain = value.layout == torch.strided and not value.is_nested and value.device.type == "cpu"
-        if not plain or not (stored or value.dtype in DTYPES):
-            kind = f"{value.dtype} {'nested' if value.is_nested else value.layout} on {value.device}"
-            raise UserError(f"{described} is {kind}, expected dense floating-point weights ({flag}).")
-        room -= value.numel() * value.element_size()
-        if room < 0:
-            found = f"{path}: the tensors claim more than the file holds"
-            raise UserError(f"{found}, expected a plain checkpoint ({flag}).")
+        int8 = value.dtype == torch.int8 and f"{name}_scale" in state  # a weight of the int8 form
+        kind = "on the meta device, without values" if value.is_meta else ""
+        kind = kind or ("nested" if value.is_nested else "quantised" if value.is_quantized else "")
+        kind = kind or ("sparse" if value.layout != torch.strided else "")
+        if kind or not (int8 or value.dtype in DTYPES):
+            wrong = f"holds tensor {name[:80]!r}, which is {kind or value.dtype}"
+            raise Refused(f"{wrong}; expected dense floating-point weights")
+        storage, claimed = getattr(value, "untyped_storage", value.storage)().data_ptr(), value.numel()
+        claimed *= value.element_size()
+        room -= max(0, claimed - stored.get(storage, 0))
+        room_if_tied -= claimed
+        if min(room, room_if_tied) < 0:
+            raise Refused("has tensors that claim more than the file holds; expected a plain checkpoint")
+        stored[storage] = max(claimed, stored.get(storage, 0))
         if not bool(torch.isfinite(value).all()):
-            remedy = f"training has diverged, so pass an earlier checkpoint ({flag})"
-            raise UserError(f"{described} holds NaN or Inf; {remedy}.")
+            found = f"is of a training that diverged, {name[:80]!r} holds NaN or Inf"
+            raise Refused(f"{found}; pass an earlier checkpoint")
 
 
 # ---------------------------------------------------------------------------------------------------- writing

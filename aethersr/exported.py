@@ -38,18 +38,16 @@ class ExportTail(nn.Module):
     def __init__(self, tail: Any, channels: int) -> None:
         super().__init__()
         self.scale = tail.scale
-        self.quant_in = getattr(tail, "quant_in", nn.Identity())
-        self.conv = tail.conv if hasattr(tail, "conv") else convolution(tail.weight, tail.bias)
+        self.conv: nn.Module = convolution(tail.weight, tail.bias)
         self.borders = nn.ModuleDict({name: along_line(name, *tail.border(name)) for name in BORDERS})
         outputs, features = tail.border("left")[0].shape[:2]
         self.masks = Masks(channels, tail.depth, features, outputs)
         if hasattr(tail, "top_weight_scale"):  # int8 storage
             self.borders = nn.ModuleDict({name: stored(conv, True) for name, conv in self.borders.items()})
-            self.conv = tail.conv if hasattr(tail, "conv") else stored(self.conv, False)
+            self.conv = stored(self.conv, False)
         self.to(tail.border("left")[0].device)
 
     def forward(self, x: Tensor, image: Tensor) -> Tensor:
-        x = self.quant_in(x)
         out = self.conv(x)
         rows, columns = self.masks(self.mean(image, 3)), self.masks(turned(self.mean(image, 2)))
         for name, (outermost, mask) in zip(("top", "bottom"), rows):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+import tempfile
 import threading
 from pathlib import Path
 from types import TracebackType
@@ -17,8 +19,22 @@ os.umask(MASK)
 
 def check_output(path: Path, sources: Iterable[Path], overwrite: bool, flag: str) -> None:
     """Raise UserError if an output path can't be written, is an input, or exists. ``flag``: its option."""
-    if not os.path.isdir(path.parent):
-        raise UserError(f"the folder {path.parent} does not exist; make it or pass another {flag}.")
+    check_folder(path.parent, flag)
+    check_file(path, sources, overwrite, flag)
+
+
+def check_folder(folder: Path, flag: str) -> None:
+    """Raise UserError if no file can be made in the folder."""
+    if not os.path.isdir(folder):
+        raise UserError(f"the folder {folder} does not exist; make it or pass another {flag}.")
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise unwritable(folder, error, flag) from None
+
+
+def check_file(path: Path, sources: Iterable[Path], overwrite: bool, flag: str) -> None:
+    """Raise UserError if the path is an input, or exists."""
     exists = os.path.lexists(path)  # not path.exists(): a dangling link exists too
     for source in sources:
         if os.path.exists(path) and os.path.exists(source) and os.path.samefile(path, source):
@@ -29,6 +45,13 @@ def check_output(path: Path, sources: Iterable[Path], overwrite: bool, flag: str
         raise UserError(f"{path} is a pipe or a device, expected a file name; pass another {flag}.")
     if exists and not overwrite:
         raise UserError(f"{path} exists; pass --overwrite to replace it, or another {flag}.")
+
+
+def unwritable(path: Path, error: OSError, flag: str) -> UserError:
+    """One line about what the system refused to write."""
+    full = error.errno in (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", None))
+    remedy = f"free space or pass another {flag}" if full else f"pass another {flag}"
+    return UserError(f"{path} can't be written: {error.strerror or error}; {remedy}.")
 
 
 class Together:

@@ -1,4 +1,4 @@
-"""Can half precision hold every value in the network? Each layer's headroom, and rescaling where it can't.
+"""Half precision: what a network loses in it, and an exact rescaling of the values that it can't hold.
 
 Many values in a fused network can be rescaled: the convolution before them is multiplied by 2^-k and the one
 after by 2^k. In float32 not a bit of the result changes.
@@ -10,12 +10,13 @@ import copy
 import math
 import re
 import statistics
-from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Tuple
+from typing import Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, Tuple
 
 import torch
 from aether_arch import AetherBase, ChannelAttention, FusedAetherBlock, FusedAetherNet, SpatialAttention
 from aether_quant import QuantAetherNet, insert_quantizers
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 HALF_MAX = torch.finfo(torch.float16).max
 SPARE_BITS = 3  # rescale below this headroom: pictures may drive a layer further than the hard ones do
@@ -23,89 +24,86 @@ TINY = 2.0**-10  # if the largest value is smaller, most others are below fp16's
 RUNAWAY = 10.0  # a picture runs away if its output is this many times as large as for most pictures
 
 
-class Group(NamedTuple):
-    """Values inside the network that are scaled together, and the tensors that make and use them."""
-
-    values: List[str]  # names as in largest_values
-    made_by: List[str]
-    used_by: List[str]
-
-
 class Fit(NamedTuple):
     """What fit_half_precision_ did and found."""
 
-    plain: FusedAetherNet  # float32, before rescaling
-    rescaled: FusedAetherNet  # float32
-    pictures: Dict[str, Tensor]  # on which the network does not run away
-    lost: List[str]  # on which it does
     powers: Dict[str, int]  # powers of two, by group
-    before: Dict[str, float]  # largest values; empty if no picture is left
-    after: Dict[str, float]
+    lost: List[str]  # pictures on which the network runs away, in float32 too
+    tried: int  # pictures, all together
     problem: str  # what rescaling can't solve; "" if half precision holds everything
+    decibels: float  # PSNR of half precision against float32, over the other pictures; NaN with a problem
+    steps: float  # largest difference there, in steps of 1/255
 
-    def notes(self) -> List[str]:
-        """What the user should always be told."""
+    def notes(self, bounded: bool) -> List[str]:
+        """What the user should be told. ``bounded``: the network has a bound already."""
         lines = []
         if self.lost:
             first = ", ".join(self.lost[:3]) + (", ..." if len(self.lost) > 3 else "")
-            bounded = self.plain.options.get("bound") is not None
             remedy = "" if bounded else "; --bound 1, with the training checkpoint, prevents it"
-            count = f"{len(self.lost)} of {len(self.lost) + len(self.pictures)}"
-            found = "hard pictures the network runs away, in float32 too"
-            lines.append(f"Note: on {count} {found}: {first}{remedy}")
+            found = f"on {len(self.lost)} of {self.tried} hard pictures the network runs away, in float32 too"
+            lines.append(f"Note: {found}: {first}{remedy}")
         if self.powers:
             first = ", ".join(f"{name} 2^{power}" for name, power in list(self.powers.items())[:3])
             more = f" and {len(self.powers) - 3} more" if len(self.powers) > 3 else ""
             lines.append(f"Rescaled for half precision, the same function: {first}{more}")
         return lines
 
-    def table(self) -> List[str]:
-        """Each layer's headroom, and how well the lower precisions agree with float32."""
-        if not self.pictures:
-            return []
-        lines = headroom(self.plain, "before rescaling", self.before) if self.powers else []
-        lines += [*headroom(self.plain, "rescaled" if self.powers else "as it is", self.after), ""]
-        pictures = list(self.pictures.values())
-        if self.powers:
-            agreed = agreement(self.plain, self.plain, torch.float16, pictures)
-            lines.append(f"fp16 against fp32, before rescaling: {agreed}")
-        for name, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16)):
-            lines.append(f"{name} against fp32: {agreement(self.plain, self.rescaled, dtype, pictures)}")
-        return lines
-
 
 @torch.no_grad()
 def fit_half_precision_(net: FusedAetherNet, device: str = "cpu") -> Fit:
-    """Rescale the network, in place, until half precision holds every layer's values on hard pictures.
+    """Rescale the network, in place, until half precision holds its values on hard pictures; compare both.
 
     Pictures on which the network runs away are ignored: a scale that fits them would make the others' values
     too small. A network that needs no rescaling stays untouched.
     """
     pictures = {name: picture.to(device) for name, picture in hard_pictures(net.options["in_chans"]).items()}
-    plain = rescaled = copy.deepcopy(net).float().to(device)
+    plain = copy.deepcopy(net).float().to(device)
     measured = {name: largest_values(plain, picture) for name, picture in pictures.items()}
     outputs = {name: found[".out"] for name, found in measured.items()}
     bound = min(HALF_MAX, RUNAWAY * max(1.0, statistics.median(outputs.values())))
     lost = [name for name, output in outputs.items() if not output <= bound]
-    sound = {name: picture for name, picture in pictures.items() if name not in lost}
+    sound = [name for name in pictures if name not in lost]
     if not sound:
         problem = f"on no hard picture is the output below {HALF_MAX:g}, half precision's largest number"
-        return Fit(plain, plain, {}, lost, {}, {}, {}, problem)
-    before = after = largest_of([measured[name] for name in sound])
-    powers = rescale_(net, before)
-    if powers:
-        rescaled = copy.deepcopy(net).float().to(device)
-        after = largest_of([largest_values(rescaled, picture) for picture in sound.values()])
-    reached = {f"{module} {part}": after[key] for module, part, key in layers(net)}
-    reached.update({name: float(value.abs().max()) for name, value in net.named_parameters()})
-    beyond = [(name, value) for name, value in reached.items() if not value <= HALF_MAX]
-    problem = ""
-    if beyond:
-        name, value = beyond[0]
-        problem = (
-            f"half precision holds {HALF_MAX:g} at most, {name} reaches {value:.3g}, and no rescaling helps"
-        )
-    return Fit(plain, rescaled, sound, lost, powers, before, after, problem)
+        return Fit({}, lost, len(pictures), problem, math.nan, math.nan)
+    powers = rescale_(net, largest_of([measured[name] for name in sound]))
+    decibels, steps = loss(copy.deepcopy(net).float().to(device), [pictures[name] for name in sound])
+    problem = "half precision can't hold its values, and no rescaling helps" if math.isnan(decibels) else ""
+    return Fit(powers, lost, len(pictures), problem, decibels, steps)
+
+
+class _Rounding(TorchFunctionMode):
+    """Rounds every operation's result to half precision: a GPU adds up in float32 and stores that."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.is_floating_point():
+            out.copy_(out.half())  # in place, as the operation itself may have been
+        return out
+
+
+@torch.no_grad()
+def in_half_precision(net: AetherBase, picture: Tensor) -> Tensor:
+    """The output of a network whose weights and values are rounded to half precision, in float32.
+
+    Computed in float32: PyTorch's own half precision is slow on a CPU, and older versions lack it.
+    """
+    low = copy.deepcopy(net).half().float()
+    with _Rounding():
+        return low(picture.half().float())
+
+
+@torch.no_grad()
+def loss(net: AetherBase, pictures: Iterable[Tensor]) -> Tuple[float, float]:
+    """What half precision loses: PSNR against float32 in dB (peak 1), and the largest difference in steps.
+
+    NaN if a value is not finite.
+    """
+    errors = [(in_half_precision(net, picture) - net(picture)).abs() for picture in pictures]
+    mean = statistics.mean(float(error.pow(2).mean()) for error in errors)
+    if not math.isfinite(mean):
+        return math.nan, math.nan
+    return -10 * math.log10(max(mean, 1e-12)), 255 * max(float(error.max()) for error in errors)
 
 
 # ------------------------------------------------------------------------------------- pictures and measuring
@@ -159,84 +157,15 @@ def largest_of(measured: List[Dict[str, float]]) -> Dict[str, float]:
     return {key: max(found[key] for found in measured) for key in measured[0]}
 
 
-@torch.no_grad()
-def changed_by_bound(bounded: FusedAetherNet, free: FusedAetherNet) -> Tuple[int, int, int]:
-    """Number of hard pictures that the bound changes, that are not finite without it, and in total."""
-    pictures = list(hard_pictures(bounded.options["in_chans"]).values())
-    bounded, free = (copy.deepcopy(net).float().cpu() for net in (bounded, free))
-    expected = [free(picture) for picture in pictures]
-    same = [
-        torch.allclose(bounded(each), output, rtol=1e-4, atol=1e-5)
-        for each, output in zip(pictures, expected)
-    ]
-    return same.count(False), sum(not bool(output.isfinite().all()) for output in expected), len(pictures)
-
-
-def headroom(net: FusedAetherNet, title: str, largest: Mapping[str, float]) -> List[str]:
-    """A line for every block and other layer: its largest value, and how many times that may double."""
-
-    def bits(value: float) -> float:
-        return math.log2(HALF_MAX / max(value, 2.0**-24))
-
-    rows: Dict[str, Dict[str, float]] = {}
-    for module, part, key in layers(net):
-        rows.setdefault(module, {})[part] = largest[key]
-    lines = ["", f"{'fp16, ' + title:<22}{'largest':>10}{'headroom, bits':>16}"]
-    for module, parts in rows.items():
-        most = max(parts.values())
-        each = (
-            "".join(f"  {part} {bits(value):.1f}" for part, value in parts.items()) if len(parts) > 1 else ""
-        )
-        lines.append(f"{module:<22}{most:>10.4g}{bits(most):>16.1f}{each}")
-    return lines
-
-
-@torch.no_grad()
-def agreement(net: AetherBase, other: AetherBase, dtype: torch.dtype, pictures: List[Tensor]) -> str:
-    """PSNR (peak 1) of ``other`` in ``dtype`` against ``net`` in float32, in words."""
-    low = copy.deepcopy(other).to(dtype)
-    expected = [net(picture) for picture in pictures]
-    try:
-        outputs = [low(picture.to(dtype)).float() for picture in pictures]
-    except RuntimeError as error:
-        if "not implemented" not in str(error):
-            raise
-        return "not compared, this PyTorch does not compute it on a CPU (newer ones do): pass --device cuda"
-    errors = [float((output - picture).pow(2).mean()) for output, picture in zip(outputs, expected)]
-    lost = sum(not math.isfinite(error) for error in errors)
-    if lost:
-        return f"not finite on {lost} of {len(pictures)} hard pictures"
-    mean, worst = (-10 * math.log10(max(error, 1e-12)) for error in (statistics.mean(errors), max(errors)))
-    return f"{mean:.1f} dB over {len(pictures)} hard pictures, {worst:.1f} dB on the worst"
-
-
 # ------------------------------------------------------------------------------------ the values in a network
 
 
-def layers(net: FusedAetherNet) -> List[Tuple[str, str, str]]:
-    """(module, part, name in largest_values) of all that half precision must hold, in data order.
+class Group(NamedTuple):
+    """Values inside the network that are scaled together, and the tensors that make and use them."""
 
-    The input of a sigmoid is left out: infinity is as good as 20 there.
-    """
-    rows = [("head", "output", "head.out")]
-    for name, block in net.named_modules():
-        if isinstance(block, FusedAetherBlock):
-            # With a bound, even infinity is clamped to it.
-            parts = {"depthwise": "reparam_conv.out" if block.bound is None else "gate_conv.in"}
-            parts.update(
-                gate="gate_conv.out", main="main_conv.out", product="out_conv.in", output="out_conv.out"
-            )
-            if isinstance(block.channel_attn, ChannelAttention):
-                parts["attention"] = "channel_attn.fc.0.out"
-            rows += [(name, part, f"{name}.{key}") for part, key in {**parts, "sum": "out"}.items()]
-    rows += [(f"fusion_convs.{k}", "output", f"fusion_convs.{k}.out") for k in range(len(net.fusion_convs))]
-    rows += [("fusion", "output", "fusion.out"), ("fusion", "sum", "body_norm.in")]
-    rows += [("body_norm", "output", "body_norm.out")] if net.keep_norm else []
-    rows += [("body_conv", "output", "body_conv.out"), ("body_conv", "sum", "conv_before_upsample.in")]
-    return rows + [
-        ("conv_before_upsample", "output", "conv_before_upsample.0.out"),
-        ("tail", "output", "tail.out"),
-    ]
+    values: List[str]  # names as in largest_values
+    made_by: List[str]
+    used_by: List[str]
 
 
 def groups(net: FusedAetherNet) -> Dict[str, Group]:
@@ -324,11 +253,10 @@ def with_ranges_of(net: FusedAetherNet, trained: QuantAetherNet, powers: Mapping
     ``powers`` are those of the rescaling; each range is scaled like its values.
     """
     power_of = {value: powers.get(name, 0) for name, group in groups(net).items() for value in group.values}
-    quantised = insert_quantizers(copy.deepcopy(net).float(), trained.placement)
+    quantised = insert_quantizers(copy.deepcopy(net).float())
     ranges = trained.quantizers()
     for name, quantizer in quantised.quantizers().items():
-        value = re.sub(r"\.(?:fine\.)?quant_(in|out|start|sum)$", r".\1", name)
-        value = value.replace(".start", ".in").replace(".sum", ".out")
+        value = re.sub(r"\.quant_(in|out)$", r".\1", name)
         quantizer.range_sum.copy_(ranges[name].range_sum.float() * 2.0 ** power_of.get(value, 0))
         quantizer.watched.copy_(ranges[name].watched)
     return quantised.eval()

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import re
 from collections import Counter
-from typing import Any, Dict, List, Mapping, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Tuple
 
 import torch
 from aether_arch import (
+    RECORDED,
     SCALES,
     VARIANTS,
     AetherBase,
     AetherNet,
     DeploymentNorm,
     FusedAetherNet,
+    described,
     differences,
     form_of,
     scale_of,
@@ -41,13 +44,15 @@ def form_name(state: Mapping[str, Any]) -> str:
     return "int8" if any(name.endswith(".reparam_conv.weight_scale") for name in state) else "quantised"
 
 
-def aether_from_state_dict(state_dict: Mapping[str, Any], img_range: float = 1.0) -> AetherBase:
+def aether_from_state_dict(state_dict: Mapping[str, Any], img_range: Optional[float] = None) -> AetherBase:
     """Build the network that a state dict belongs to and load it: any form, in evaluation mode, float32.
 
     Variant, scale, kernels and attention come from names and shapes, after a framework's wrappers are removed
-    (see aethersr.checkpoint.unwrap). A training form does not tell img_range, which is taken from the
-    argument, nor drop and drop_path_rate, which don't matter in evaluation and become 0. A fused form has
-    img_range in its weights and needs no sk_kernel.
+    (see aethersr.checkpoint.unwrap). drop and drop_path_rate, which don't matter in evaluation, become 0. A
+    fused form needs no sk_kernel.
+
+    Args:
+        img_range: for a training form that was trained with another one than 1 and is too old to record it.
 
     Raises:
         ValueError: not an AetherNet of a known layout; the message says what is missing or doesn't fit.
@@ -59,12 +64,20 @@ def aether_from_state_dict(state_dict: Mapping[str, Any], img_range: float = 1.0
     form: Any = form_of(state)
     if form is not AetherNet:
         options.update(form.options_from_names(state))
+    if img_range is not None:
+        if not 1e-6 <= img_range < 1e6:
+            expected = "expected a number from 1e-6 to 1e6, the training option of this name"
+            raise ValueError(f"--img_range {img_range} is not possible; {expected}.")
+        if "img_range" in state and img_range != options["img_range"]:
+            found = f"it was trained with img_range {options['img_range']:g}, which it records"
+            raise ValueError(f"{found}; leave --img_range {img_range:g} out.")
+        options["img_range"] = img_range
 
     def checked() -> AetherBase:
-        net: AetherBase = form(**options, img_range=img_range)
+        net: AetherBase = form(**options)
         wrong = differences(net, state)
         if wrong:
-            raise ValueError(f"not a whole AetherNet; tensors {wrong}.")
+            raise ValueError(f"the file is {described(state)}, but not whole; tensors {wrong}.")
         return net
 
     if hasattr(torch.device, "__enter__"):  # PyTorch 2: compare shapes before allocating memory
@@ -73,6 +86,12 @@ def aether_from_state_dict(state_dict: Mapping[str, Any], img_range: float = 1.0
     net = checked().eval()
     net.load_state_dict(state)
     return net
+
+
+def add_img_range(parser: argparse.ArgumentParser) -> None:
+    """The option of every command that opens training checkpoints, for aether_from_state_dict."""
+    text = "the training option of this name, if it wasn't 1 and the file is too old to record it"
+    parser.add_argument("--img_range", type=float, metavar="R", help=text)
 
 
 def bounded(state: Mapping[str, Tensor], bound: float) -> Dict[str, Tensor]:
@@ -116,13 +135,16 @@ def read_options(state: Mapping[str, Tensor]) -> Dict[str, Any]:
     embed_dim, in_chans = shape(f"{head}.weight")[:2]
     hidden, lk_kernel = shape(f"stages.0.0.{gate}.weight")[0], shape(f"stages.0.0.{kernel}.weight")[2]
     for name in state:
-        if name in ("tail.weight", "tail.conv.weight") or re.match(r"upsample\..*\.weight$", name):
+        if name == "tail.weight" or re.match(r"upsample\..*\.weight$", name):
             shape(name)
-    scale, bound = scale_of(state), state.get("bound")
+    scale = scale_of(state)
     if scale is None:
         raise ValueError(f"the upsampling tensors fit none of the scales {SCALES}.")
-    if bound is not None and (tuple(bound.shape) != (1,) or not 1e-3 <= float(bound) < 1e6):
-        raise ValueError("'bound' is not one number from 1e-3 to 1e6, of shape (1,).")
+    recorded: Dict[str, Any] = {**RECORDED}
+    for name, least in (("bound", 1e-3), ("img_range", 1e-6)):
+        if name in state and (tuple(state[name].shape) != (1,) or not least <= float(state[name]) < 1e6):
+            raise ValueError(f"{name!r} is not one number from {least:g} to 1e6, of shape (1,).")
+        recorded[name] = float(state[name]) if name in state else recorded[name]
     ratio = hidden / embed_dim
     return {
         "scale": scale,
@@ -135,7 +157,7 @@ def read_options(state: Mapping[str, Tensor]) -> Dict[str, Any]:
         "use_channel_attn": "stages.0.0.channel_attn.fc.0.weight" in state,
         "use_spatial_attn": "stages.0.0.spatial_attn.conv.weight" in state,
         "drop_path_rate": 0.0,
-        "bound": None if bound is None else float(bound),
+        **recorded,
     }
 
 
@@ -144,6 +166,10 @@ def _refuse_other_versions(state: Mapping[str, Tensor]) -> None:
     if empty:
         raise ValueError(
             f"tensor {empty[0][:80]!r} holds no value; its shape is {tuple(state[empty[0]].shape)}."
+        )
+    if "fusion.quant_in.range_sum" in state:
+        raise ValueError(
+            "it was quantised with placement full; AetherNet 0.2.0 is the last version to read it."
         )
     for name, version in OTHER_VERSIONS.items():
         if any(key == name or key.endswith("." + name) for key in state):

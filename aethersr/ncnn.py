@@ -66,10 +66,8 @@ def convert(model: AetherBase) -> Tuple[bytes, bytes]:
         image = picture(torch.float32, 1, model.options["in_chans"], 19, 23)
         torch.jit.trace(for_chainner(reference), image, check_trace=False).save(f"{folder}/net.pt")
         channels = image.shape[1]
-        shapes = [
-            f"inputshape=[1,{channels},19,23]",
-            f"inputshape2=[1,{channels},34,26]",
-        ]  # two of them, so that the size isn't fixed
+        # Two of them, so that the size isn't fixed.
+        shapes = [f"inputshape=[1,{channels},19,23]", f"inputshape2=[1,{channels},34,26]"]
         done = subprocess.run([pnnx.EXEC_PATH, "net.pt", *shapes], cwd=folder, capture_output=True, text=True)
         param, weights = (Path(folder, f"net.ncnn.{ending}") for ending in ("param", "bin"))
         if not (param.is_file() and weights.is_file()):
@@ -149,19 +147,16 @@ def _compare(param: Path, weights: Path, reference: AetherBase) -> None:
         image = picture(torch.float32, 1, reference.options["in_chans"], height, width)
         expected = reference(image)
         output = run(net, image)
-        shapes = [tuple(each.shape) for each in (output, expected)]
-        if shapes[0] != shapes[1]:
-            raise UserError(
-                f"ncnn gives a picture of {shapes[0]} for {width}x{height}, expected {shapes[1]}; {WAY_OUT}"
-            )
+        size = f"{width}x{height}"
+        if output.shape != expected.shape:
+            shapes = f"{tuple(output.shape)} for {size}, expected {tuple(expected.shape)}"
+            raise UserError(f"ncnn gives a picture of {shapes}; {WAY_OUT}")
         difference = float((output - expected).abs().max())
         # One step of 1/255, or in proportion if the output goes far beyond a picture's range.
         allowed = max(1.0, float(expected.abs().max())) / 255
         if not difference <= allowed:
-            raise UserError(
-                f"ncnn differs from the network by {difference:.3g} at {width}x{height}, expected at most "
-                f"{allowed:.3g}; {WAY_OUT}"
-            )
+            found = f"ncnn differs from the network by {difference:.3g} at {size}"
+            raise UserError(f"{found}, expected at most {allowed:.3g}; {WAY_OUT}")
 
 
 def channels_of(param: Path) -> int:

@@ -1,8 +1,9 @@
-"""The network in a file, weights or ONNX, as a function from pictures to upscaled pictures."""
+"""The network in a file, weights, ONNX or NCNN, as a function from pictures to upscaled pictures."""
 
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any, Dict, Optional, Protocol, Tuple
 
@@ -15,6 +16,7 @@ from aethersr.checkpoint import read_checkpoint
 from aethersr.errors import UserError, first_line, missing_package
 from aethersr.identify import aether_from_state_dict
 from aethersr.tiling import receptive_field
+from aethersr.untrusted import Refused, check_kind
 
 
 class Network(Protocol):
@@ -47,15 +49,15 @@ class TorchNetwork:
 
 
 class OnnxNetwork:
-    """An exported AetherNet."""
+    """An exported AetherNet. Errors name ``flag``, with which the file was passed."""
 
-    def __init__(self, path: Path, device: Optional[str]) -> None:
+    def __init__(self, path: Path, device: Optional[str], flag: str) -> None:
         try:
             import onnx
             import onnxruntime
         except ImportError as error:
             raise missing_package(error, str(path), "onnx") from None
-        again = "export it again (--model)"
+        again = f"export it again ({flag})"
         cuda = "CUDAExecutionProvider"
         has_cuda = cuda in onnxruntime.get_available_providers()
         if device == "cuda" and not has_cuda:
@@ -89,22 +91,42 @@ class OnnxNetwork:
             )
         self.one_by_one = fixed[0]
         self.size: Optional[Tuple[int, int]] = tuple(source.shape[2:]) if fixed[2] else None
-        height, width = self.size or (8, 8)
-        try:
-            shape = self(torch.zeros(1, self.in_chans, height, width)).shape
-        except Exception as error:  # ONNX Runtime raises many kinds
-            raise UserError(f"{path} does not run ({first_line(error)}); {again}.") from None
-        self.scale = shape[-1] // width if len(shape) == 4 else 0
-        if self.scale < 1 or tuple(shape) != (1, self.in_chans, height * self.scale, width * self.scale):
-            raise UserError(
-                f"{path} turns {width}x{height} pixels into {tuple(shape)}, "
-                "expected a network that upscales pictures (--model)."
-            )
+        self.scale = _scale(self, path, again)
 
     def __call__(self, image: Tensor) -> Tensor:
         batches = image.split(1) if self.one_by_one else [image]
         results = [self.session.run(None, {self.name: batch.to(self.dtype).numpy()})[0] for batch in batches]
         return torch.from_numpy(np.concatenate(results)).to(image.dtype)
+
+
+class NcnnNetwork:
+    """NCNN's two files. Errors name ``flag``, with which the first was passed."""
+
+    size: Optional[Tuple[int, int]] = None
+
+    def __init__(self, path: Path, flag: str) -> None:
+        from aethersr.ncnn import channels_of, run
+
+        try:
+            import ncnn
+        except ImportError:
+            remedy = f"pip install ncnn, or leave it out ({flag})"
+            raise UserError(f"{path} needs the package ncnn: {remedy}.") from None
+        self.net, self.run, weights = ncnn.Net(), run, path.with_suffix(".bin")
+        files = (path, weights)
+        loads = (self.net.load_param, self.net.load_model)
+        if not all(each.is_file() for each in files) or any(load(str(f)) for load, f in zip(loads, files)):
+            found = f"{path} and {weights.name} are not the two files of an NCNN network"
+            raise UserError(f"{found}; pass others ({flag}).")
+        self.in_chans = channels_of(path)
+        if not self.in_chans:
+            raise UserError(f"{path} takes an unknown number of channels; pass another network ({flag}).")
+        kernels = re.findall(r"(?m)^Convolution.* 1=(\d+)", path.read_text("utf-8", "replace"))
+        self.reach = sum(int(kernel) // 2 for kernel in kernels)  # a little more, as if all were in a row
+        self.scale = _scale(self, path, f"pass a file that aether-fuse wrote ({flag})")
+
+    def __call__(self, image: Tensor) -> Tensor:
+        return torch.cat([self.run(self.net, each) for each in image.float().cpu().split(1)])
 
 
 def _receptive_field(graph: Any) -> int:
@@ -114,41 +136,69 @@ def _receptive_field(graph: Any) -> int:
     """
     reach: Dict[str, int] = {}
     for node in graph.node:  # in ONNX they are sorted: inputs come first
-        kernel = next(
-            (attribute.ints for attribute in node.attribute if attribute.name == "kernel_shape"), [1]
-        )
+        kernel = next((each.ints for each in node.attribute if each.name == "kernel_shape"), [1])
         seen = max((reach.get(name, 0) for name in node.input), default=0) + max(kernel) // 2
         reach.update(dict.fromkeys(node.output, seen))
     return max(reach.values())
 
 
-def load_network(path: Path, device: Optional[str], fp16: bool) -> Network:
-    """The network in a file: weights of any form, which are fused, or an exported ONNX file.
+def _scale(net: Any, path: Path, remedy: str) -> int:
+    """The scale, found by running ``net`` once."""
+    height, width = net.size or (8, 8)
+    try:
+        shape = tuple(net(torch.zeros(1, net.in_chans, height, width)).shape)
+    except Exception as error:  # ONNX Runtime raises many kinds
+        raise UserError(f"{path} does not run ({first_line(error)}); {remedy}.") from None
+    scale = shape[-1] // width if len(shape) == 4 else 0
+    if scale < 1 or shape != (1, net.in_chans, height * scale, width * scale):
+        found = f"{path} turns {width}x{height} pixels into {shape}"
+        raise UserError(f"{found}, expected a network that upscales pictures; {remedy}.")
+    return int(scale)
+
+
+def load_network(
+    path: Path,
+    device: Optional[str] = None,
+    fp16: bool = False,
+    img_range: Optional[float] = None,
+    flag: str = "--model",
+) -> Network:
+    """The network in a file: weights of any form, which are fused, ONNX (.onnx) or NCNN (.param).
 
     Without ``device`` it runs on the GPU, if there is one and what runs the file can use it.
 
+    Args:
+        img_range: see aether_from_state_dict.
+        flag: the option to name in error messages.
+
     Raises:
-        UserError: the file holds no network, or device or precision don't fit it.
+        UserError: the file holds no network, or device, precision or img_range don't fit it.
     """
-    if path.suffix.lower() == ".onnx":
-        if fp16:
-            raise UserError(
-                f"--fp16 can't change {path}; export it with precision fp16, or leave --fp16 out."
-            )
+    if path.suffix.lower() in (".onnx", ".param"):
+        if fp16 or img_range is not None:
+            option = "--fp16" if fp16 else "--img_range"
+            raise UserError(f"{option} can't change {path}; leave it out, or pass the weights ({flag}).")
         if not os.path.isfile(path):
             found = "is not a file" if os.path.exists(path) else "does not exist"
-            raise UserError(f"{path} {found}; pass the network with --model.")
-        return OnnxNetwork(path, device)
+            raise UserError(f"{path} {found}; pass the network with {flag}.")
+        try:
+            with path.open("rb") as file:
+                check_kind(file.read(512), weights=False)
+        except Refused as error:
+            raise UserError(f"{path} {error} ({flag}).") from None
+        except OSError as error:
+            raise UserError(f"{path} can't be read: {error.strerror}; pass another ({flag}).") from None
+        ncnn = path.suffix.lower() == ".param"
+        return NcnnNetwork(path, flag) if ncnn else OnnxNetwork(path, device, flag)
     try:
-        net = aether_from_state_dict(read_checkpoint(path, "--model").state)
+        net = aether_from_state_dict(read_checkpoint(path, flag).state, img_range)
     except ValueError as error:
-        raise UserError(f"{path}: {error} Pass the weights of an AetherNet (--model).") from None
+        raise UserError(f"{path}: {error} Pass the weights of an AetherNet ({flag}).") from None
     if not getattr(net, "is_int8", False):
         net = net.fused()
     elif fp16:
-        raise UserError(
-            f"--fp16 can't change {path}, whose int8 weights are rounded in float32; leave --fp16 out."
-        )
+        found = f"--fp16 can't change {path}, whose int8 weights are rounded in float32"
+        raise UserError(f"{found}; leave --fp16 out.")
     net = net.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # the faster layout
     return TorchNetwork(net.half() if fp16 else net)

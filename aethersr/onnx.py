@@ -85,7 +85,7 @@ def export_onnx(
         if precision == "int8":
             quantised: Any = model.convert_to_quantized()
             reference = quantised.for_target(target, reduce_range).cpu()
-            described.update(placement=reference.placement, target=target)
+            described.update(target=target)
         else:
             reference = model.fused().cpu().float()
         network = for_export(reference)
@@ -112,38 +112,28 @@ def export_onnx(
 
 
 def _check_arguments(
-    model: AetherBase,
-    scale: int,
-    precision: str,
-    target: str,
-    static: Optional[Sequence[int]],
-    opset: int,
+    model: AetherBase, scale: int, precision: str, target: str, static: Optional[Sequence[int]], opset: int
 ) -> None:
     channels = model.options["in_chans"]
-    if scale != model.scale:
-        raise ValueError(f"export_onnx: scale={scale} was asked for, the model has scale={model.scale}.")
-    if precision not in PRECISIONS:
-        allowed = ", ".join(map(repr, PRECISIONS))
-        raise ValueError(f"export_onnx: precision={precision!r} is not known; allowed: {allowed}.")
-    if precision == "int8" and not hasattr(model, "placement"):
-        raise ValueError(
-            "export_onnx: precision='int8' needs a quantised network: "
-            "prepare_qat(), fine-tune, convert_to_quantized()."
-        )
-    if target not in TARGETS:
-        raise ValueError(
-            f"export_onnx: target={target!r} is not known; allowed: {', '.join(map(repr, TARGETS))}."
-        )
-    if static is not None and not (
-        len(static) == 3 and static[0] == channels and all(type(size) is int and size > 0 for size in static)
-    ):
-        expected = f"({channels}, height, width)"
-        raise ValueError(f"export_onnx: static={tuple(static)!r} is not possible; expected {expected}.")
-    first, last = OPSETS.get(f"{precision} {target}", OPSETS[precision])
-    if type(opset) is not int or not first <= opset <= last:
-        raise ValueError(
-            f"export_onnx: opset={opset!r} is not possible for {precision}; allowed: {first} to {last}."
-        )
+    first, last = OPSETS.get(f"{precision} {target}", OPSETS.get(precision, (0, 0)))
+    sizes = static is None or (len(static) == 3 and static[0] == channels)
+    sizes = sizes and all(type(size) is int and size > 0 for size in static or ())
+    problems = {
+        f"scale={scale} was asked for, the model has scale={model.scale}": scale != model.scale,
+        f"precision={precision!r} is not known; allowed: {', '.join(PRECISIONS)}": precision
+        not in PRECISIONS,
+        "precision='int8' needs a quantised network: prepare_qat(), fine-tune, convert_to_quantized()": (
+            precision == "int8" and not hasattr(model, "is_int8")
+        ),
+        f"target={target!r} is not known; allowed: {', '.join(TARGETS)}": target not in TARGETS,
+        f"static={static!r} is not possible; expected ({channels}, height, width)": not sizes,
+        f"opset={opset!r} is not possible for {precision}; allowed: {first} to {last}": (
+            type(opset) is not int or not first <= opset <= last
+        ),
+    }
+    for problem, is_so in problems.items():
+        if is_so:
+            raise ValueError(f"export_onnx: {problem}.")
 
 
 def picture(dtype: torch.dtype, *shape: int) -> Tensor:

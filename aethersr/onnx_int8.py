@@ -40,18 +40,14 @@ def integer_convolutions(model: Any, target: str) -> None:
         return output
 
     for node in graph.node:
-        scalar = node.op_type == "Cast" and node.input[0] in values and values[node.input[0]].ndim == 0
-        if scalar:  # scale or zero point of a quantiser
-            dtype = helper.tensor_dtype_to_np_dtype(node.attribute[0].i)
-            add(node.output[0], values[node.input[0]].astype(dtype))
-            continue
-        if (
-            target == "tensorrt"
-            and node.op_type in ("Cast", "Mul")
-            and all(name in values for name in node.input)
-        ):
-            factors = [values[name].astype(np.float32) for name in node.input]
-            add(node.output[0], np.asarray(np.prod(np.broadcast_arrays(*factors), axis=0)))
+        known = node.op_type in ("Cast", "Mul") and all(name in values for name in node.input)
+        if known and (target == "tensorrt" or values[node.input[0]].ndim == 0):
+            if node.op_type == "Mul":
+                product = values[node.input[0]] * values[node.input[1]].astype(np.float32)
+            else:
+                dtype = helper.tensor_dtype_to_np_dtype(node.attribute[0].i)
+                product = values[node.input[0]].astype(dtype)
+            add(node.output[0], np.asarray(product))
             continue
         nodes.append(node)
         source = made_by.get(node.input[0]) if node.op_type == "Conv" else None

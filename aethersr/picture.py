@@ -1,23 +1,29 @@
-"""Reads and writes pictures: bits, transparency, colour profile, EXIF, XMP and dpi, and what is refused.
+"""Reads and writes pictures: bits, transparency, and the notes beside the pixels, such as colour profiles.
 
-Needs numpy and Pillow, and OpenCV to read 16 bits, which Pillow supports only in grey.
+libvips does it. Done here: what it drops of the notes (aethersr.notes), and BMP, with Pillow.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
-import re
-import struct
-import zlib
-from dataclasses import dataclass, replace
+import os
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any, BinaryIO, Dict, Iterator, List, Optional
+
+os.environ.setdefault("VIPS_WARNING", "0")  # else libvips prints lines about harmless defects
 
 import numpy as np
-from PIL import Image, ImageCms, TiffImagePlugin, UnidentifiedImageError, features
+from PIL import BmpImagePlugin, Image
 
-from aethersr.errors import UserError, first_line, missing_package
+from aethersr import notes
+from aethersr.errors import UserError, first_line
+
+try:
+    import pyvips
+except (ImportError, OSError):  # OSError: libvips itself is missing
+    raise ImportError(name="pyvips pyvips-binary") from None
 
 FORMATS = {
     ".png": "PNG",
@@ -32,46 +38,42 @@ FORMATS = {
     ".avif": "AVIF",
 }
 SAVE_OPTIONS: Dict[str, Dict[str, Any]] = {
-    "JPEG": {"quality": 95, "subsampling": 0},
-    "WEBP": {"quality": 95},
-    "AVIF": {"quality": 90, "subsampling": "4:4:4"},
+    "PNG": {"compression": 2, "filter": "up"},  # a network on a card must not wait for it
+    "JPEG": {"Q": 95, "subsample_mode": "off"},
+    "WEBP": {"Q": 95},
+    "TIFF": {"compression": "deflate", "predictor": "horizontal", "resunit": "inch"},
+    "AVIF": {"Q": 90, "subsample_mode": "off", "effort": 0},  # more effort takes minutes
 }
-_MODES = ("L", "LA", "RGB", "RGBA", "1", "P", "PA", "CMYK", "YCbCr")
-_ORIENTATION, _SUB_IFDS, _SIZES = 0x0112, (0x8769, 0x8825, 0xA005), (0xA002, 0xA003)
-# In a TIFF, EXIF tags are mixed with those about its pixels: size, bits, strips, resolution, XMP, profile.
-_OF_PIXELS = {*range(254, 260), 262, 266, *range(273, 280), 282, 283, 284, 296, 317, *range(318, 348),
-              *range(512, 533), 700, 34675}  # fmt: skip
+MOST_PIXELS = 2**30
+_PILLOW_MODES = ("L", "LA", "RGB", "RGBA", "1", "P", "PA", "CMYK", "YCbCr")
+pyvips.cache_set_max(0)  # else a file that has changed is not read again
 
 
 @dataclass
 class Picture:
-    """Upright pixels (H, W, C) in uint8 or uint16, and the metadata to keep.
+    """Upright pixels (H, W, C) in uint8 or uint16; ``alpha``: the last channel is transparency.
 
-    ``alpha``: the last channel is transparency. ``exif`` holds EXIF tags, with nested directories as
-    dictionaries.
+    ``notes``: what else the file says, see aethersr.notes.
     """
 
     pixels: np.ndarray
     alpha: bool = False
-    profile: Optional[bytes] = None
-    exif: Optional[Dict[int, Any]] = None
-    xmp: Optional[bytes] = None
-    dpi: Optional[Tuple[float, float]] = None
+    notes: notes.Notes = field(default_factory=dict)
 
-    def with_pixels(self, pixels: np.ndarray) -> Picture:
-        """The same picture with other pixels; the size in EXIF is updated."""
-        exif = dict(self.exif or {})
-        if isinstance(exif.get(_SUB_IFDS[0]), dict):
-            sizes = dict(zip(_SIZES, (pixels.shape[1], pixels.shape[0])))
-            inner = exif[_SUB_IFDS[0]]
-            exif[_SUB_IFDS[0]] = {tag: sizes.get(tag, value) for tag, value in inner.items()}
-        return replace(self, pixels=pixels, exif=exif)
+    def rgb_on_white(self) -> np.ndarray:
+        """(H, W, 3) with as many bits, in front of white."""
+        colours = self.pixels
+        if self.alpha:
+            top = np.iinfo(colours.dtype).max
+            share = colours[..., -1:] / top
+            colours = (colours[..., :-1] * share + top * (1 - share)).round().astype(colours.dtype)
+        return np.broadcast_to(colours, (*colours.shape[:2], 3))
 
     # ------------------------------------------------------------------------------------------------ reading
 
     @classmethod
-    def read(cls, path: Path) -> Picture:
-        """The picture in a file.
+    def read(cls, path: Path, flag: str = "--input") -> Picture:
+        """The picture in a file. Errors name ``flag``, with which the path was passed.
 
         Raises:
             UserError: it can't be read, or is not a still picture with 8 or 16 bits a channel.
@@ -79,270 +81,178 @@ class Picture:
         try:
             content = path.read_bytes()  # read once, since the file may change
             if not content:
-                raise UserError(f"{path} is empty; expected a picture, so copy it again (--input).")
-            _refuse_other_tiffs(path, content)
-            with Image.open(io.BytesIO(content), formats=sorted(set(FORMATS.values()))) as image:
-                frames = getattr(image, "n_frames", 1)
-                if frames > 1 and image.format != "MPO":  # a phone's JPEG, whose other frames are previews
-                    kind = "pages" if image.format == "TIFF" else "frames of an animation"
-                    raise UserError(
-                        f"{path} holds {frames} {kind}, expected one picture; split it (--input)."
-                    )
-                tile = str(image.tile)  # what the file stores, before Pillow converts it
-                _, turn = _exif(image)
-                done = image.format == "TIFF" and _ORIENTATION in image.tag_v2  # by who reads it
-                image.load()  # raises where the file is cut or damaged, which OpenCV fills with black
-                if ";16" in tile and image.format != "BMP":  # there it means all three channels in 16 bits
-                    picture = cls._deep(path, content, image, tile)
-                else:
-                    picture, done = cls._plain(path, image), image.format == "TIFF"
-            return picture._with_notes_of(image, 1 if done else turn)
+                raise UserError(f"{path} is empty; expected a picture, so copy it again ({flag}).")
+            return cls._bmp(content) if content.startswith(b"BM") else cls._decoded(path, content, flag)
         except (UserError, MemoryError):
             raise
         except Exception as error:  # Pillow raises many kinds
-            unknown = isinstance(error, UnidentifiedImageError)  # Pillow's words name an object of Python
-            reason = "of no kind that is known" if unknown else first_line(error)
-            if path.suffix.lower() == ".avif" and not features.check("avif"):
-                reason = "this Pillow reads no AVIF: pip install --upgrade pillow"
-            expected = f"expected one of {', '.join(FORMATS)} (--input)"
+            unknown = "not in a known format" in str(error)
+            reason = "of no kind that is known" if unknown else _reason(error)
+            expected = f"expected one of {', '.join(FORMATS)} ({flag})"
             raise UserError(f"{path} is not a readable picture ({reason}); {expected}.") from None
 
     @classmethod
-    def _plain(cls, path: Path, image: Image.Image) -> Picture:
-        if image.mode not in _MODES:
-            expected = "expected 8 or 16 bits a channel (--input)"
-            raise UserError(f"{path} holds pixels of type {image.mode}, {expected}.")
-        profile = image.info.get("icc_profile")
-        grey = image.mode in ("1", "L", "LA")
-        mode = ("L" if grey else "RGB") + ("A" if image.has_transparency_data else "")
-        if image.mode in ("CMYK", "YCbCr"):  # the profile is not one for RGB
-            image, profile = _to_srgb(image, profile), None
-        pixels = np.array(image.convert(mode))
-        return cls(pixels.reshape(*pixels.shape[:2], -1), mode.endswith("A"), profile)
+    def _bmp(cls, content: bytes) -> Picture:
+        image = BmpImagePlugin.BmpImageFile(io.BytesIO(content))
+        _check_size(*image.size)
+        grey, clear = image.mode in ("1", "L"), image.has_transparency_data
+        pixels = np.array(image.convert("L" if grey else "RGBA" if clear else "RGB"))
+        dpi = {"dpi": image.info["dpi"]} if "dpi" in image.info else {}
+        return cls(pixels.reshape(*pixels.shape[:2], -1), clear, dpi)
 
     @classmethod
-    def _deep(cls, path: Path, content: bytes, image: Image.Image, tile: str) -> Picture:
-        cv2 = _opencv()
-        pixels = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
-        if pixels is None or pixels.dtype != np.uint16 or image.mode == "CMYK":
-            remedy = "save it as a plain PNG or TIFF (--input)"
-            raise UserError(f"{path} is not a 16-bit picture that OpenCV can read; {remedy}.")
-        pixels = pixels.reshape(*pixels.shape[:2], -1)
-        if pixels.shape[2] >= 3:
-            pixels = pixels[..., [2, 1, 0, 3][: pixels.shape[2]]]  # OpenCV has blue first
-        if "LA;16" in tile and pixels.shape[2] == 4:
-            pixels = pixels[..., [0, 3]]
-        clear = image.info.get("transparency")  # in PNG: one colour that is transparent
-        if clear is not None and pixels.shape[2] in (1, 3):
-            seen = (pixels != np.array(clear, np.uint16)).any(2, keepdims=True)
-            pixels = np.concatenate([pixels, seen.astype(np.uint16) * 65535], 2)
-        tags = getattr(image, "tag_v2", {})  # of TIFF
-        if tags.get(262) == 0:  # white is 0 there
-            pixels = 65535 - pixels
-        if tags.get(338) == (0,):  # what comes after the colours is not alpha
-            pixels = pixels[..., :-1]
-        if tags.get(338) == (1,):  # the colours are multiplied by alpha
-            alpha = pixels[..., -1:].astype(np.float32)
-            colours = pixels[..., :-1] * (65535 / np.maximum(alpha, 1))
-            pixels = np.concatenate([colours.clip(0, 65535).round().astype(np.uint16), pixels[..., -1:]], 2)
-        profile = image.info.get("icc_profile")
-        return cls(np.ascontiguousarray(pixels), pixels.shape[2] in (2, 4), profile)
-
-    def _with_notes_of(self, image: Image.Image, turn: int) -> Picture:
-        """Turn upright, and add EXIF, XMP and dpi."""
-        self.exif, _ = _exif(image)
-        pixels = self.pixels.swapaxes(0, 1) if turn >= 5 else self.pixels
+    def _decoded(cls, path: Path, content: bytes, flag: str) -> Picture:
+        image = pyvips.Image.new_from_buffer(content, "", access="sequential", fail_on="error")
+        kind = image.get("vips-loader").split("load")[0]
+        if kind not in ("png", "jpeg", "webp", "tiff", "gif", "heif"):
+            raise ValueError(f"it is {kind}")
+        _check_size(image.width, image.height)
+        frames = notes.animated_png(content) or _get(image, "n-pages", 1)
+        if frames > 1:
+            found = f"{path} holds {frames} {'pages' if kind == 'tiff' else 'frames of an animation'}"
+            raise UserError(f"{found}, expected one picture; split it ({flag}).")
+        if image.format not in ("uchar", "ushort"):
+            kinds = {
+                "float": "floating-point",
+                "double": "floating-point",
+                "short": "signed",
+                "int": "signed",
+            }
+            found = (
+                f"{_get(image, 'bits-per-sample', '')}-bit {kinds.get(image.format, image.format)} numbers"
+            )
+            expected = f"expected 8 or 16 bits a channel; save it as a 16-bit TIFF or PNG ({flag})"
+            raise UserError(f"{path} holds {found}, {expected}.")
+        said = {name: _get(image, field) for name, field in notes.FIELDS.items()}
+        said["dpi"] = (image.xres * 25.4, image.yres * 25.4)
+        if image.interpretation == "cmyk":
+            image, said["colour profile"] = _cmyk_to_srgb(image), None
+        if image.bands > 4:
+            raise ValueError(f"it has {image.bands} channels")
+        upright = 1 if kind == "heif" else None  # libheif turns by itself
+        kept, turn, spare = notes.read(content, said, _get(image, "orientation", upright))
+        pixels = image.numpy().reshape(image.height, image.width, -1)
+        pixels = pixels[..., :-1] if spare else pixels
+        pixels = pixels.swapaxes(0, 1) if turn >= 5 else pixels
         pixels = pixels[:: -1 if turn in (3, 4, 7, 8) else 1, :: -1 if turn in (2, 3, 6, 7) else 1]
-        self.pixels = np.ascontiguousarray(pixels)
-        xmp = image.info.get("xmp") or image.info.get("XML:com.adobe.xmp")
-        if isinstance(xmp, str):
-            xmp = xmp.encode()
-        if isinstance(xmp, bytes):
-            self.xmp = re.sub(rb'(tiff:Orientation(?:="|>))\d', rb"\g<1>1", xmp)
-        try:
-            across, down = (float(value) for value in image.info["dpi"])
-            self.dpi = (across, down) if 0 < across < 1e6 and 0 < down < 1e6 else None
-        except Exception:  # missing, or not numbers
-            self.dpi = None
-        return self
+        return cls(np.ascontiguousarray(pixels), pixels.shape[2] in (2, 4), kept)
 
     # ------------------------------------------------------------------------------------------------ writing
 
     def check_fits(self, source: Path, target: Path) -> None:
-        """Raise UserError if the format can't hold the picture."""
-        kind = FORMATS[target.suffix.lower()]
-        if kind == "AVIF" and not features.check("avif"):
-            remedy = "pip install --upgrade pillow, or pass another --output"
-            raise UserError(f"{target}: this Pillow writes no AVIF; {remedy}.")
-        if self.pixels.dtype == np.uint16 and kind not in ("PNG", "TIFF"):
-            remedy = "pass an --output that ends in .png or .tif"
-            raise UserError(f"{source} has 16 bits a channel, which {target.name} can't hold; {remedy}.")
-        if self.alpha and kind in ("JPEG", "BMP"):
-            remedy = "pass an --output that ends in .png, .webp or .tif"
-            raise UserError(f"{source} has transparency, which {target.name} can't hold; {remedy}.")
+        """Raise UserError if the format can't hold the pixels."""
+        kind, found = FORMATS[target.suffix.lower()], ""
+        if self.pixels.dtype == np.uint16 and kind not in ("PNG", "TIFF", "AVIF"):
+            found = "16 bits a channel"
+        elif self.alpha and kind in ("JPEG", "BMP") and self.pixels[..., -1].min() < 255:
+            found = "transparency"
+        if found:
+            remedy = "pass --format png, or an --output that ends in .png or .tif"
+            raise UserError(f"{source} has {found}, which {target.name} can't hold; {remedy}.")
 
-    def encode(self, kind: str) -> bytes:
-        """The content of a file of this ``kind``, one of FORMATS' values."""
-        if kind == "PNG":
-            return self._png()
-        if kind == "TIFF":
-            return self._tiff()
-        image = Image.fromarray(self.pixels[..., 0] if self.pixels.shape[2] == 1 else self.pixels)
-        notes = {"icc_profile": self.profile, "exif": self._exif_bytes(), "xmp": self.xmp, "dpi": self.dpi}
-        if kind == "JPEG":  # a segment can't be longer
-            notes = {
-                name: value
-                for name, value in notes.items()
-                if name == "icc_profile" or len(value or "") < 65000
-            }
-        if kind == "GIF":
-            image, notes = _of_256_colours(image), {}
-        buffer = io.BytesIO()
-        image.save(buffer, kind, **SAVE_OPTIONS.get(kind, {}), **{k: v for k, v in notes.items() if v})
-        return buffer.getvalue()
+    def write(self, path: Path, kind: str) -> List[str]:
+        """Write a file of this ``kind``, one of FORMATS' values, in little memory.
 
-    def _exif_bytes(self) -> bytes:
-        exif = Image.Exif()
-        for tag, value in (self.exif or {}).items():
-            exif[tag] = value
-        return exif.tobytes() if self.exif else b""
+        Returns: names of the notes that such a file can't hold.
 
-    def _png(self) -> bytes:
-        """8 or 16 bits. Four times as fast as Pillow's, which would be slower than the network on a card."""
+        Raises:
+            OSError: the disk is full, or gone.
+            ValueError: the format can't hold so many pixels.
+        """
         height, width, channels = self.pixels.shape
-        content = b"\x89PNG\r\n\x1a\n"
-
-        def chunk(name: bytes, data: bytes) -> None:
-            nonlocal content
-            content += struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-        bits = 8 * self.pixels.itemsize
-        chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, (0, 4, 2, 6)[channels - 1], 0, 0, 0))
-        if self.profile:
-            chunk(b"iCCP", b"ICC Profile\0\0" + zlib.compress(self.profile))
-        if self.dpi:
-            chunk(b"pHYs", struct.pack(">IIB", *(round(value / 0.0254) for value in self.dpi), 1))
-        if self.exif:
-            chunk(b"eXIf", self._exif_bytes()[6:])
-        if self.xmp:
-            chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + self.xmp)
-        rows = (
-            self.pixels.astype(self.pixels.dtype.newbyteorder(">"), copy=False)
-            .view(np.uint8)
-            .reshape(height, -1)
+        fields, extra, lost = notes.for_file(self.notes, kind, big=self.pixels.nbytes > _BIG)
+        if kind == "BMP":
+            image = Image.fromarray(self.pixels[..., 0] if channels == 1 else self.pixels)
+            image.save(buffer := io.BytesIO(), kind, dpi=self.notes.get("dpi", (72, 72)))
+            path.write_bytes(buffer.getvalue())  # Pillow doesn't see that a disk is full
+            return lost
+        deep = self.pixels.dtype == np.uint16
+        image = pyvips.Image.new_from_memory(
+            np.ascontiguousarray(self.pixels), width, height, channels, "ushort" if deep else "uchar"
         )
-        filtered = np.empty((height, rows.shape[1] + 1), np.uint8)
-        filtered[:, 0] = 2  # filter "up": each row minus the one above
-        filtered[0, 1:] = rows[0]
-        np.subtract(rows[1:], rows[:-1], out=filtered[1:, 1:])
-        chunk(b"IDAT", zlib.compress(filtered.data, 1))
-        chunk(b"IEND", b"")
-        return content
-
-    def _tiff(self) -> bytes:
-        """8 or 16 bits, deflated. Pillow can't write 16-bit colours, OpenCV can't write a profile."""
-        pixels = self.pixels
-        if pixels.shape[2] == 2 and pixels.itemsize == 2:  # few programs read 16-bit grey with alpha
-            pixels = pixels[..., [0, 0, 0, 1]]
-        height, width, channels = pixels.shape
-        tags = TiffImagePlugin.ImageFileDirectory_v2()
-        differences = pixels.astype(pixels.dtype.newbyteorder("<"))
-        differences[:, 1:] -= pixels[:, :-1]
-        step = max(1, 2**23 // (width * channels))  # rows a strip
-        strips = [zlib.compress(differences[y : y + step].tobytes(), 1) for y in range(0, height, step)]
-        sizes = [len(strip) for strip in strips]
-        own: Dict[int, Any] = {
-            256: width,
-            257: height,
-            258: (8 * pixels.itemsize,) * channels,
-            259: 8,  # deflate
-            262: 1 if channels < 3 else 2,
-            273: tuple(sum(sizes[:k]) for k in range(len(sizes))),
-            277: channels,
-            278: step,
-            279: tuple(sizes),
-            317: 2,  # predictor: each pixel minus the one to its left
-        }
-        tags.tagtype[273] = 4  # LONG: Pillow adds the offset of the strips
-        if self.alpha:
-            own[338] = (2,)  # alpha is not premultiplied
-        if self.dpi:
-            own.update({282: self.dpi[0], 283: self.dpi[1], 296: 2})
-        for tag, value, kind in ((700, self.xmp, 1), (34675, self.profile, 7)):
-            if value:
-                tags.tagtype[tag] = kind
-                own[tag] = value
-        for tag, value in {**(self.exif or {}), **own}.items():
-            tags[tag] = value
-        buffer = io.BytesIO()
-        tags.save(buffer)
-        content = b"".join([buffer.getvalue(), *strips])
-        if len(content) >= 2**32:
-            raise ValueError("more than the 4 GiB of a TIFF file")
-        return content
+        across, down = self.notes.get("dpi", (72, 72))
+        colours = ("grey16" if deep else "b-w") if channels < 3 else "rgb16" if deep else "srgb"
+        image = image.copy(interpretation=colours, xres=across / 25.4, yres=down / 25.4)
+        image.set_type(pyvips.GValue.gint_type, "orientation", 1)
+        for name, value in fields.items():
+            image.set_type(pyvips.GValue.blob_type, name, value)
+        options = dict(SAVE_OPTIONS.get(kind, {}))
+        # Unless there is something to write into it, libvips would add EXIF of its own.
+        exif = "exif-data" in fields or ("dpi" in self.notes and kind not in ("PNG", "TIFF"))
+        options["keep"] = "exif|xmp|iptc|icc" if exif else "xmp|iptc|icc"
+        if kind == "TIFF":
+            options["bigtiff"] = self.pixels.nbytes > _BIG
+        with path.open("w+b") as file:
+            _Sink(file, extra).take(image, f".{kind.lower()}", options)
+            if kind == "TIFF" and not options["bigtiff"]:
+                notes.add_to_tiff(file, self.notes)
+        return lost
 
 
-def _refuse_other_tiffs(path: Path, content: bytes) -> None:
-    """TIFF holds any number in any order; Pillow can't identify most of them, and reads others as noise."""
-    if content[:4] not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
-        return
-    try:
-        tags = TiffImagePlugin.ImageFileDirectory_v2(content[: 16 if b"+" in content[:4] else 8])
-        stream = io.BytesIO(content)
-        stream.seek(tags.next)
-        tags.load(stream)
-        of_each = tags.get(258, (1,))
-        bits, kind = max(of_each), max(tags.get(339, (1,)))
-        apart = tags.get(284) == 2 and len(of_each) > 1
-    except Exception:
-        return  # reading it will report what is wrong
-    if bits > 8 and apart:
-        remedy = "save it with the colours of a pixel side by side (--input)"
-        raise UserError(f"{path} holds {bits}-bit colours one after another, which is not read; {remedy}.")
-    if bits > 16 or kind in (2, 3):
-        found = f"{bits}-bit {({2: 'signed', 3: 'floating-point'}).get(kind, 'whole')} numbers"
-        expected = "expected 8 or 16 bits a channel; save it as a 16-bit TIFF or PNG (--input)"
-        raise UserError(f"{path} holds {found}, {expected}.")
+_BIG = 2**32 - 2**27  # bytes that may not fit into a TIFF of 4 GiB
 
 
-def _exif(image: Image.Image) -> Tuple[Dict[int, Any], int]:
-    """EXIF's tags without the orientation, and the orientation. Leaves out tags that can't be written."""
+class _Sink:
+    """A file that libvips writes to, with ``extra`` put in after its first ``place`` bytes."""
 
-    def writable(tag: int, value: Any) -> bool:
+    def __init__(self, file: BinaryIO, extra: notes.Extra) -> None:
+        self.file, (self.place, self.extra) = file, extra
+        self.error: Optional[OSError] = None
+
+    def take(self, image: Any, ending: str, options: Dict[str, Any]) -> None:
+        target = pyvips.TargetCustom()
+        target.on_write(self._write)
+        target.on_read(self.file.read)  # TIFF goes back to what it wrote
+        target.on_seek(self.file.seek)
         try:
-            directory = TiffImagePlugin.ImageFileDirectory_v2()
-            directory[tag] = value
-            directory.tobytes()
-        except Exception:
-            return False
-        return True
+            image.write_to_target(target, ending, **options)
+            self.file.flush()
+        except pyvips.Error as error:
+            raise self.error or ValueError(_reason(error)) from None
 
-    kept: Dict[int, Any] = {}
-    try:
-        exif = image.getexif()
-        turn = exif.get(_ORIENTATION, 1)
-        for tag, value in exif.items():
-            if tag in _SUB_IFDS:
-                value = {key: inner for key, inner in exif.get_ifd(tag).items() if writable(key, inner)}
-            if tag != _ORIENTATION and tag not in _OF_PIXELS and writable(tag, value):
-                kept[tag] = value
-    except Exception:  # some broken EXIF is too broken for Pillow
-        return kept, 1
-    return kept, turn if turn in range(1, 9) else 1
-
-
-def _to_srgb(image: Image.Image, profile: Optional[bytes]) -> Image.Image:
-    """Convert printing colours to sRGB, with their profile if it is valid."""
-    if image.mode == "CMYK" and profile:
+    def _write(self, data: bytes) -> int:
+        data, size = bytes(data), len(data)
+        cut = self.place - self.file.tell()
+        if self.extra and cut <= size:
+            data, self.extra = data[:cut] + self.extra + data[cut:], b""
         try:
-            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            converted = ImageCms.profileToProfile(
-                image, source, ImageCms.createProfile("sRGB"), outputMode="RGB"
-            )
-            return converted or image
-        except (ImageCms.PyCMSError, OSError):
-            pass
-    return image.convert("RGB")
+            self.file.write(data)
+        except OSError as error:  # no exception passes through C
+            self.error = error
+            return -1
+        return size
+
+
+def _get(image: Any, name: str, default: Any = None) -> Any:
+    return image.get(name) if image.get_typeof(name) else default
+
+
+def _check_size(width: int, height: int) -> None:
+    if width * height > MOST_PIXELS:  # a small file may claim any size
+        raise ValueError(f"it claims {width}x{height} pixels, more than 2^30")
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong: libvips' first line only says in which function."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (
+        first_line(Exception(lines[1]))
+        if isinstance(error, pyvips.Error) and lines[1:]
+        else first_line(error)
+    )
+
+
+def _cmyk_to_srgb(image: Any) -> Any:
+    """Printing colours as sRGB: by their profile, or as ink on white paper if they have none."""
+    deep = image.format == "ushort"
+    if image.get_typeof("icc-profile-data"):
+        return image.icc_transform("srgb", embedded=True, depth=16 if deep else 8)
+    top = 65535 if deep else 255
+    light = (top - image[:3]) * (top - image[3]) / top
+    return light.rint().cast(image.format).copy(interpretation="rgb16" if deep else "srgb")
+
+
+# --------------------------------------------------------------- pictures that other tools open with Pillow
 
 
 @contextlib.contextmanager
@@ -359,33 +269,9 @@ def opaque(image: Image.Image) -> Image.Image:
 
     ValueError if it has more than 8 bits a channel, which Pillow would clip.
     """
-    if image.mode not in _MODES:
+    if image.mode not in _PILLOW_MODES:
         raise ValueError(f"its pixels are of the kind {image.mode}, expected 8 bits a channel")
     if not image.has_transparency_data:
         return image.convert("RGB")
     image = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-
-
-def _of_256_colours(image: Image.Image) -> Image.Image:
-    """For GIF: 256 colours, or 255 and a transparent one where alpha is below half."""
-    if image.mode in ("L", "RGB"):
-        return image if image.mode == "L" else image.quantize(256, Image.Quantize.MEDIANCUT)
-    hidden = np.asarray(image)[..., -1] < 128
-    colours = image.convert("RGB").quantize(255, Image.Quantize.MEDIANCUT)
-    indices = np.where(hidden, 255, np.asarray(colours)).astype(np.uint8)
-    result = Image.fromarray(indices, "P")
-    palette: List[int] = colours.getpalette() or []
-    result.putpalette((palette + [0] * 768)[:768])
-    result.info["transparency"] = 255
-    return result
-
-
-def _opencv() -> Any:
-    try:
-        import cv2
-
-        cv2.utils.logging.setLogLevel(0)  # it prints messages even about valid files
-    except ImportError as error:
-        raise missing_package(error, "a 16-bit picture", "upscale") from None
-    return cv2

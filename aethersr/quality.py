@@ -1,26 +1,50 @@
 """PSNR and SSIM as papers on super-resolution report them.
 
-Pictures are (H, W, 3) uint8 arrays. Papers reduce the high-resolution picture with MATLAB's ``imresize``
-(bicubic, antialiased), compare the luma of both pictures and leave out a border of ``scale`` pixels.
-Another reduction or luma changes the figures by tenths of a dB, so both are implemented here.
-Needs only NumPy; ``compressed`` also Pillow.
+Pictures are (H, W, 3) arrays of uint8 or uint16. Papers reduce the high-resolution picture with MATLAB's
+``imresize`` (bicubic, antialiased), compare the luma of both pictures and leave out a border of ``scale``
+pixels. Another reduction or luma changes the figures by tenths of a dB, so both are implemented here.
 """
 
 from __future__ import annotations
 
 import io
-from typing import Optional, Tuple
+from pathlib import Path
+from typing import List, Optional, Tuple
 
 import numpy as np
+from PIL import Image
 
 from aethersr.errors import UserError
+from aethersr.picture import FORMATS, Picture
 
+KINDS = tuple(FORMATS)
 LUMA = np.array([65.481, 128.553, 24.966]) / 255  # ITU-R BT.601, as in MATLAB's rgb2ycbcr
+
+
+def find_pictures(path: Path, flag: str) -> List[Path]:
+    """The pictures in a folder, by name; a picture's own path is one. Errors name ``flag``."""
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise UserError(f"{path} does not exist; pass a folder of pictures, or a picture ({flag}).")
+    found = sorted(entry for entry in path.iterdir() if entry.suffix.lower() in KINDS)
+    if not found:
+        raise UserError(f"{path} holds no picture ({', '.join(KINDS)}); pass another folder ({flag}).")
+    return found
+
+
+def read_rgb(path: Path, flag: str) -> np.ndarray:
+    """A picture in front of white, (H, W, 3) uint8. Errors name ``flag``."""
+    return to_8_bits(Picture.read(path, flag).rgb_on_white())
+
+
+def to_8_bits(picture: np.ndarray) -> np.ndarray:
+    return picture if picture.dtype == np.uint8 else (picture / 257).round().astype(np.uint8)
 
 
 def luma(picture: np.ndarray) -> np.ndarray:
     """Y of YCbCr, (H, W) float64 from 16 to 235, not rounded."""
-    return 16 + picture.astype(np.float64) @ LUMA
+    return 16 + picture.astype(np.float64) @ LUMA * (255 / np.iinfo(picture.dtype).max)
 
 
 def crop_to_multiple(picture: np.ndarray, scale: int) -> np.ndarray:
@@ -37,19 +61,17 @@ def resize(picture: np.ndarray, height: int, width: int) -> np.ndarray:
     """
     rows, columns = resize_matrix(picture.shape[0], height), resize_matrix(picture.shape[1], width)
     out = np.stack([rows @ plane @ columns.T for plane in np.moveaxis(picture.astype(np.float64), 2, 0)], 2)
-    return np.clip(np.floor(out + 0.5), 0, 255).astype(np.uint8)
+    return np.clip(np.floor(out + 0.5), 0, np.iinfo(picture.dtype).max).astype(picture.dtype)
 
 
 def compressed(picture: np.ndarray, quality: Optional[int]) -> np.ndarray:
     """What a JPEG file of this quality (--jpeg, 1 to 100) leaves of ``picture``. None: ``picture`` itself."""
-    from PIL import Image
-
     if quality is None:
         return picture
     if not 1 <= quality <= 100:
         raise UserError(f"{quality} is no JPEG quality; pass 1 to 100 (--jpeg).")
     file = io.BytesIO()
-    Image.fromarray(picture).save(file, "JPEG", quality=quality)
+    Image.fromarray(to_8_bits(picture)).save(file, "JPEG", quality=quality)
     return np.asarray(Image.open(file))
 
 

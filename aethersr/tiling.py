@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 LEVELS = {torch.uint8: 255, getattr(torch, "uint16", None): 65535}  # PyTorch before 2.3 has no uint16
 # With tiles of 512 it costs at most 1.25 times the work. Trained networks without channel attention stay
-# within half a step of 1/255 of a single call (benchmarks/tiles.py).
+# within half a step of 1/255 of a single call (tests/test_tiling.py).
 SHORT_OVERLAP = 28
 Network = Callable[[Tensor], Tensor]
 Cut = Tuple[int, int, int, int]  # begin and end of a tile, then of the part that the network sees

@@ -33,9 +33,6 @@ class Ratio(NamedTuple):
             return f"{self.value:.2f} {unit} ({self.low:.2f} to {self.high:.2f})"
         return f"no measurable difference ({self.low:.2f} to {self.high:.2f} {unit})"
 
-    def __str__(self) -> str:
-        return self.words()
-
 
 class Comparison:
     """Times in ms. Round k of every candidate was measured at about the same moment."""
@@ -47,12 +44,8 @@ class Comparison:
         """The median time in ms."""
         return statistics.median(self.times[name])
 
-    def spread(self, name: str) -> Tuple[float, float]:
-        """Lowest and highest time of the middle half, in ms."""
-        return _quartiles(self.times[name])
-
     def ratio(self, slow: str, fast: str) -> Ratio:
-        """How many times as long ``slow`` takes as ``fast``; ``str()`` puts it into words."""
+        """How many times as long ``slow`` takes as ``fast``."""
         ratios = [one / other for one, other in zip(self.times[slow], self.times[fast]) if other > 0]
         if not ratios:
             return Ratio(math.nan, math.nan, math.nan)

@@ -10,8 +10,9 @@ import threading
 from collections import deque
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import islice
-from typing import Any, Callable, Deque, Iterable, Iterator, NamedTuple, Tuple
+from typing import Any, Callable, Deque, Iterable, Iterator, List, NamedTuple, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from aethersr.errors import UserError, first_line, is_out_of_memory
-from aethersr.files import Together
+from aethersr.files import Together, unwritable
 from aethersr.jobs import Job
 from aethersr.network import Network
 from aethersr.picture import FORMATS, Picture
@@ -78,7 +79,7 @@ def through_transparency(net: Callable[[Tensor], Tensor]) -> Callable[[Tensor], 
 
     The network sees the picture over black and over white. Of all pictures with transparency, the result is
     the one that comes nearest to both at its worst channel (Smith and Blinn, Blue Screen Matting, 1996, for
-    a network's outputs, which fit no alpha exactly). What is clear or opaque all round stays so: no alpha
+    a network's outputs, which fit no alpha exactly). Alpha stays within that of the 5x5 pixels round it: none
     can darken or brighten a background by a part of its difference from the object, as rings do.
     """
 
@@ -95,7 +96,7 @@ def through_transparency(net: Callable[[Tensor], Tensor]) -> Callable[[Tensor], 
         smallest, largest = difference.amin(1, keepdim=True), difference.amax(1, keepdim=True)
         needed = torch.maximum(black, 1 - white).amax(1, keepdim=True)
         alpha = torch.maximum(1 - (smallest + largest) / 2, (2 * needed + 1 - largest) / 3).clamp(0, 1)
-        alpha = torch.where(most <= 0, most, torch.where(least >= 1, least, alpha))
+        alpha = _within(alpha, least, most)
         # Where alpha is small, a small error of the network would become a large error of the colour.
         given = (black + white - 1 + alpha) / (2 * alpha).clamp(min=1e-4)
         given = _within(given, lowest[:, :-1] - least, highest[:, :-1] + least)
@@ -144,15 +145,19 @@ def upscale_picture(
         run = through_transparency(run)
     out = _planes(upscaled[..., :channels])
     upscale_tiled(run, _planes(pixels), tile, overlap, out, progress, network.size, wrap)
-    return picture.with_pixels(upscaled)
+    return replace(picture, pixels=upscaled)
 
 
 class Result(NamedTuple):
-    """A job's result: the upscaled (width, height), or why there is none."""
+    """A job's result: the upscaled (width, height) and what its file lacks of the notes; or the problem."""
 
     job: Job
-    size: Tuple[int, int]
+    size: Tuple[int, int] = (0, 0)
+    lost: Sequence[str] = ()
     problem: str = ""
+
+
+Tick = Callable[[int, int], None]
 
 
 class _InTurn:
@@ -192,14 +197,14 @@ class Upscaler:
         self._lock = threading.Lock()
         self._large = threading.Semaphore(2)
 
-    def run(self, jobs: Iterable[Job], tick: Callable[[float], None] = lambda part: None) -> Iterator[Result]:
+    def run(self, jobs: Iterable[Job], tick: Tick = lambda tiles, count: None) -> Iterator[Result]:
         """The jobs' results, in order.
 
-        ``tick`` is called with each part of a picture that is done. If the caller stops early, tiles and
-        files in progress are finished first.
+        ``tick`` is called with how many more of a picture's tiles are done, and their number. If the caller
+        stops early, tiles and files in progress are finished first.
         """
         waiting = iter(jobs)
-        working: Deque[Tuple[Job, Future[Tuple[int, int]]]] = deque()
+        working: Deque[Tuple[Job, Future[Result]]] = deque()
         with ThreadPoolExecutor(1) as thread, ThreadPoolExecutor(WORKERS) as pool:
             network = _InTurn(self.network, thread)
             try:
@@ -215,26 +220,26 @@ class Upscaler:
                 for _, future in working:
                     future.cancel()
 
-    def _work(self, job: Job, network: Network, tick: Callable[[float], None]) -> Tuple[int, int]:
-        """Read, upscale and write one picture; its new (width, height)."""
+    def _work(self, job: Job, network: Network, tick: Tick) -> Result:
+        """Read, upscale and write one picture."""
         picture = Picture.read(job.source)
         picture.check_fits(job.source, job.target)  # before the network's work
         with self._large if picture.pixels.size > _LARGE else nullcontext():
             picture = self._upscale(picture, network, tick)
-            _write(job, picture, self.overwrite)
-        return picture.pixels.shape[1], picture.pixels.shape[0]
+            lost = _write(job, picture, self.overwrite)
+        return Result(job, (picture.pixels.shape[1], picture.pixels.shape[0]), lost)
 
-    def _upscale(self, picture: Picture, network: Network, tick: Callable[[float], None]) -> Picture:
+    def _upscale(self, picture: Picture, network: Network, tick: Tick) -> Picture:
         """Halve the tile and try again as long as memory runs out and that may help."""
+        done = count = 0
 
-        done = 0.0
-
-        def ticking(tiles: Iterator[Any], count: int) -> Iterator[Any]:
-            nonlocal done
+        def ticking(tiles: Iterator[Any], number: int) -> Iterator[Any]:
+            nonlocal done, count
+            done, count = 0, number
             for each in tiles:
                 yield each
-                done += 1 / count
-                tick(1 / count)
+                done += 1
+                tick(1, count)
 
         while True:
             tile = self.tile
@@ -244,8 +249,7 @@ class Upscaler:
                 smaller = min(tile, max(picture.pixels.shape[:2])) // 2
                 if not is_out_of_memory(error) or self.network.size or smaller < _SMALLEST_TILE:
                     raise
-            tick(-done)
-            done = 0.0
+            tick(-done, count)
             with self._lock:
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
@@ -253,10 +257,10 @@ class Upscaler:
                     self.say(f"Not enough memory for tiles of {tile} pixels; going on with {smaller}.")
                     self.tile = smaller
 
-    def _result(self, job: Job, future: Future[Tuple[int, int]]) -> Result:
+    def _result(self, job: Job, future: Future[Result]) -> Result:
         """Report an error that concerns one picture, raise any other."""
         try:
-            return Result(job, future.result())
+            return future.result()
         except Exception as error:
             if is_out_of_memory(error):
                 remedy = f"pass a smaller --tile than {self.tile}, or a smaller picture"
@@ -268,26 +272,22 @@ class Upscaler:
                 problem = str(error)
             else:
                 raise
-            return Result(job, (0, 0), problem)
+            return Result(job, problem=problem)
 
 
-def _write(job: Job, picture: Picture, overwrite: bool) -> None:
+def _write(job: Job, picture: Picture, overwrite: bool) -> List[str]:
+    """Write the picture; names of the notes that its file can't hold."""
     target = job.target
     try:
-        content = picture.encode(FORMATS[target.suffix.lower()])
         target.parent.mkdir(parents=True, exist_ok=True)
         with Together() as files:
-            files.part(target).write_bytes(content)
+            lost = picture.write(files.part(target), FORMATS[target.suffix.lower()])
             if os.path.lexists(target) and not overwrite:  # appeared since the start
                 raise UserError(f"{target} exists; pass --overwrite to replace it, or another --output.")
             files.commit()
     except OSError as error:
-        reason = error.strerror or error
-        raise UserError(
-            f"{target} can't be written: {reason}; free space or pass another --output."
-        ) from None
-    except (UserError, MemoryError):
-        raise
-    except Exception as error:  # most often more pixels than the format allows
-        remedy = "try an --output that ends in .png or .tif"
+        raise unwritable(target, error, "--output") from None
+    except ValueError as error:  # most often more pixels than the format allows
+        remedy = "pass --format png, or an --output that ends in .png or .tif"
         raise UserError(f"{target} can't be written: {first_line(error)}; {remedy}.") from None
+    return lost

@@ -1,13 +1,12 @@
-"""Compares two networks that should compute the same: largest difference, operations and time."""
+"""Compares two networks that should compute the same: the largest difference and, on request, the time."""
 
 from __future__ import annotations
 
 import math
-from typing import Any, Callable, Dict, Mapping, Optional, Tuple
+from typing import Any, Callable, Mapping
 
 import torch
 from aether_arch import AetherBase
-from torch.overrides import TorchFunctionMode
 
 from aethersr.timing import Comparison, interleaved
 
@@ -49,35 +48,3 @@ def compare_times(nets: Mapping[str, AetherBase], device: str = "cpu", size: int
 
     wait = torch.cuda.synchronize if device == "cuda" else None
     return interleaved({name: run(net) for name, net in nets.items()}, wait=wait)
-
-
-class _Counter(TorchFunctionMode):
-    """Counts the operations that a forward pass calls, except those that only inspect or view a tensor."""
-
-    LOOKS = ("__get__", "__getitem__", "dim", "size", "view", "view_as", "flatten", "reshape", "float", "to")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.convolutions = self.others = 0
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Optional[Dict[str, Any]] = None
-    ) -> Any:
-        if func.__name__ == "conv2d":
-            self.convolutions += 1
-        elif func.__name__ not in self.LOOKS:
-            self.others += 1
-        return func(*args, **(kwargs or {}))
-
-
-@torch.no_grad()
-def count_operations(net: AetherBase) -> Tuple[int, int]:
-    """Number of convolutions and of other operations in one forward pass."""
-    image = torch.rand(1, net.options["in_chans"], 8, 8, dtype=next(net.parameters()).dtype)
-    with _Counter() as counter:
-        net(image)
-    return counter.convolutions, counter.others
-
-
-def count_parameters(net: AetherBase) -> int:
-    return sum(value.numel() for value in net.parameters())

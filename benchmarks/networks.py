@@ -1,88 +1,242 @@
-"""What the benchmarks compare: AetherNet in its forms, and other networks as published, built by spandrel."""
+"""What is compared: AetherNet, its published fusion, networks of traiNNer-redux; and what runs them."""
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import copy
+import datetime
+import io
+import os
+import platform
+import shlex
 import sys
+import warnings
 from pathlib import Path
-from typing import Any, Callable, Dict, Sequence
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "archs"), str(ROOT / "demo")]
+sys.path[:0] = [str(ROOT), str(ROOT / "archs"), str(ROOT / "training")]
 import aether_arch  # noqa: E402
-import aether_quant  # noqa: E402, F401
-from aether_arch import AetherNet  # noqa: E402
-from published import kernels_merged, two_branches  # noqa: E402
 
-FORMS = {"unfused": two_branches, "kernels merged": kernels_merged, "fused": AetherNet.fused}
-Builder = Callable[[int], nn.Module]  # of a scale
+from aethersr.errors import UserError  # noqa: E402
+
+Runner = Callable[[Any], Any]  # pictures (N, C, H, W) as numpy arrays
+OURS = ("aether_small", "aether_medium", "aether_large", "AetherNet")
+PEERS = ("compact", "span", "safmn", "artcnn_r8f64", "plksr_tiny", "swinir_s", "realplksr")
+SHIPPED = ROOT / "weights" / "2x_AetherNet_small_training_fp16.safetensors"
 
 
-def aether(variant: str, form: str, scale: int) -> nn.Module:
-    net = getattr(aether_arch, variant)(scale=scale).eval()
+class _Affine(nn.Module):
+    def __init__(self, norm: Any) -> None:
+        super().__init__()
+        scale, shift = norm.scale_and_shift()
+        self.weight, self.bias = (nn.Parameter(value.view(1, -1, 1, 1).clone()) for value in (scale, shift))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight + self.bias
+
+
+class _FeedForward(nn.Module):
+    def __init__(self, ffn: Any) -> None:
+        super().__init__()
+        self.ffn = ffn
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ffn.conv_out(F.silu(self.ffn.conv_gate(x) * self.ffn.temperature) * self.ffn.conv_main(x))
+
+
+@torch.no_grad()
+def published_fusion(net: aether_arch.AetherNet) -> nn.Module:
+    """A copy as first published: only the two depthwise kernels are merged, and norms know no bound."""
+    net = copy.deepcopy(net).eval()
+    for block in [module for module in net.modules() if isinstance(module, aether_arch.AetherBlock)]:
+        weight, bias = block.conv.reparameterize()
+        channels, _, size, _ = weight.shape
+        merged = nn.Conv2d(channels, channels, size, padding=size // 2, groups=channels, dtype=weight.dtype)
+        merged.load_state_dict({"weight": weight, "bias": bias})
+        block.conv, block.norm, block.ffn = merged, _Affine(block.norm), _FeedForward(block.ffn)
+    net.norm = _Affine(net.norm)
+    return net.eval()
+
+
+@torch.no_grad()
+def as_trained(net: Any) -> Any:
+    """``net`` with values that a new one lacks: zeros and ones may be calculated faster."""
     for name, value in net.state_dict().items():
-        # As after training: ONNX Runtime drops a new network's multiplications by one.
         if name.endswith("temperature") or "norm." in name:
             value.uniform_(0.5, 1.5)
-    return FORMS[form](net).eval()
+        elif value.is_floating_point() and not value.any() and name != "mean":
+            value.normal_(std=0.01)
+    return net
 
 
-def peers() -> Dict[str, Builder]:
-    """Other networks by name. Empty without spandrel."""
+def peer(name: str, checkout: Optional[Path]) -> Callable[..., nn.Module]:
+    """The builder of a network that traiNNer-redux has. UserError: there is no such checkout or network."""
+    if checkout is None:
+        raise UserError(f"{name} needs a checkout of traiNNer-redux (--traiNNer-redux).")
+    from trainner_redux_cpu import import_torchvision
+
+    import_torchvision()
+    sys.path.insert(0, str(checkout))
     try:
-        from basicsr_train import import_torchvision
-
-        import_torchvision()
-        from spandrel.architectures.Compact import Compact
-        from spandrel.architectures.DAT import DAT
-        from spandrel.architectures.ESRGAN import ESRGAN
-        from spandrel.architectures.MoSR import MoSR
-        from spandrel.architectures.OmniSR import OmniSR
-        from spandrel.architectures.PLKSR import PLKSR, RealPLKSR
-        from spandrel.architectures.SAFMN import SAFMN
-        from spandrel.architectures.SPAN import SPAN
-        from spandrel.architectures.SwinIR import SwinIR
+        import traiNNer.archs  # noqa: F401
+        from traiNNer.utils import registry
     except ImportError as error:
-        print(f"without peers: {error}; pip install -r benchmarks/requirements.txt", file=sys.stderr)
-        return {}
-    swin: Dict[str, Any] = {"depths": [6] * 4, "embed_dim": 60, "num_heads": [6] * 4, "mlp_ratio": 2}
-    swin.update(window_size=8, upsampler="pixelshuffledirect")
-    dat: Dict[str, Any] = {"embed_dim": 60, "depth": [18], "num_heads": [6], "expansion_factor": 2}
-    dat.update(split_size=[8, 32], resi_connection="3conv", upsampler="pixelshuffledirect")
-    tiny: Dict[str, Any] = {"n_blocks": 12, "kernel_size": 13, "ccm_type": "DCCM", "use_ea": False}
-    return {
-        "Compact": lambda s: Compact(num_feat=64, num_conv=16, upscale=s),
-        "SPAN": lambda s: merged(SPAN(num_in_ch=3, num_out_ch=3, feature_channels=48, upscale=s)),
-        "SAFMN": lambda s: SAFMN(dim=36, n_blocks=8, upscaling_factor=s),
-        "OmniSR": lambda s: OmniSR(num_feat=64, res_num=5, block_num=1, window_size=8, up_scale=s),
-        "SwinIR-S": lambda s: SwinIR(upscale=s, **swin),
-        "DAT light": lambda s: DAT(upscale=s, **dat),
-        "PLKSR tiny": lambda s: PLKSR(upscaling_factor=s, **tiny),
-        "RealPLKSR": lambda s: RealPLKSR(upscaling_factor=s),
-        "MoSR": lambda s: MoSR(upscale=s),
-        "ESRGAN lite": lambda s: ESRGAN(num_filters=32, num_blocks=12, scale=s),
-    }
+        found = f"{checkout} can't be imported ({error})"
+        raise UserError(f"{found}; pass a checkout and install what it needs (--traiNNer-redux).") from None
+    finally:
+        sys.path.remove(str(checkout))
+    for found in (registry.SPANDREL_REGISTRY, registry.ARCH_REGISTRY):
+        if name in found:
+            return found.get(name)  # type: ignore[no-any-return]
+    raise UserError(f"{checkout} has no network {name}; pass one of its names.")
 
 
-def merged(span: Any) -> Any:
-    """SPAN with its branches merged once; spandrel merges them in every pass."""
-    for module in span.eval().modules():
+def opened(path: Path, flag: str) -> Any:
+    """The AetherNet in a file, for evaluation. UserError: it holds none; ``flag`` named it."""
+    from aethersr.checkpoint import read_checkpoint
+    from aethersr.identify import aether_from_state_dict
+
+    try:
+        return aether_from_state_dict(read_checkpoint(path, flag).state)
+    except ValueError as error:
+        raise UserError(f"{path}: {error} Pass the weights of an AetherNet ({flag}).") from None
+
+
+def deployed(net: Any) -> Any:
+    """``net`` as it is released: ours fused, SPAN with its branches merged once instead of in every pass."""
+    if hasattr(net, "fused"):
+        return net.fused()
+    for module in net.eval().modules():
         if hasattr(module, "update_params"):
             module.update_params()
             module.update_params = lambda: None
-    return span
+    return net
 
 
-def networks(words: Sequence[str], quick: bool) -> Dict[str, Builder]:
-    """Those whose names contain one of the words (no words: all); with ``quick``, few and fast ones."""
-    found: Dict[str, Builder] = {}
-    for variant in ("aether_small", "aether_medium", "aether_large"):
-        for form in FORMS:
-            found[f"{variant} {form}"] = lambda scale, v=variant, f=form: aether(v, f, scale)  # type: ignore[misc]
-    found.update(peers())
-    if quick:
-        few = ("aether_small", "Compact", "SPAN", "PLKSR", "SAFMN")
-        found = {name: build for name, build in found.items() if name.split()[0] in few}
-    chosen = [name for name in found if not words or any(word.lower() in name.lower() for word in words)]
-    return {name: found[name] for name in chosen}
+# -------------------------------------------------------------------------------------------------- runtimes
+
+
+@torch.no_grad()
+def onnx_bytes(net: Any, image: Tensor, any_size: bool = True) -> bytes:
+    """An ONNX file of any network."""
+    if isinstance(net, aether_arch.FusedAetherNet):
+        from aethersr.exported import for_export
+
+        net = for_export(net)
+    axes = {name: {0: "n", 2: "h", 3: "w"} for name in ("input", "output")} if any_size else None
+    names: Any = {"input_names": ["input"], "output_names": ["output"], "dynamic_axes": axes}
+    file, silence = io.BytesIO(), io.StringIO()
+    with warnings.catch_warnings(), contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
+        warnings.simplefilter("ignore")
+        torch.onnx.export(net, (image,), file, opset_version=17, dynamo=False, **names)
+    return file.getvalue()
+
+
+def onnx_runtime(file: Any, threads: int = 1) -> Runner:
+    """``file``: its name or its bytes."""
+    import numpy as np
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    # Otherwise its waiting threads take the cores from the network whose turn is next.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    dtype = np.float16 if "float16" in session.get_inputs()[0].type else np.float32
+    return lambda image: session.run(None, {"input": image.astype(dtype)})[0]
+
+
+def openvino(path: str, precision: str = "f32") -> Runner:
+    from openvino import Core
+
+    settings = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": 1}
+    compiled = Core().compile_model(path, "CPU", settings)
+    return lambda image: compiled(image)[0]
+
+
+def ncnn(param: str) -> Runner:
+    import ncnn as package
+
+    from aethersr.ncnn import run
+
+    net = package.Net()
+    net.opt.num_threads = 1
+    net.load_param(param)
+    net.load_model(str(Path(param).with_suffix(".bin")))
+    return lambda image: run(net, torch.from_numpy(image)).numpy()
+
+
+def openers(net: Any, folder: str) -> Dict[str, Callable[[], Runner]]:
+    """For each runtime, what exports a fused network into ``folder`` and opens it there with one thread."""
+    from aethersr.ncnn import export_ncnn
+    from aethersr.onnx import export_onnx
+
+    def onnx(precision: str, target: str = "onnxruntime") -> str:
+        path = f"{folder}/{precision}_{target}.onnx"
+        if not Path(path).exists():
+            made = copy.deepcopy(net).prepare_qat() if precision == "int8" else net
+            export_onnx(made, net.scale, precision, path, target, simplify=precision != "int8")
+        return path
+
+    @torch.no_grad()
+    def in_torch(image: Any) -> Any:
+        return net(torch.from_numpy(image)).numpy()
+
+    return {
+        "ONNX Runtime fp32": lambda: onnx_runtime(onnx("fp32")),
+        "ONNX Runtime fp16": lambda: onnx_runtime(onnx("fp16")),
+        "ONNX Runtime int8": lambda: onnx_runtime(onnx("int8")),
+        "PyTorch": lambda: in_torch,
+        "OpenVINO fp32": lambda: openvino(onnx("fp32")),
+        "OpenVINO bf16": lambda: openvino(onnx("fp32"), "bf16"),
+        "OpenVINO int8": lambda: openvino(onnx("int8", "openvino")),
+        "NCNN": lambda: ncnn(export_ncnn(net, net.scale, f"{folder}/net.param")[0]),
+    }
+
+
+# ----------------------------------------------------------------------------------------------- what is told
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> List[str]:
+    """The lines of a Markdown table."""
+    return ["| " + " | ".join(cells) + " |" for cells in [list(head), ["---"] * len(head), *rows]]
+
+
+def typed(script: str, argv: Optional[Sequence[str]], hidden: Mapping[str, Any]) -> str:
+    """The command line; paths that mean something on this machine alone are replaced by the names given."""
+    names = {str(path): name for name, path in hidden.items()}
+    words = [names.get(word, word) for word in (sys.argv[1:] if argv is None else argv)]
+    return shlex.join(["python", f"benchmarks/{script}", *words])
+
+
+def machine(device: str = "cpu") -> str:
+    """The date, the processor or the card, and versions, in words."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    words = [torch.cuda.get_device_name() if device == "cuda" else name, f"PyTorch {torch.__version__}"]
+    for title, module in (("ONNX Runtime", "onnxruntime"), ("OpenVINO", "openvino")):
+        with contextlib.suppress(ImportError):
+            words.append(f"{title} {__import__(module).__version__.split('-')[0]}")
+    load = f"load average {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "load unknown"
+    return f"{datetime.date.today().isoformat()}: {', '.join([*words, load])} before"
+
+
+def short(ms: float) -> str:
+    return f"{ms:.0f}" if ms >= 20 else f"{ms:.2f}"
+
+
+def positive(text: str) -> Any:
+    """A number above 0, whole where it is written so, for argparse."""
+    value = float(text) if set(text) & set(".e") else int(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value

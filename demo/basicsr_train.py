@@ -21,29 +21,10 @@ from pathlib import Path
 from typing import List, Optional
 
 ROOT = Path(__file__).resolve().parents[1]
-_declared: list = []  # a torch.library.Library removes its operators when it is garbage-collected
+sys.path.append(str(ROOT / "training"))
 
-
-def import_torchvision() -> types.ModuleType:
-    """Import torchvision, even a build for CUDA beside a PyTorch for CPU.
-
-    The operators of such a build don't load, and the import stops at the first one that is missing. BasicSR
-    trains without them, so declaring their names is enough.
-    """
-    try:
-        return importlib.import_module("torchvision")
-    except RuntimeError as error:
-        if "operator torchvision::" not in str(error):
-            raise
-    import torch
-
-    for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-        del sys.modules[name]
-    library = torch.library.Library("torchvision", "DEF")
-    for operator in ("nms", "qnms"):
-        library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _declared.append(library)
-    return importlib.import_module("torchvision")
+from cpu_speed import speed_up_on_cpu  # noqa: E402
+from trainner_redux_cpu import import_torchvision  # noqa: E402
 
 
 def register_aether() -> types.ModuleType:
@@ -71,8 +52,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     if importlib.util.find_spec("basicsr") is None:
         parser.error("BasicSR is not installed; see requirements-basicsr.txt")
     register_aether()
-    sys.path.append(str(ROOT / "training"))
-    importlib.import_module("cpu_speed").speed_up_on_cpu()
+    speed_up_on_cpu()
     os.makedirs(args.root, exist_ok=True)
     os.chdir(args.root)
     sys.argv = [sys.argv[0], "-opt", options, *flags]  # where BasicSR reads its arguments

@@ -1,11 +1,10 @@
 """Go from photographs to a finished network in one run: train, fuse, export, upscale, compare.
 
-Usage:
     python demo/demo.py [--output DIR] [--quick]
 
 1. crops a small data set from scikit-image's photographs, all but one;
 2. trains aether_small x2 with BasicSR and options/basicsr/demo_aether_small_x2.yml, on a GPU if there is one;
-3. fuses the checkpoint with fuse_aether.py and exports it to ONNX;
+3. fuses the checkpoint with fuse_aether.py, which also writes an ONNX file;
 4. upscales the remaining photograph: bicubic, network unfused, fused and in ONNX Runtime;
 5. writes comparison.png.
 
@@ -17,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -26,18 +26,19 @@ from typing import Callable, Dict, List, NamedTuple, Optional, Sequence
 
 import numpy as np
 import torch
+import yaml
 from PIL import Image
 from skimage import data
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "archs")]
 
-from aether_arch import AetherBase  # noqa: E402
 from sheet import side_by_side  # noqa: E402
 
 from aethersr.checkpoint import read_checkpoint  # noqa: E402
+from aethersr.commands import exit_code  # noqa: E402
+from aethersr.errors import UserError  # noqa: E402
 from aethersr.identify import aether_from_state_dict  # noqa: E402
-from aethersr.onnx import export_onnx  # noqa: E402
 from aethersr.quality import quality  # noqa: E402
 from aethersr.timing import interleaved  # noqa: E402
 
@@ -52,6 +53,7 @@ TRAINING = (
     *("camera", "coins", "brick", "grass", "gravel"),
 )
 AGREEMENT = 0.01  # dB between the networks: more than rounding can do, less than an eye could see
+MOST_THREADS = 4  # crops are too small for more
 
 
 class Result(NamedTuple):
@@ -95,11 +97,19 @@ def prepare_data(folder: Path, names: Sequence[str] = TRAINING, size: int = 96) 
     return count
 
 
-def run(command: Sequence[str], show: Callable[[str], bool] = lambda line: True) -> None:
-    """Run a Python script of this repository and print the lines that ``show`` selects.
+def free_cores() -> int:
+    """How many threads have a core of their own: each step would wait for a thread without one."""
+    cores = os.cpu_count() or 1
+    busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else cores / 2
+    return max(1, min(MOST_THREADS, round(cores - busy)))
 
-    If it fails, print its last lines and exit.
+
+def run(command: Sequence[str], shown: Callable[[str], Optional[str]] = lambda line: line) -> None:
+    """Run a Python script of this repository and print what ``shown`` makes of its lines.
+
+    Raises UserError with its last lines if it fails.
     """
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads()), "OMP_WAIT_POLICY": "PASSIVE"}
     process = subprocess.Popen(
         [sys.executable, *command],
         stdout=subprocess.PIPE,
@@ -107,18 +117,22 @@ def run(command: Sequence[str], show: Callable[[str], bool] = lambda line: True)
         text=True,
         encoding="utf-8",
         errors="replace",
-        env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"},
+        env={**os.environ, **threads, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"},
     )
     lines: List[str] = []
     assert process.stdout is not None
-    for line in process.stdout:
-        lines.append(line)
-        if show(line):
-            print("  " + line.rstrip(), flush=True)
-    if process.wait():
-        sys.exit(
-            "".join(lines[-30:]) + f"demo: {Path(command[0]).name} failed with exit code {process.returncode}"
-        )
+    try:
+        for line in process.stdout:
+            lines.append(line)
+            text = shown(line.rstrip())
+            if text:
+                print(f"  {text}", flush=True)
+        code = process.wait()
+    finally:
+        process.kill()  # after Ctrl-C
+    if code:
+        print("".join(lines[-30:]), file=sys.stderr)
+        raise UserError(f"{Path(command[0]).name} ended with exit code {code}; its last lines stand above.")
 
 
 def train(root: Path, iterations: Optional[int]) -> Path:
@@ -126,20 +140,19 @@ def train(root: Path, iterations: Optional[int]) -> Path:
     values = {"num_gpu": int(torch.cuda.is_available())}  # "auto" would multiply the batch by several GPUs
     if iterations:
         values.update({"train:total_iter": iterations, "logger:print_freq": 1})
+    total = iterations or yaml.safe_load(OPTIONS.read_text(encoding="utf-8"))["train"]["total_iter"]
+
+    def progress(line: str) -> Optional[str]:  # BasicSR also prints every layer; its log file has everything
+        found = re.search(r"iter: *([\d,]*\d).* l_pix: (\S+)", line)
+        return f"iteration {found[1]} of {total}, loss {float(found[2]):.4f}" if found else None
+
     flags = ["--force_yml", *(f"{name}={value}" for name, value in values.items())]
-    # BasicSR also prints every layer of the network; its log file has everything.
-    run(
-        [str(ROOT / "demo" / "basicsr_train.py"), "--root", str(root), "-opt", str(OPTIONS), *flags],
-        show=lambda line: "[epoch:" in line,
-    )
+    script = str(ROOT / "demo" / "basicsr_train.py")
+    run([script, "--root", str(root), "-opt", str(OPTIONS), *flags], progress)
     checkpoint = root / "experiments" / EXPERIMENT / "models" / "net_g_latest.pth"
     if not checkpoint.is_file():
-        sys.exit(f"demo: BasicSR ended without {checkpoint}")
+        raise UserError(f"BasicSR ended without {checkpoint}; the reason is in its log, {root}/experiments.")
     return checkpoint
-
-
-def load(path: Path) -> AetherBase:
-    return aether_from_state_dict(read_checkpoint(path).state)
 
 
 def to_array(image: Image.Image) -> np.ndarray:
@@ -151,15 +164,19 @@ def to_image(array: np.ndarray) -> Image.Image:
     return Image.fromarray((array[0].transpose(1, 2, 0).clip(0, 1) * 255).round().astype(np.uint8))
 
 
-def compare(unfused: AetherBase, fused: AetherBase, onnx_path: Path, truth: Image.Image) -> List[Result]:
+def compare(unfused: Path, fused: Path, onnx: Path, truth: Image.Image) -> List[Result]:
     """Picture, quality and median time of each way to upscale ``truth`` from its low-resolution version."""
     import onnxruntime
 
     lq = reduced(truth)
     array = to_array(lq)
-    session = onnxruntime.InferenceSession(str(onnx_path), providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(str(onnx), options, providers=["CPUExecutionProvider"])
 
-    def torch_upscaler(net: AetherBase) -> Callable[[], Image.Image]:
+    def torch_upscaler(path: Path) -> Callable[[], Image.Image]:
+        net = aether_from_state_dict(read_checkpoint(path).state)
+
         @torch.no_grad()
         def upscale() -> Image.Image:
             return to_image(net(torch.from_numpy(array)).numpy())
@@ -202,72 +219,60 @@ def complaint(results: Sequence[Result]) -> Optional[str]:
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=ROOT / "demo_output",
-        help="folder for what is written; emptied first (default: demo_output)",
-    )
-    parser.add_argument(
-        "--quick",
-        action="store_true",
-        help="two iterations and a small picture, to see that every step runs; bicubic may win",
-    )
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    text = "folder for what is written; emptied first (default: demo_output)"
+    parser.add_argument("--output", type=Path, default=ROOT / "demo_output", help=text)
+    text = "two iterations and a small picture, to see that every step runs; bicubic may win"
+    parser.add_argument("--quick", action="store_true", help=text)
     args = parser.parse_args(argv)
+    failed: List[bool] = []
+    stopped = "start it again, or with --quick, which takes less than a minute."
+    return exit_code("demo.py", lambda: failed.append(demo(args)), stopped) or int(failed[0])
+
+
+def demo(args: argparse.Namespace) -> bool:
+    """All steps. Returns whether something is wrong with the result."""
     output = args.output.resolve()
     if output.exists() and not (output / MARKER).is_file() and (not output.is_dir() or any(output.iterdir())):
-        parser.error(f"{args.output} is not from an earlier demo and not an empty folder; name another one")
+        raise UserError(
+            f"{output} is not from an earlier demo and not empty; name another folder (--output)."
+        )
     if output.exists():
         shutil.rmtree(output)
     output.mkdir(parents=True)
     (output / MARKER).touch()
+    torch.set_num_threads(free_cores())
     start = time.perf_counter()
 
     def step(text: str) -> None:
         print(f"[{time.perf_counter() - start:4.0f} s] {text}", flush=True)
 
-    step(
-        f"cutting training pairs from {2 if args.quick else len(TRAINING)} photographs ({HELD_OUT} stays out)"
-    )
-    count = prepare_data(output / "data" / "train", TRAINING[:2] if args.quick else TRAINING)
+    takes = "quick" if args.quick else "takes up to three minutes (--quick: under one)"
+    step(f"uses {torch.get_num_threads()} of {os.cpu_count()} cores; {takes}")
+    names = TRAINING[:2] if args.quick else TRAINING
+    step(f"cutting training pairs from {len(names)} photographs ({HELD_OUT} stays out)")
+    count = prepare_data(output / "data" / "train", names)
     step(f"training aether_small x{SCALE} on {count} pairs with BasicSR and {OPTIONS.name}")
     checkpoint = train(output, 2 if args.quick else None)
-    step("fusing")
+    step("fusing and exporting to ONNX")
     fused = output / "aether_small_x2_fused.pth"
-    names = ["--model_path", str(checkpoint), "--output_path", str(fused)]
-    run(
-        [
-            str(ROOT / "fuse_aether.py"),
-            *names,
-            "--model_type",
-            "aether_small",
-            "--upscale",
-            str(SCALE),
-            "--device",
-            "cpu",
-        ]
-    )
-    step("exporting to ONNX")
-    network = load(fused)
-    onnx_path = Path(export_onnx(network, scale=SCALE, output_path=str(output / "aether_small_x2_fp32.onnx")))
+    paths = ["--model_path", str(checkpoint), "--output_path", str(fused)]
+    run([str(ROOT / "fuse_aether.py"), *paths, "--onnx", "fp32", "--device", "cpu"])
     step(f"upscaling {HELD_OUT}, which was not trained on")
     truth = photograph(HELD_OUT)
     if args.quick:
         truth = truth.crop((190, 50, 318, 178))
-    results = compare(load(checkpoint), network, onnx_path, truth)
-    columns = {
-        f"{result.name.split()[0]}: {result.psnr:.2f} dB": result.image for result in (results[0], results[3])
-    }
-    side_by_side({**columns, "ground truth": truth}).save(output / "comparison.png")
+    results = compare(checkpoint, fused, output / "aether_small_x2_fp32.onnx", truth)
+    shown = {f"{each.name.split()[0]}: {each.psnr:.2f} dB": each.image for each in (results[0], results[3])}
+    side_by_side({**shown, "ground truth": truth}).save(output / "comparison.png")
     size = f"{truth.width}x{truth.height}"
     step(f"done: {HELD_OUT} {size}, luma, {SCALE} border pixels left out\n\n{table(results)}\n")
     print(f"picture: {output / 'comparison.png'}")
     wrong = complaint(results)
     if wrong and not (args.quick and "bicubic" in wrong):
-        print(f"demo: {wrong}", file=sys.stderr)
-        return 1
-    return 0
+        print(f"demo.py: {wrong}", file=sys.stderr)
+        return True
+    return False
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Serve demo/web on localhost, with the shipped weights and ONNX Runtime Web in its folder files.
+"""Serve demo/web on localhost, with the shipped networks and ONNX Runtime Web in its folder files.
 
     python demo/serve_web.py [--port 8000]
 
@@ -8,14 +8,12 @@ Afterwards demo/web can be copied to any static host. Without npm the page loads
 from __future__ import annotations
 
 import argparse
-import base64
-import contextlib
-import hashlib
+import json
+import mimetypes
 import re
 import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -24,63 +22,60 @@ from typing import Optional, Sequence
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "archs")]
-
-from aethersr.checkpoint import read_checkpoint  # noqa: E402
-from aethersr.files import Together  # noqa: E402
-from aethersr.identify import aether_from_state_dict  # noqa: E402
-from aethersr.onnx import export_onnx  # noqa: E402
-
+WEIGHTS = ROOT / "weights"
+FIRST = "2x_AetherNet_small_wallpapers_fp16.safetensors"  # what the page opens with
 PAGE = ROOT / "demo" / "web"
 FILES = PAGE / "files"
-WEIGHTS = ROOT / "weights" / "2x_AetherNet_small_wallpapers_fp16.safetensors"
-MODEL = FILES / "2x_AetherNet_small_wallpapers_fp32.onnx"
 (VERSION,) = re.findall(r'VERSION = "(.+?)"', (PAGE / "worker.js").read_text(encoding="utf-8"))
-SHA512 = "q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="
-# Of the package, what the page loads: with WebGPU, and without.
+# Of ONNX Runtime Web, what the page loads: with WebGPU, and without.
 RUNTIME = [f"ort.{engine}.min.mjs" for engine in ("wasm", "webgpu")]
 RUNTIME += [f"ort-wasm-simd-threaded{kind}" for kind in (".mjs", ".wasm", ".asyncify.mjs", ".asyncify.wasm")]
 
 
+def export_networks() -> None:
+    """An ONNX file for every fused network in weights/, and their list, which the page reads."""
+    names = []
+    for weights in sorted(WEIGHTS.glob("*.safetensors"), key=lambda path: (path.name != FIRST, path.name)):
+        if "_training_" in weights.name:
+            continue
+        file = FILES / f"{weights.stem.replace('_fp16', '_fp32')}.onnx"
+        names.append(file.name)
+        if file.is_file() and file.stat().st_mtime >= weights.stat().st_mtime:
+            continue
+        print(f"Exporting {weights.name} for the page ...", flush=True)
+        import torch  # takes seconds, so not before there is work
+        from aether_arch import export_onnx
+
+        from aethersr import aether_from_state_dict, read_checkpoint
+
+        torch.set_num_threads(1)  # more help little, and wait for each other on a busy machine
+        network = aether_from_state_dict(read_checkpoint(weights).state)
+        licence = {"license": "CC-BY-SA-4.0"}
+        export_onnx(network, network.scale, output_path=str(file), simplify=True, metadata=licence)
+    (FILES / "networks.json").write_text(json.dumps(names), encoding="utf-8")
+
+
 def fetch_runtime() -> Optional[str]:
-    """ONNX Runtime Web from npm into files/. What is in the way, or None."""
+    """ONNX Runtime Web from npm into files/, unless it is there. What is in the way, or None."""
+    if all((FILES / name).is_file() for name in RUNTIME):
+        return None
     npm = shutil.which("npm")
     if npm is None:
         return "npm is not installed"
-    with tempfile.TemporaryDirectory() as folder:
+    print(f"Fetching ONNX Runtime Web {VERSION} from npm ...", flush=True)
+    with tempfile.TemporaryDirectory(dir=FILES) as folder:
         command = [npm, "pack", "--silent", f"onnxruntime-web@{VERSION}", "--pack-destination", folder]
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         packed = next(Path(folder).glob("*.tgz"), None)
         if packed is None:
             return f"npm pack failed: {(done.stdout.strip() or 'no message').splitlines()[-1]}"
-        if base64.b64encode(hashlib.sha512(packed.read_bytes()).digest()).decode() != SHA512:
-            return f"onnxruntime-web {VERSION} has another hash than serve_web.py expects"
-        with tarfile.open(packed) as archive, Together() as files:
-            for name in RUNTIME:
-                member = archive.extractfile(f"package/dist/{name}")
-                assert member is not None
-                files.part(FILES / name).write_bytes(member.read())
-            files.commit()
+        shutil.unpack_archive(packed, folder)
+        for name in RUNTIME:
+            (Path(folder) / "package" / "dist" / name).replace(FILES / name)
     return None
 
 
-def prepare() -> Optional[str]:
-    """Write what is missing in files/. What kept ONNX Runtime Web away, or None."""
-    FILES.mkdir(exist_ok=True)
-    if not MODEL.is_file() or MODEL.stat().st_mtime < WEIGHTS.stat().st_mtime:
-        network = aether_from_state_dict(read_checkpoint(WEIGHTS).state)
-        licence = {"license": "CC-BY-SA-4.0"}
-        export_onnx(network, network.scale, output_path=str(MODEL), simplify=True, metadata=licence)
-    return None if all((FILES / name).is_file() for name in RUNTIME) else fetch_runtime()
-
-
 class Handler(SimpleHTTPRequestHandler):
-    extensions_map = {  # noqa: RUF012  Windows has other ideas
-        **SimpleHTTPRequestHandler.extensions_map,
-        ".js": "text/javascript",
-        ".mjs": "text/javascript",
-        ".wasm": "application/wasm",
-    }
-
     def end_headers(self) -> None:
         """With these two a browser gives a page several threads."""
         self.send_header("Cross-Origin-Opener-Policy", "same-origin")
@@ -95,20 +90,24 @@ class Handler(SimpleHTTPRequestHandler):
 def main(argv: Optional[Sequence[str]] = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--port", type=int, default=8000, help="0: one that is free (default: 8000)")
-    args = parser.parse_args(argv)
-    problem = prepare()
-    if problem:
-        print(
-            f"serve_web.py: {problem}; the page will load ONNX Runtime Web {VERSION} from a CDN.",
-            file=sys.stderr,
-        )
+    port = parser.parse_args(argv).port
+    for ending in (".js", ".mjs"):
+        mimetypes.add_type("text/javascript", ending)  # Windows has other ideas
     try:
-        server = ThreadingHTTPServer(("127.0.0.1", args.port), partial(Handler, directory=str(PAGE)))
-    except OSError as error:
-        parser.error(f"port {args.port} can't be used: {error.strerror}; pass another --port.")
-    print(f"http://localhost:{server.server_port}/  (Ctrl+C ends it)", flush=True)
-    with contextlib.suppress(KeyboardInterrupt):
+        server = ThreadingHTTPServer(("127.0.0.1", port), partial(Handler, directory=str(PAGE)))
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or str(error).strip(".")
+        parser.error(f"--port {port} can't be used: {reason}; pass another one, or 0 for any that is free.")
+    try:
+        FILES.mkdir(exist_ok=True)
+        export_networks()
+        problem = fetch_runtime()
+        if problem:
+            print(f"{problem}; the page will load ONNX Runtime Web {VERSION} from a CDN.", file=sys.stderr)
+        print(f"Open http://localhost:{server.server_port}/ in a browser. Ctrl+C ends it.", flush=True)
         server.serve_forever()
+    except KeyboardInterrupt:
+        print("\nserve_web.py: ended.", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -12,17 +12,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Callable
 
 PROGRAM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 PATIENCE = 300  # seconds; a machine may be busy with other things
+QUIET = ["gpu", "quic", "background-networking", "component-update", "sync"]
+KEYS = {"Tab": 9, "Enter": 13, "ArrowRight": 39}
 
 
 class Chromium:
     """One page. No name is resolved but localhost, so the page has no network.
 
-    ``served`` are the bytes of addresses that seem to be out there.
+    ``served`` gives the bytes of an address that seems to be out there.
     """
 
     def __init__(self, folder: Path, *flags: str, served: Callable[[str], bytes] | None = None) -> None:
@@ -33,11 +34,12 @@ class Chromium:
         os.close(read)
         os.close(write)
         start = "import os, sys; os.dup2({}, 3); os.dup2({}, 4); os.execv(sys.argv[1], sys.argv[1:])"
-        words = [PROGRAM, "--headless", "--remote-debugging-pipe", f"--user-data-dir={folder}", *flags]
-        words += ["--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE localhost"]
+        words = [PROGRAM, "--headless", "--no-first-run", "--remote-debugging-pipe"]
+        words += [f"--user-data-dir={folder}", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE localhost"]
+        words += [f"--disable-{name}" for name in QUIET if name != "gpu" or not flags]
         words += ["--no-sandbox"] if os.geteuid() == 0 else []
         self._process = subprocess.Popen(
-            [sys.executable, "-c", start.format(*theirs), *words],
+            [sys.executable, "-c", start.format(*theirs), *words, *flags],
             pass_fds=theirs,
             stderr=subprocess.DEVNULL,
         )
@@ -55,15 +57,14 @@ class Chromium:
     def __enter__(self) -> Chromium:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: Any, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: Any) -> None:
         os.close(self._write)  # it ends when the pipe does
         self._process.wait(30)
         os.close(self._read)
 
     def _message(self) -> dict[str, Any]:
         while b"\0" not in self._rest:
-            if not select.select([self._read], [], [], PATIENCE)[0]:
-                raise TimeoutError("Chromium does not answer")
+            assert select.select([self._read], [], [], PATIENCE)[0], "Chromium does not answer"
             got = os.read(self._read, 2**20)
             assert got, "Chromium has ended"
             self._rest += got
@@ -87,22 +88,18 @@ class Chromium:
                 assert "error" not in answer, f"{method}: {answer['error']}"
                 return dict(answer["result"])
             if answer.get("method") == "Fetch.requestPaused":
-                self._serve(answer["params"])
+                self._serve(answer["params"]["requestId"], answer["params"]["request"]["url"])
             elif "method" in answer:
                 self.events.append(answer)
 
-    def _serve(self, paused: dict[str, Any]) -> None:
-        address = paused["request"]["url"]
+    def _serve(self, request: str, address: str) -> None:
         assert self._served is not None
         kind = "text/javascript" if address.endswith("js") else "application/wasm"
-        headers = {
-            "Content-Type": kind,
-            "Access-Control-Allow-Origin": "*",
-            "Cross-Origin-Resource-Policy": "cross-origin",
-        }
+        headers = {"Content-Type": kind, "Access-Control-Allow-Origin": "*"}
+        headers["Cross-Origin-Resource-Policy"] = "cross-origin"
         self._send(
             "Fetch.fulfillRequest",
-            requestId=paused["requestId"],
+            requestId=request,
             responseCode=200,
             responseHeaders=[{"name": name, "value": value} for name, value in headers.items()],
             body=base64.b64encode(self._served(address)).decode(),
@@ -131,15 +128,6 @@ class Chromium:
         self.call("DOM.setFileInputFiles", nodeId=node, files=[str(file)])
 
     def press(self, key: str) -> None:
-        code = {"Tab": 9, "Enter": 13, "ArrowRight": 39, "End": 35}[key]
-        text = {"text": "\r"} if key == "Enter" else {}
-        for kind in ("keyDown", "keyUp"):
-            words = {"type": kind, "key": key, "code": key, "windowsVirtualKeyCode": code, **text}
-            self.call("Input.dispatchKeyEvent", **words)
-
-    def look(self, width: int, height: int, dark: bool = False, density: float = 1) -> None:
-        """Be a window or a phone of this size."""
-        words = {"width": width, "height": height, "deviceScaleFactor": density, "mobile": density > 1}
-        self.call("Emulation.setDeviceMetricsOverride", **words)
-        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self.call("Emulation.setEmulatedMedia", features=[scheme])
+        words = {"key": key, "code": key, "windowsVirtualKeyCode": KEYS[key]}
+        self.call("Input.dispatchKeyEvent", type="keyDown", **words, text="\r" if key == "Enter" else "")
+        self.call("Input.dispatchKeyEvent", type="keyUp", **words)

@@ -235,7 +235,7 @@ class BasicSR(Framework):
 
 
 class Redux(Framework):
-    name, package, launcher = "traiNNer-redux", "traiNNer", "trainner_redux_cpu.py"
+    name, package, launcher = "traiNNer-redux", "traiNNer", "redux_cpu.py"
     template = "traiNNer-redux/train/AetherNet/AetherNet_small_x2_fidelity.yml"
     tasks = ("train", "test")
     python = os.environ.get("TRAINNER_REDUX_PYTHON", sys.executable)

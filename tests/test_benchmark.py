@@ -1,123 +1,336 @@
-"""The benchmark runs, counts what it says it counts, and its rivals compute what AetherNet computes."""
+"""benchmarks/: speed.py and quality.py on tiny cases: their tables, and bad input refused in one line."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, small_net
+from conftest import ROOT, one_line, small_net
+from PIL import Image
+from safetensors.torch import save_file
+from skimage import data as photographs
 from torch import nn
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
-import benchmark
-import counting
-import int8
-from published import kernels_merged, two_branches
+import cases
+import networks
+import quality
+import speed
+
+from aethersr.quality import resize
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+RESULTS = sorted((ROOT / "benchmarks" / "results").iterdir())
+QUICK = ["--quick", "--sizes", "aether_small", "--scales", "2", "--rounds", "3", "--threads", "1"]
+TINY = "AetherNet,embed_dim=12,depths=(1, 1),use_channel_attn=False,use_spatial_attn=False,patch=16,batch=4"
 
 
-@pytest.mark.parametrize("form", [two_branches, kernels_merged])
-def test_the_published_forms_compute_the_same(form) -> None:  # type: ignore[no-untyped-def]
+def tiny(**options: Any) -> Any:
+    options = {
+        "embed_dim": 12,
+        "depths": (1, 1),
+        "use_channel_attn": False,
+        "use_spatial_attn": False,
+        **options,
+    }
+    return small_net(2, **options).float()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """gt and lq for training, val for validation, a network, and a checkout with one network."""
+    folder = tmp_path_factory.mktemp("pairs")
+    for sub in ("gt", "lq", "val", "checkout/traiNNer/archs", "checkout/traiNNer/utils"):
+        (folder / sub).mkdir(parents=True)
+    picture = photographs.astronaut()
+    for k in range(4):
+        gt = picture[k * 64 : k * 64 + 64, 200:264]
+        Image.fromarray(gt).save(folder / "gt" / f"{k}.png")
+        Image.fromarray(resize(gt, 32, 32)).save(folder / "lq" / f"{k}.png")
+    Image.fromarray(photographs.chelsea()[100:180, 100:201]).save(folder / "val" / "cat.png")
+    save_file(tiny().state_dict(), folder / "net.safetensors")
+    save_file(tiny(embed_dim=14).state_dict(), folder / "wide.safetensors")
+    package = folder / "checkout" / "traiNNer"
+    (package / "archs" / "__init__.py").touch()
+    (package / "utils" / "registry.py").write_text(
+        "from torch import nn\nSPANDREL_REGISTRY = {}\n"
+        "def peer(scale):\n"
+        "    return nn.Sequential(nn.Conv2d(3, 3 * scale**2, 3, padding=1), nn.PixelShuffle(scale))\n"
+        "ARCH_REGISTRY = {'peer': peer}\n"
+    )
+    return folder
+
+
+# ------------------------------------------------------------------------------------------------- speed.py
+
+
+def rows_of(text: str) -> list[list[str]]:
+    return [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")][2:]
+
+
+def bench(*words: str) -> speed.Bench:
+    return speed.Bench(speed.parse_args([*QUICK, *words]))
+
+
+def test_every_case_of_the_cpu_is_in_the_table(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    output = folder / "speed.md"
+    more = [
+        "--weights",
+        folder / "net.safetensors",
+        "--traiNNer-redux",
+        folder / "checkout",
+        "--peers",
+        "peer",
+    ]
+    assert speed.main([*QUICK, *map(str, more), "--output", str(output)]) == 0
+    printed = capsys.readouterr().out
+    assert printed == output.read_text()
+    assert f"PyTorch {torch.__version__}" in printed.splitlines()[0]
+    assert printed.splitlines()[2].startswith("`python benchmarks/speed.py --quick")
+    assert "--traiNNer-redux CHECKOUT" in printed
+    assert str(folder / "checkout") not in printed
+    rows = rows_of(printed)
+    whats = list(dict.fromkeys(re.split(r"[ ,]", row[0])[0] for row in rows))
+    assert whats == ["aether_small", "x2", "net.safetensors", "training", "the", "depthwise"]
+    for what in {row[0] for row in rows} - {"training memory, aether_small x2"}:
+        measured = [row for row in rows if row[0] == what and row[2] != "-"]
+        assert measured, what
+        assert all(float(row[2]) > 0 for row in measured)
+        assert [row[3] for row in measured].count("1") == 1
+    for row in rows:
+        missing = row[1] in ("NCNN", "OpenVINO fp32", "OpenVINO bf16", "OpenVINO int8")
+        assert speed.IMPOSSIBLE not in row[4] or (missing and "No module named" in row[4]), row
+        differs = re.match(r"differs by (\S+)/255", row[4])
+        exact = row[1] in ("ONNX Runtime fp32", "PyTorch", "OpenVINO fp32")
+        assert not exact or not differs or float(differs[1]) < 0.1, row
+
+
+def test_what_a_gpu_is_asked_runs_here_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda net: net)
+    made = bench()
+    cases.networks(made)
+    cases.compiled(made)
+    ways = [line.strip("| ").split(" | ")[1] for line in made.lines]
+    assert ways[:2] == ["fp32, contiguous", "TF32, channels_last"]
+    assert "AMP, channels_last, compiled" in ways
+    assert not [line for line in made.lines if speed.IMPOSSIBLE in line]
+
+
+def test_the_published_fusion_computes_the_same() -> None:
     net = small_net(4, use_spatial_attn=True)
     x = torch.rand(1, 3, 13, 17, dtype=torch.float64)
     with torch.no_grad():
-        expected = net(x)
-        assert float((form(net).eval()(x) - expected).abs().max() / expected.abs().max()) < 1e-12
+        expected, found = net(x), networks.published_fusion(net)(x)
+    assert float((found - expected).abs().max() / expected.abs().max()) < 1e-12
 
 
-def test_the_published_training_form_has_the_same_gradients_and_statistics() -> None:
-    net = small_net(2, drop_path_rate=0.0, norm="batch").train()
-    other = two_branches(net).train()
-    x = torch.rand(2, 3, 9, 11, dtype=torch.float64)
-    for each in (net, other):
-        each(x).square().mean().backward()
-    for mine, theirs in (
-        (net.stages[1][1].conv.lk_conv, other.stages[1][1].conv.conv.lk_conv),
-        (net.conv_first, other.conv_first),
-    ):
-        assert torch.allclose(mine.weight.grad, theirs.weight.grad, rtol=1e-8, atol=1e-12)
-    assert torch.allclose(net.stages[0][0].norm.running_var, other.stages[0][0].norm.norm.running_var)
+def test_no_weight_of_what_is_measured_is_zero_everywhere() -> None:
+    net = bench().build("aether_small", 2)
+    assert not [name for name, value in net.named_parameters() if not value.any()]
 
 
-def test_peak_memory_counts_what_is_alive_at_once() -> None:
-    def step() -> None:
-        x = torch.ones(2**20)  # 4 MiB
-        y = x.view(-1)[: 2**19] * 2  # and 2 MiB; the view takes none
-        del x
-        y.mul_(2)
-        torch.cat([y, y])  # 4 MiB beside the 2
+def test_what_is_not_possible_is_said_and_the_rest_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def impossible(bench: Any) -> cases.Case:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried\nto allocate more")
 
-    assert counting.peak_mebibytes(step, "cpu") == 6
-
-
-def test_multiply_adds_are_those_of_the_convolutions() -> None:
-    net = nn.Conv2d(4, 6, 3, padding=1, bias=False)
-    assert counting.gigamacs(net, torch.rand(1, 4, 10, 10)) == pytest.approx(4 * 6 * 9 * 100 / 1e9)
-    with counting.Convolutions() as counted, torch.no_grad():
-        net(torch.rand(1, 4, 10, 10))
-    (found,) = counted.found
-    assert found == (4 * 6 * 9 * 100, 4 * (400 + 216 + 600), False)
-    assert found.milliseconds(dense=1e-3, depthwise=1e3, bandwidth=1e3) == pytest.approx(21.6)
-    assert found.milliseconds(dense=1e3, depthwise=1e3, bandwidth=1e-6) == pytest.approx(4864)
+    made = bench()
+    made.group("what", {"no": (impossible,), "yes": (lambda bench: (lambda: None, lambda ms: "told"),)})
+    assert made.lines[0] == "| what | no | - | - | not possible here: CUDA out of memory. Tried |"
+    assert re.fullmatch(r"\| what \| yes \| \S+ \| 1 \| told \|", made.lines[1])
+    made.cuda = True
+    monkeypatch.setattr(made, "wait", lambda: None)
+    monkeypatch.setattr(made, "tidy", lambda: None)
+    monkeypatch.setattr(speed, "SLOWEST", -1.0)
+    made.group("slow", {"it": (lambda bench: (lambda: None, lambda ms: ""),)})
+    assert "too slow to compare" in made.lines[2]
 
 
-def test_a_run_writes_its_tables(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    words = ["--quick", "--size", "8", "--rounds", "3", "--threads", "1", "--networks", "aether_small"]
-    benchmark.main([*words, "--output", str(tmp_path)])
-    printed = capsys.readouterr().out
-    assert printed.strip() == (tmp_path / "cpu.md").read_text().strip()
-    result = json.loads((tmp_path / "cpu.json").read_text())
-    assert [row["network"].split(" ", 1)[1] for row in result["networks"]] == list(benchmark.FORMS)
-    assert all(ms > 0 for row in result["networks"] for ms in row["ms"].values())
-    assert [len(row["ms"]) for row in result["networks"]] == [2, 2, 2], "eager and ONNX Runtime"
-    assert result["networks"][0]["parameters_training"] == 1_536_451
-    assert [set(row.get("gain", ())) for row in result["networks"]] == [
-        set(),
-        set(),
-        {"eager, 1 thread", "ORT, 1 thread"},
+def test_a_short_step_has_the_time_of_one() -> None:
+    made, now = bench(), [0.0]
+    made.clock = lambda: now[0]
+
+    def step(seconds: float) -> Any:
+        return lambda bench: (lambda: now.__setitem__(0, now[0] + seconds), lambda ms: f"{ms:.3f}")
+
+    made.group("what", {"short": (step(1e-3),), "long": (step(4e-3),)})
+    assert [row.strip("| ").split(" | ")[2:] for row in made.lines] == [
+        ["1.00", "1", "1.000"],
+        ["4.00", "0.25 (0.25 to 0.25)", "4.000"],
     ]
-    (limit,) = result["limit"]
-    assert 0 < limit["floor_ms"] <= limit["reachable_ms"] * 1.01
-    assert result["training"][0]["form"] == "two branches"
-    assert "Training step" in printed
+
+
+def test_it_stops_when_its_minutes_are_over(capsys: pytest.CaptureFixture) -> None:
+    assert speed.main([*QUICK, "--cases", "training", "depthwise", "--minutes", "1e-6"]) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert error[0].endswith("minutes are over; --cases and --minutes measure the rest.")
+    assert "nothing could be measured" in error[1]
+
+
+def test_memory_by_calculation_counts_what_autograd_keeps() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 5, 1, bias=False), nn.SiLU())
+    fixed, pixel = cases.training_bytes(net)
+    assert fixed == 5 * 4 * 15
+    assert pixel == pytest.approx(2 * 3 + 2 * 5 + 2 * 15 / 32**2), (
+        "input, output and weight, in half precision"
+    )
+
+
+# ----------------------------------------------------------------------------------------------- quality.py
+
+
+def train(folder: Path, file: Path, *words: str) -> list[dict[str, Any]]:
+    base = [str(file), "--data", str(folder), "--validation", str(folder / "val")]
+    assert quality.main(["train", *base, *words]) == 0
+    rows: list[dict[str, Any]] = json.loads(file.read_text())["rows"]
+    return rows
+
+
+def test_the_same_seed_gives_the_same_figures_and_a_finished_run_is_not_repeated(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    base = ["--iterations", "12", "--run", TINY]
+    first, again = (train(folder, tmp_path / name, *base) for name in ("a.json", "b.json"))
+    assert first[0]["points"][0][0] == 2
+    assert [point[2] for point in first[0]["points"]] == [point[2] for point in again[0]["points"]]
+    longer = train(folder, tmp_path / "a.json", *base, "--run", f"{TINY},skip=1", "--seeds", "0", "1")
+    assert longer[0] == first[0]
+    assert "holds 1 runs, which are not repeated" in capsys.readouterr().out
+    assert [(row["run"], row["seed"]) for row in longer] == [
+        (run, seed) for seed in (0, 1) for run in (TINY, f"{TINY},skip=1")
+    ]
+    assert quality.main(["table", str(tmp_path / "a.json")]) == 0
+    printed = capsys.readouterr().out
+    ends = ", ".join(f"{row['points'][-1][2]:.2f}" for row in longer if row["run"] == TINY)
+    assert rows_of(printed)[0][0::5] == [TINY, ends]
+    assert "--iterations 12 --seeds 0 1 --run 'AetherNet," in printed
+    assert f"Measured {networks.machine().split(',')[0]}" in printed
+
+
+def test_training_learns_and_a_budget_in_seconds_ends(folder: Path, tmp_path: Path) -> None:
+    (row,) = train(folder, tmp_path / "c.json", "--seconds", "3", "--run", f"{TINY},rate=2e-3")
+    assert row["points"][-1][1] >= 3 > row["points"][-2][1]
+    assert row["points"][-1][2] > row["points"][0][2] + 0.05
+
+
+def test_a_crop_and_its_reduction_show_the_same_place_turned_the_same_way(folder: Path) -> None:
+    low, high = quality.Cuts(folder).batch(16, 16, np.random.default_rng(0))
+    assert (low.shape, high.shape) == ((16, 3, 16, 16), (16, 3, 32, 32))
+    means = nn.functional.avg_pool2d(high, 2)
+    assert float((means - low).abs().mean()) < 0.03
+    assert float((means - low.flip(3)).abs().mean()) > 0.06
+
+
+def test_the_picture_shows_weights_and_runs_with_their_times(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    train(folder, tmp_path / "runs.json", "--iterations", "6", "--traiNNer-redux", str(folder / "checkout"),
+          "--run", f"{TINY},embed_dim=96,optimizer=SOAP", "--run", "peer,patch=16")  # fmt: skip
+    capsys.readouterr()
+    words = ["draw", str(tmp_path / "runs.json"), "--validation", str(folder / "val"), "--output"]
+    words += [str(tmp_path / "picture"), "--traiNNer-redux", str(folder / "checkout"), "--weights"]
+    assert quality.main([*words, str(folder / "net.safetensors")]) == 0
+    printed = capsys.readouterr().out
+    assert printed == (tmp_path / "picture.md").read_text()
+    rows = {row[0].split(",")[0]: row for row in rows_of(printed)}
+    assert [rows[name][1] for name in ("net", "AetherNet", "peer")] == list(quality.KINDS)
+    assert float(rows["peer"][2]) < float(rows["net"][2]) < float(rows["AetherNet"][2])
+    assert rows["net"][3] == "1.00"
+    net, validation = (
+        networks.opened(folder / "net.safetensors", ""),
+        quality.Validation(folder / "val", 192, 2),
+    )
+    assert rows["net"][4] == f"{validation.measure(net, 'cpu'):.2f}"
+    pytest.importorskip("matplotlib", reason="needs matplotlib: pip install matplotlib")
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+# -------------------------------------------------------------------------------------------- for strangers
+
+
+QUALITY = ["train", "{tmp}/x.json", "--data", "{folder}", "--validation", "{folder}/val", "--iterations", "1"]
 
 
 @pytest.mark.parametrize(
-    "script",
-    sorted(path for path in (ROOT / "benchmarks").glob("*.py") if "argparse" in path.read_text()),
-    ids=lambda path: path.stem,
-)
-def test_each_script_starts_by_itself(script: Path, tmp_path: Path) -> None:
+    ("script", "words", "message"),
+    [
+        (speed, ["--rounds", "0"], "argument --rounds: 0 is not above 0"),
+        (speed, ["--output", "{tmp}/no/x.md"], "no does not exist; make it or pass another --output"),
+        (speed, ["--cases", "runtimes", "--weights", "{tmp}/no.pth"], "does not exist"),
+        (speed, ["--cases", "peers", "--traiNNer-redux", "{tmp}"], r"can't be imported .*--traiNNer-redux"),
+        (quality, ["table", "{tmp}/no.json"], "no.json holds no runs; quality.py train writes"),
+        (quality, ["table", "{folder}/net.safetensors"], "net.safetensors holds no runs"),
+        (quality, [*QUALITY, "--data", "{tmp}", "--run", "AetherNet"], "holds no .png; .*prepare_pict"),
+        (quality, [*QUALITY, "--validation", "{tmp}", "--run", TINY], r"holds no picture.*--validation"),
+        (quality, [*QUALITY, "--run", "span"], "needs a checkout of traiNNer-redux"),
+        (quality, [*QUALITY, "--run", f"{TINY},patch=33"], "a cut has 32 pixels a side"),
+        (quality, [*QUALITY, "--run", f"{TINY},rat=1"], "unexpected keyword argument 'rat'"),
+        (quality, [*QUALITY, "--run", f"{TINY},rate"], "expected NAME,OPTION=VALUE"),
+        (quality, [*QUALITY, "--run", f"{TINY},rate=fast"], "rate can't be 'fast'"),
+        (quality, [*QUALITY, "--run", f"{TINY},optimizer=load_optimizer"], "has no load_optimizer"),
+        (quality, ["draw", "{folder}/two.json", "--validation", "{folder}/val", "--output", "{tmp}/x",
+                   "--weights", "{folder}/net.safetensors"], r"is x2; expected x4, as in .*--weights"),
+    ],
+)  # fmt: skip
+def test_bad_input_ends_with_2_and_one_line(
+    script: Any, words: list[str], message: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    (folder / "two.json").write_text('{"title": "x4, 2 cuts", "setting": [], "rows": []}')
+    name, before = f"{script.__name__}.py", sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr(sys, "argv", [name])
+    for module in [each for each in sys.modules if each.split(".")[0] == "traiNNer"]:
+        monkeypatch.delitem(sys.modules, module)
+    try:
+        code = script.main([word.format(folder=folder, tmp=tmp_path) for word in words])
+    except SystemExit as error:  # argparse's, which prints its usage first
+        code = error.code
+    (line,) = (line for line in capsys.readouterr().err.splitlines(True) if "error: " in line)
+    assert code == 2
+    assert re.search(message, line), line
+    assert line.isprintable() or line[:-1].isprintable()
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
+def test_without_a_card_one_line_says_what_to_do(capsys: pytest.CaptureFixture) -> None:
+    assert speed.main(["--device", "cuda"]) == 2
+    assert "pass --device cpu" in one_line(capsys.readouterr().err, "speed.py")
+
+
+def test_another_comparison_is_not_mixed_in(folder: Path, tmp_path: Path) -> None:
+    train(folder, tmp_path / "x.json", "--iterations", "1", "--run", TINY)
+    with pytest.raises(quality.UserError, match=r"holds another comparison .*--iterations 1\)"):
+        quality.train(quality.parse_args(["train", str(tmp_path / "x.json"), "--data", str(folder),
+            "--validation", str(folder / "val"), "--iterations", "2", "--run", TINY]))  # fmt: skip
+
+
+@pytest.mark.parametrize("script", ["speed.py", "quality.py"])
+def test_each_script_starts_by_itself(script: str, tmp_path: Path) -> None:
     """The test run's own paths would hide an import that only they can resolve."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(
-        [sys.executable, script, "--help"],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = [sys.executable, str(ROOT / "benchmarks" / script), "--help"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert script.stem in done.stdout
+    assert script in done.stdout
 
 
-@pytest.mark.parametrize("name", [name for name in int8.CONVOLUTIONS if "180" not in name])
-def test_the_integer_convolution_that_is_timed_computes_what_the_float_one_does(
-    name: str, tmp_path: Path
-) -> None:
-    shape = int8.CONVOLUTIONS[name]
-    codes = np.random.default_rng(0).integers(0, 256, (1, shape[0], 9, 12)).astype(np.uint8)
-    outputs = []
-    for integer, image in ((False, (codes.astype(np.float32) - 128) / 255), (True, codes)):
-        path = tmp_path / f"{integer}.onnx"
-        int8.convolution_file(path, shape, integer)
-        outputs.append(benchmark.session(path, torch.from_numpy(image), 1)()[0])
-    expected = np.clip(np.rint(outputs[0] * 255) + 128, 0, 255)
-    assert np.abs(expected - outputs[1]).max() <= 1
-    assert expected.std() > 5
+def test_every_result_is_what_todays_scripts_print_and_a_page_names_it() -> None:
+    assert len(RESULTS) <= 8
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    text = "".join(page.read_text(encoding="utf-8") for page in pages)
+    for path in RESULTS:
+        assert f"benchmarks/results/{path.name}" in text, f"no page names {path.name}"
+        if path.suffix == ".json":
+            assert quality.main(["table", str(path)]) == 0
+        if path.suffix == ".md":
+            machine, _, command, *_ = path.read_text(encoding="utf-8").splitlines()
+            assert "PyTorch" in machine
+            assert re.match(r"`python benchmarks/(speed|quality)\.py", command), path.name

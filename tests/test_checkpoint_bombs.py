@@ -6,11 +6,13 @@ import io
 import re
 import struct
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any, Callable, Dict, List
 
 import pytest
 import torch
+from aether_arch import AetherNet
 from checkpoints import FILES, OLD, STATE, Calls, Reader, safetensors_of, saved, with_mean
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -40,12 +42,6 @@ def value(shape: List[int], *offsets: int) -> Dict[str, Any]:
     return {"dtype": "F32", "shape": shape, "data_offsets": offsets}
 
 
-def archive_of_entries(count: int) -> bytes:
-    entries = b"PK\x01\x02".ljust(46, b"\0") * count
-    end = b"PK\x05\x06" + struct.pack("<HHHHIIH", 0, 0, count, count, len(entries), 4, 0)
-    return b"PK\x03\x04" + entries + end
-
-
 def long1(number: int) -> bytes:
     """A pickle's opcode for a large number."""
     return b"\x8a\x08" + struct.pack("<q", number)
@@ -59,48 +55,61 @@ def blown_up_text() -> Any:
     return text
 
 
-def nested(depth: int) -> bytes:
-    """Dictionaries inside one another, each under the key "a"."""
-    return b"\x80\x02" + b"}(X\x01\x00\x00\x00a" * depth + b"N" + b"u" * depth + b"."
+def in_itself(width: int) -> Any:
+    """Four dictionaries: each is in every place of the one before it."""
+    inner: Dict[str, Any] = {"a": 1}
+    for _ in range(3):
+        inner = {f"{k}": inner for k in range(width)}
+    return inner
+
+
+def tied(blocks: int) -> bytes:
+    """A whole network whose blocks are the same, of 1.3 MiB each."""
+    net = AetherNet(2, embed_dim=192, depths=(1,), lk_kernel=3, use_channel_attn=False)
+    state = net.state_dict()
+    for name, tensor in net.state_dict().items():
+        state.update({name.replace("s.0.0.", f"s.0.{k}."): tensor for k in range(blocks)})
+    return saved(state)
 
 
 MIB = 2**20
 ONE = torch.zeros(1)
 KERNEL = "stages.0.0.conv.lk_conv.weight"
+COPIES: Any = OrderedDict((f"{k}", k) for k in range(20_000))
+REBUILD = torch._tensor._rebuild_from_type_v2  # calls what it is given
 BOMBS: Dict[str, Callable[[], bytes]] = {  # each name begins with its file's
     "net.pth: zeros compressed": lambda: repacked(good_pickle(), zipfile.ZIP_DEFLATED, 256 * MIB),
     "net.pth: bytearray": lambda: saved({"params": STATE, "more": Calls(bytearray, 256 * MIB)}),
-    "net.pth: bytearray of terabytes": lambda: saved({"params": STATE, "more": Calls(bytearray, 2**44)}),
+    "net.pth: bytearray in a tensor": lambda: saved(
+        [STATE, Calls(REBUILD, bytearray, 0, (256 * MIB,), None)]
+    ),
     "old.pth: bytearray": lambda: saved({"more": Calls(bytearray, 256 * MIB)}, **OLD),
+    "net.pth: storage": lambda: saved({"params": STATE, "more": Calls(torch.UntypedStorage, 2**34)}),
+    "net.pth: tensor": lambda: saved({"params": STATE, "more": Calls(torch.FloatTensor, 2**17, 2**17)}),
     "net.pth: doubled text": lambda: saved({"more": blown_up_text()}),
+    "net.pth: copies": lambda: saved([Calls(OrderedDict, COPIES) for _ in range(300)]),
     "net.pth: sets": lambda: repacked(b"\x80\x02(" + b"\x8f" * 600_000 + b"t."),
     "net.pth: lists": lambda: repacked(b"\x80\x02(" + b"]" * 2_000_000 + b"t."),
-    "net.pth: nested": lambda: repacked(nested(50_000)),
+    "net.pth: nested": lambda: repacked(
+        b"\x80\x02" + b"}(X\x01\0\0\0a" * 50_000 + b"N" + b"u" * 50_000 + b"."
+    ),
+    "net.pth: in itself": lambda: saved(in_itself(1000)),
     "net.pth: storage of terabytes": lambda: repacked(good_pickle(b"K\x03tq", long1(2**40) + b"tq")),
     "old.pth: storage of gigabytes": lambda: FILES["old.pth"].replace(b"K\x03Ntq", long1(2**31) + b"Ntq", 1),
     "net.pth: tensor of terabytes": lambda: repacked(
         good_pickle(b"(K\x01K\x03K\x01K\x01t", b"(K\x01" + long1(2**40) + b"K\x01K\x01t")
     ),
-    "net.pth: expanded tensor": lambda: with_mean(ONE.expand(1, 2**40, 1, 1)),
+    "net.pth: expanded tensor": lambda: with_mean(ONE.expand(1, 2**26, 1, 1)),
+    "net.pth: tied": lambda: tied(400),
     "net.pth: empty tensor of many": lambda: saved({**STATE, KERNEL: torch.zeros(0, 1, 2**31 + 1, 1)}),
     "net.pth: many blocks": lambda: saved({**STATE, **{f"stages.0.{k}.x": ONE.clone() for k in range(3000)}}),
     "net.pth: many networks": lambda: saved({f"{k}.{KERNEL}": ONE.clone() for k in range(3000)}),
-    "net.pth: many entries": lambda: archive_of_entries(9000),
     "net.safetensors: terabytes": lambda: safetensors_of({"mean": value([2**40], 0, 2**42)}),
     "net.safetensors: header": lambda: struct.pack("<Q", 2**62) + b"{}",
-    "net.safetensors: nested": lambda: struct.pack("<Q", 400_000) + b"[" * 400_000,
+    "net.safetensors: nested": lambda: struct.pack("<Q", 400_000) + b"{" + b"[" * 399_999,
     "net.safetensors: shared": lambda: safetensors_of({f"{k}": value([1], 0, 4) for k in range(99)}, b"abcd"),
     "net.safetensors: empty of many": lambda: safetensors_of({KERNEL: value([0, 2**60], 0, 0)}),
 }
-
-
-def test_tensors_that_are_one_in_the_file_count_each(reader: Reader) -> None:
-    shared = torch.zeros(20_000)
-    reader.refuses("net.pth", saved({**STATE, **{f"stages.0.0.x{k}": shared for k in range(8)}}), "more than")
-
-
-def test_a_pickle_that_is_far_too_long_is_named(reader: Reader) -> None:
-    reader.refuses("net.pth", BOMBS["net.pth: lists"](), "it holds more than weights; pass another (")
 
 
 def memory(name: str) -> int:
@@ -125,6 +134,6 @@ def test_a_file_that_claims_more_than_it_holds_is_refused_in_little_memory(reade
     before = memory("VmRSS")
     reader.refuses(name, content)
     taken = memory("VmHWM") - before
-    assert taken <= 48 * MIB + 8 * len(content), (
+    assert taken <= 64 * MIB + 24 * len(content), (
         f"{taken / MIB:.0f} MiB for a file of {len(content) / MIB:.2f} MiB"
     )

@@ -1,29 +1,27 @@
-"""What is no checkpoint of an AetherNet is refused in one line: other files, damaged ones, code.
+"""What is no checkpoint of an AetherNet is refused in one line that says what it is; nothing in a file runs.
 
-Nothing in a file runs. Files that are larger than they look: test_checkpoint_bombs.py.
+Files that are larger than they look: test_checkpoint_bombs.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import builtins
-import decimal
 import functools
-import importlib
+import gzip
 import io
 import itertools
 import operator
 import os
 import pickle
 import re
-import runpy
 import shutil
 import subprocess
 import sys
 import tarfile
 import warnings
+import zipfile
 from pathlib import Path
-from typing import Any, Callable, Dict, Tuple
+from typing import Any, Callable, Dict, List, Tuple
 
 import pytest
 import torch
@@ -42,35 +40,72 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 # ---------------------------------------------------------------------------------------------- other content
 
 
-def test_a_path_that_is_no_checkpoint_is_named_with_the_option_to_change(tmp_path: Path) -> None:
-    (tmp_path / "a.onnx").write_bytes(b"x")
-    (tmp_path / "empty.pth").write_bytes(b"")
+def test_a_path_that_is_no_file_is_named_with_the_option_to_change(tmp_path: Path) -> None:
     (tmp_path / "folder.pth").mkdir()
-    endings = ".pth, .pt, .ckpt, .bin or .safetensors"
-    for name, words in (
-        ("no.pth", "does not exist"),
-        ("folder.pth", "is not a file"),
-        ("empty.pth", "is empty"),
-        ("a.onnx", f"ends in '.onnx'; expected a checkpoint that ends in {endings}"),
-    ):
-        with pytest.raises(UserError) as error:
+    for name, words in (("no.pth", "does not exist"), ("folder.pth", "is not a file")):
+        with pytest.raises(UserError, match=rf"{name} {words}.*--model\b"):
             read_checkpoint(tmp_path / name, "--model")
-        assert f"{tmp_path / name} {words}" in str(error.value)
-        assert "--model" in str(error.value)
-        assert "--model_path" not in str(error.value)
 
 
-def test_other_content_is_refused_with_what_it_is(reader: Reader) -> None:
-    for content, words in (
-        (b"hello", "not a readable checkpoint: it is damaged, or something else; copy it again"),
-        (saved(torch.zeros(3)), "holds a Tensor, expected a state dict"),
-        (saved([1, 2]), "holds a list, expected a state dict"),
-        (saved(nn.Conv2d(3, 3, 3).state_dict()), "Keys at the top: 'weight', 'bias'; known wrappers"),
-        (with_mean(torch.zeros(1).expand(2**40)), "claim more than the file holds"),
-        (with_mean(3), "missing: 1 (mean)"),
-    ):
-        reader.refuses("a.pth", content, words)
-    reader.refuses("a.safetensors", b"hello there, friend", "is not a whole .safetensors file")
+def in_memory(write: Callable[[io.BytesIO], Any]) -> bytes:
+    buffer = io.BytesIO()
+    write(buffer)
+    return buffer.getvalue()
+
+
+def script(file: io.BytesIO) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.trace(nn.Conv2d(3, 3, 3), torch.zeros(1, 3, 8, 8)), file)
+
+
+def packed(file: io.BytesIO) -> None:
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("net.pth", FILES["net.pth"])
+
+
+SETTINGS = {"state_dict": STATE, "hyper_parameters": argparse.Namespace(rate=1)}
+MEAN = STATE["mean"]
+OTHERS: Dict[str, Callable[[], bytes]] = {
+    "is empty": lambda: b"",
+    "is a git-lfs pointer, not the file itself; git lfs pull": lambda: (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 6251340\n"
+    ),
+    "is a web page; download the file itself": lambda: b"\n\n<!DOCTYPE html>\n<html lang='en'>",
+    "is text that begins with 'Entry not found'; download": lambda: b"Entry not found",
+    "is TorchScript, a program; expected weights": lambda: in_memory(script),
+    "holds a whole module (aether_arch.AetherNet), not its weights; torch.save(": lambda: saved(NET),
+    "asks to run code on loading ('argparse.Namespace'), which is refused": lambda: saved(SETTINGS),
+    "was saved with pickle_protocol=4": lambda: saved(STATE, pickle_protocol=4),
+    "is a pickle that torch.save didn't write": lambda: pickle.dumps(STATE, 2),
+    "is an archive; unpack it first": lambda: gzip.compress(FILES["net.pth"]),
+    "is an archive; unpack": lambda: tarfile.TarInfo("net.pth").tobuf(),
+    "is a zip archive of 'net.pth'; unpack it first": lambda: in_memory(packed),
+    "is an ONNX file": lambda: b"\x08\x08\x12\x07pytorch\x1a\x052.1.0",
+    "is a picture": lambda: b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR",
+    "is not a readable checkpoint: it is damaged, or something else; copy": lambda: bytes(range(256)),
+    "is not a whole .safetensors file": lambda: FILES["net.safetensors"][:-9],
+    "holds a Tensor, expected a state dict": lambda: saved(torch.zeros(3)),
+    "Keys at the top: 'weight', 'bias'; known wrappers": lambda: saved(nn.Conv2d(3, 3, 3).state_dict()),
+    "missing: 1 (mean)": lambda: with_mean(3),
+    "'mean', which is sparse; expected dense": lambda: with_mean(MEAN.to_sparse()),
+    "'mean', which is quantised": lambda: with_mean(torch.quantize_per_tensor(MEAN, 1, 0, torch.qint8)),
+    "'mean', which is on the meta device, without values": lambda: with_mean(MEAN.to("meta")),
+    "'mean', which is nested": lambda: with_mean(
+        torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])
+    ),
+    "'mean' holds no value; its shape is (1, 0, 1, 1)": lambda: with_mean(torch.zeros(1, 0, 1, 1)),
+    "of another shape: 1 (mean)": lambda: with_mean(torch.zeros(())),
+    "claim more than the file holds": lambda: with_mean(torch.zeros(1).expand(2**40)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:torch.quantize_per_tensor")
+@pytest.mark.parametrize("words", OTHERS)
+def test_other_content_is_refused_with_what_it_is_under_any_name(reader: Reader, words: str) -> None:
+    content = OTHERS[words]()
+    for name in ("a.pth", "a.safetensors"):
+        reader.refuses(name, content, words)
 
 
 def test_every_number_type_but_plain_floats_is_refused_by_name(reader: Reader) -> None:
@@ -83,68 +118,35 @@ def test_every_number_type_but_plain_floats_is_refused_by_name(reader: Reader) -
             content = saved({**STATE, "mean": mean, **scale})
         except Exception:  # quantised types and those of less than a byte cannot be made or saved
             continue
-        line = reader.refuses("a.pth", content)
-        assert f"'mean' is {dtype} " in line or "_rebuild_tensor_v3" in line  # as PyTorch saves the newest
+        line = reader.refuses("a.pth", content, "'mean', which is ")
+        assert f"{dtype}; expected dense" in line or "quantised" in line
         tried.add(dtype)
     assert len(tried) >= 10
-    assert torch.int8 in tried
-    for dtype, size in (("F8_E4M3", 1), ("F8_E5M2", 1), ("I64", 8), ("U16", 2), ("BOOL", 1)):
-        header = {"mean": {"dtype": dtype, "shape": [1], "data_offsets": [0, size]}}
+    for name, size in (("F8_E4M3", 1), ("I64", 8), ("BOOL", 1)):
+        header = {"mean": {"dtype": name, "shape": [1], "data_offsets": [0, size]}}
         reader.refuses("a.safetensors", safetensors_of(header, bytes(size)))
 
 
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:Sparse CSR tensor support")
-def test_tensors_that_hold_no_plain_values_are_refused(reader: Reader) -> None:
-    for value in (
-        torch.zeros(1, 3, 1, 1).to_sparse(),
-        torch.eye(3).to_sparse_csr(),
-        torch.zeros(1, 3, 1, 1, device="meta"),
-        torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)]),
-        torch.zeros(1, 0, 1, 1),
-        torch.zeros(()),
-    ):
-        reader.refuses("a.pth", with_mean(value))
-
-
-def test_one_value_that_is_not_finite_is_found_in_any_tensor(reader: Reader) -> None:
+def test_one_value_that_is_not_finite_is_found_in_any_tensor_of_the_chosen_weights(reader: Reader) -> None:
     for (name, value), bad in zip(STATE.items(), itertools.cycle(map(float, ("nan", "inf", "-inf")))):
         broken = value.clone()
         broken.view(-1)[-1] = bad
-        assert name in reader.refuses("a.pth", saved({"params": {**STATE, name: broken}}), "NaN or Inf")
         assert name in reader.refuses("a.safetensors", save({**STATE, name: broken}), "NaN or Inf")
+    everywhere = {name: value * float("nan") for name, value in STATE.items()}
+    reader.refuses("a.pth", saved({"params": everywhere}), "NaN or Inf")
+    assert reader.read("a.pth", saved({"params": everywhere, "params_ema": STATE})) == ""
 
 
-def test_values_that_are_not_finite_beside_the_chosen_weights_do_not_matter(reader: Reader) -> None:
-    broken = {name: value * float("nan") for name, value in STATE.items()}
-    content = {"params": broken, "params_ema": STATE, "optimizer": {"state": {0: broken}}}
-    assert reader.read("a.pth", saved(content)) == ""
-
-
-@pytest.mark.parametrize(
-    ("package", "named"),
-    [("raise ImportError", "safetensors"), ("import lacking.part", "lacking"), (None, "safetensors")],
-)
 def test_without_safetensors_its_files_are_named_with_what_to_install(
-    reader: Reader, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: Any, package: Any, named: str
+    reader: Reader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    content, folder = save(STATE), tmp_path_factory.mktemp("packages")
-    for name in [name for name in sys.modules if name.split(".")[0] == "safetensors"]:
-        monkeypatch.delitem(sys.modules, name)
-    if package is None:
-        monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    else:
-        (folder / "safetensors.py").write_text(package)
-        monkeypatch.syspath_prepend(folder)
-    reader.refuses("net.safetensors", content, f"pip install {named}, or pass a .pth file")
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    reader.refuses("a.pth", FILES["net.safetensors"], "pip install safetensors, or pass a .pth file")
 
 
 @pytest.mark.parametrize("name", ["a\nb", "\x1b[31mred", "a" * 100_000, "\u202egnp.exe", "", "\0"])
 def test_names_of_tensors_make_no_long_lines(tmp_path: Path, name: str) -> None:
-    for content in (
-        {**STATE, name: torch.full((1,), float("nan"))},
-        {name: torch.zeros(1)},
-        {name: {name: 1}},
-    ):
+    for content in ({**STATE, f"{name}.": torch.full((1,), float("nan"))}, {name: torch.zeros(1)}):
         (tmp_path / "a.pth").write_bytes(saved(content))
         with pytest.raises(UserError) as error:
             read_checkpoint(tmp_path / "a.pth")
@@ -156,23 +158,14 @@ def test_names_of_tensors_make_no_long_lines(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_file_cut_at_any_of_200_places_is_refused(reader: Reader, name: str) -> None:
+def test_a_file_cut_at_any_of_60_places_is_refused(reader: Reader, name: str) -> None:
     whole = FILES[name]
-    assert reader.read(name, whole) == ""
     size = len(whole)
-    places = {*(size * k // 150 for k in range(150)), *range(25), *range(size - 25, size)}
-    assert len(places) >= 199
-    for place in sorted(places):
+    for place in sorted({*(size * k // 40 for k in range(40)), *range(12), *range(size - 12, size)}):
         reader.refuses(name, whole[:place])
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_bytes_after_the_end_or_in_place_of_the_file_hurt_nobody(reader: Reader, name: str) -> None:
-    whole = FILES[name]
-    for content in (bytes(len(whole)), b"\xff" * len(whole), whole[::-1]):
+    for content in (bytes(size), b"\xff" * size, whole[::-1]):
         reader.refuses(name, content)
-    for content in (whole + whole, whole + bytes(100_000)):
-        reader.read(name, content)
+    reader.read(name, whole + whole)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -182,68 +175,45 @@ def test_damage_ends_in_an_error_or_in_a_whole_network(reader: Reader, name: str
     reader.read(name, damaged(FILES[name], damage))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", FILES)
-@settings(FUZZ, max_examples=1000)
-@given(damage=DAMAGE)
-def test_damage_of_a_thousand_kinds_does_too(reader: Reader, name: str, damage: Any) -> None:
-    reader.read(name, damaged(FILES[name], damage))
-
-
 # ------------------------------------------------------------------------------------------------------- code
 
 
-class Watch:
-    """While it is on, notes what a payload could want; each such action is an event of the interpreter."""
-
-    WATCHED = (
-        *("os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "os.fork", "os.remove", "os.rename"),
-        *("shutil.", "socket.", "ctypes.", "pickle.find_class", "compile", "marshal."),
-    )
-
-    def __init__(self) -> None:
-        self.on, self.events = False, []  # type: Tuple[bool, List[str]]
-        sys.addaudithook(self.note)  # C code raises events too; nobody can remove it again
-
-    def note(self, event: str, arguments: Tuple[Any, ...]) -> None:
-        if not self.on:
-            return
-        writing = event == "open" and {*"wax"} & {*str(arguments[1])}
-        # A folder that is opened to write: pytest's nameless files.
-        if event.startswith(self.WATCHED) or (writing and not os.path.isdir(arguments[0])):
-            self.events.append(f"{event} {arguments}")
-
-    def __enter__(self) -> None:
-        self.events.clear()
-        self.on = True
-
-    def __exit__(self, *_: Any) -> None:
-        self.on = False
+WATCHED = (
+    *("os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "os.fork", "os.rename", "shutil."),
+    *("socket.", "ctypes.", "pickle.find_class", "compile", "marshal."),
+)
+EVENTS: List[str] = []
+ON: List[bool] = []
 
 
-WATCH = Watch()
+def note(event: str, arguments: Tuple[Any, ...]) -> None:
+    """Note what a payload could want; each such action is an event of the interpreter, in C code too."""
+    writing = event == "open" and {*"wax"} & {*str(arguments[1])} and not os.path.isdir(arguments[0])
+    if ON and (event.startswith(WATCHED) or writing):
+        EVENTS.append(f"{event} {arguments}")
+
+
+sys.addaudithook(note)  # nobody can remove it again
 
 
 def reads_without_running(reader: Reader, name: str, content: bytes) -> str:
     """The error; none of the interpreter's events but the reader's own files."""
-    with WATCH:
-        line = reader.read(name, content)
-    own = re.compile(rf"(open|os.remove) .*{re.escape(name)}")
-    foreign = [event for event in WATCH.events if not own.match(event)]
+    EVENTS.clear()
+    ON.append(True)
+    line = reader.read(name, content)
+    ON.clear()
+    foreign = [event for event in EVENTS if not re.match(rf"open .*{re.escape(name)}", event)]
     assert not foreign, foreign
     return line
 
 
-def test_the_watch_notices_code_that_runs(tmp_path: Path) -> None:
-    with WATCH:
-        pickle.loads(pickle.dumps(Calls(os.system, f"touch {tmp_path / 'ran'}")))
-    assert (tmp_path / "ran").exists()
-    assert {event.split()[0] for event in WATCH.events} >= {"os.system", "pickle.find_class"}
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_a_good_file_is_read_without_pythons_own_unpickler(reader: Reader, name: str) -> None:
-    assert reads_without_running(reader, name, FILES[name]) == ""
+def test_code_that_runs_is_noticed_and_good_files_run_none(tmp_path: Path, reader: Reader) -> None:
+    for name, content in FILES.items():
+        assert reads_without_running(reader, name, content) == ""
+    ON.append(True)
+    pickle.loads(pickle.dumps(Calls(os.system, f"touch {tmp_path.with_name('touched')}")))
+    ON.clear()
+    assert {event.split()[0] for event in EVENTS} >= {"os.system", "pickle.find_class"}
 
 
 def payloads(marker: Path) -> Dict[str, Calls]:
@@ -253,64 +223,30 @@ def payloads(marker: Path) -> Dict[str, Calls]:
         "system": Calls(os.system, touch),
         "Popen": Calls(subprocess.Popen, ["touch", str(marker)]),
         "eval": Calls(eval, f"open({str(marker)!r}, 'w')"),
-        "exec": Calls(exec, f"open({str(marker)!r}, 'w')"),
         "open": Calls(open, str(marker), "w"),
         "getattr": Calls(getattr, Path, "unlink"),
-        "import": Calls(importlib.import_module, "antigravity"),
-        "run": Calls(runpy.run_path, str(marker)),
         "partial": Calls(functools.partial, os.system, touch),
         "attribute": Calls(operator.methodcaller, "system", touch),
         "remove": Calls(shutil.rmtree, str(marker.parent)),
         "pickle": Calls(pickle.loads, pickle.dumps(Calls(os.system, touch))),
         "torch": Calls(torch.load, "nested.pth"),
-        "hub": Calls(torch.hub.load, "nobody/nothing", "x"),
-        "input": Calls(builtins.input),
     }
 
 
 CODE = "asks to run code on loading"
-LAYOUTS: Dict[str, Tuple[str, str, Callable[[Any], bytes]]] = {
-    "beside the weights": ("net.pth", CODE, lambda payload: saved({"params": STATE, "more": payload})),
-    "in place of a tensor": ("net.pth", CODE, lambda payload: saved({"params": {**STATE, "mean": payload}})),
-    "old": ("old.pth", CODE, lambda payload: saved({"params": STATE, "more": payload}, **OLD)),
-    "a pickle": ("old.pth", CODE, lambda payload: pickle.dumps(payload, 2)),
-    "a new pickle": ("old.pth", CODE, lambda payload: pickle.dumps(payload, 4)),
-    "safetensors": ("net.safetensors", "", saved),
+LAYOUTS: Dict[str, Tuple[str, Callable[[Any], bytes]]] = {
+    "beside the weights": (CODE, lambda payload: saved({"params": STATE, "more": payload})),
+    "in place of a tensor": (CODE, lambda payload: saved({"params": {**STATE, "mean": payload}})),
+    "old": (CODE, lambda payload: saved({"params": STATE, "more": payload}, **OLD)),
+    "a pickle": ("torch.save didn't write", lambda payload: pickle.dumps(payload, 2)),
+    "a new pickle": ("pickle_protocol=4", lambda payload: pickle.dumps(payload, 4)),
 }
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_no_payload_runs(reader: Reader, layout: str) -> None:
-    marker, (name, words, make) = reader.folder.with_name("ran"), LAYOUTS[layout]
+    marker, (words, make) = reader.folder.with_name("ran"), LAYOUTS[layout]
     for kind, payload in payloads(marker).items():
-        line = reads_without_running(reader, name, make(payload))
-        assert line, kind
-        assert words in line, kind
+        for name in ("a.pth", "a.safetensors"):
+            assert words in reads_without_running(reader, name, make(payload)), kind
         assert not marker.exists(), kind
-
-
-@pytest.mark.parametrize("protocol", [2, 4])
-def test_a_class_that_is_refused_is_named_with_the_way_to_save_the_weights_alone(
-    reader: Reader, protocol: int
-) -> None:
-    twice = [argparse.ArgumentError, argparse.Namespace(rate=1)]  # the second names the module by reference
-    for content, name in (
-        (argparse.Namespace(rate=1), "argparse.Namespace"),
-        (decimal.Decimal(1), "decimal.Decimal"),
-        (NET, "aether_arch.AetherNet"),
-        (twice, "argparse.ArgumentError"),
-    ):
-        checkpoint = saved({"state_dict": STATE, "hyper_parameters": content}, pickle_protocol=protocol)
-        line = reader.refuses("a.pth", checkpoint, repr(name))
-        assert "save the weights alone, torch.save(model.state_dict(), 'weights.pth')" in line
-
-
-def test_archives_of_code_are_not_opened(reader: Reader) -> None:
-    script, archive = io.BytesIO(), io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.jit.save(torch.jit.trace(nn.Conv2d(3, 3, 3), torch.zeros(1, 3, 8, 8)), script)
-    with tarfile.open(fileobj=archive, mode="w") as tar:
-        tar.addfile(tarfile.TarInfo("pickle"))
-    for content in (script, archive):
-        assert reads_without_running(reader, "net.pth", content.getvalue())

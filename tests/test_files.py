@@ -3,14 +3,16 @@ computed."""
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Dict
 
 import pytest
+from conftest import AsNobody
 
 from aethersr.errors import UserError
-from aethersr.files import Together, check_output
+from aethersr.files import Together, check_output, unwritable
 
 
 def contents(folder: Path) -> Dict[str, str]:
@@ -22,19 +24,24 @@ def contents(folder: Path) -> Dict[str, str]:
 def write(folder: Path, *names: str) -> None:
     with Together() as files:
         for name in names:
-            files.part(folder / name).write_text(f"new {name}")
+            part = files.part(folder / name)
+            assert (part.parent, part.suffix) == (folder, Path(name).suffix or ".part")
+            part.write_text(f"new {name}")
+        assert not any(contents(folder).get(name) == f"new {name}" for name in names)
         files.commit()
 
 
 def test_files_appear_when_they_are_committed_and_leave_nothing_else(tmp_path: Path) -> None:
-    (tmp_path / "a").write_text("old")
-    with Together() as files:
-        for name in "abc":
-            files.part(tmp_path / name).write_text(f"new {name}")
-        assert (tmp_path / "a").read_text() == "old"
-        assert not (tmp_path / "b").exists()
-        files.commit()
-    assert contents(tmp_path) == {name: f"new {name}" for name in "abc"}
+    """Of names as long as the system takes, too: a temporary one is no longer."""
+    names = [
+        "a" * 240 + ".safetensors",
+        "é" * 100 + "_fp32.onnx",
+        "é" * 100 + "_fp16.onnx",
+        "写" * 80 + ".pth",
+    ]
+    (tmp_path / names[0]).write_text("old")
+    write(tmp_path, *names)
+    assert contents(tmp_path) == {name: f"new {name}" for name in names}
 
 
 @pytest.mark.parametrize("links", [True, False], ids=["links", "a disk without links"])
@@ -44,12 +51,7 @@ def test_files_appear_when_they_are_committed_and_leave_nothing_else(tmp_path: P
 )
 @pytest.mark.parametrize("before", [True, False], ids=["before it moved", "after it moved"])
 def test_a_move_that_fails_takes_the_earlier_ones_back(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    failing: int,
-    error: BaseException,
-    links: bool,
-    before: bool,
+    tmp_path: Path, monkeypatch: Any, failing: int, error: BaseException, links: bool, before: bool
 ) -> None:
     (tmp_path / "a").write_text("old a")
     (tmp_path / "c").symlink_to("elsewhere")
@@ -63,14 +65,23 @@ def test_a_move_that_fails_takes_the_earlier_ones_back(
         if mine:
             raise error
 
+    def link(*arguments: Any, **options: Any) -> None:
+        raise NotImplementedError
+
     monkeypatch.setattr(os, "replace", replace)
     if not links:
-        monkeypatch.setattr(
-            os, "link", lambda *arguments, **options: (_ for _ in ()).throw(NotImplementedError())
-        )
+        monkeypatch.setattr(os, "link", link)
     with pytest.raises(type(error)):
         write(tmp_path, "a", "b", "c")
     assert contents(tmp_path) == old
+
+
+def test_an_error_before_the_commit_leaves_everything_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("old")
+    with pytest.raises(ValueError, match="in between"), Together() as files:  # noqa: PT012
+        files.part(tmp_path / "a").write_text("new")
+        raise ValueError("in between")
+    assert contents(tmp_path) == {"a": "old"}
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such permissions")
@@ -84,42 +95,18 @@ def test_a_file_may_be_read_by_whoever_may_read_an_ordinary_one(tmp_path: Path) 
     assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "ordinary").stat().st_mode
 
 
-def test_an_error_before_the_commit_leaves_everything_as_it_was(tmp_path: Path) -> None:
-    (tmp_path / "a").write_text("old")
-    with pytest.raises(ValueError, match="in between"), Together() as files:  # noqa: PT012
-        files.part(tmp_path / "a").write_text("new")
-        raise ValueError("in between")
-    assert contents(tmp_path) == {"a": "old"}
-
-
-def test_a_part_lies_beside_its_target_has_its_ending_and_a_name_no_longer_than_the_system_takes(
-    tmp_path: Path,
+def test_an_output_that_cannot_be_written_is_refused_with_the_reason_and_the_option(
+    open_folder: Path,
 ) -> None:
-    names: List[str] = [
-        "a" * 240 + ".safetensors",
-        "é" * 100 + "_fp32.onnx",
-        "é" * 100 + "_fp16.onnx",
-        "写" * 80 + ".pth",
-    ]
-    with Together() as files:
-        parts = [files.part(tmp_path / name) for name in names]
-        for part, name in zip(parts, names):
-            part.write_text(name)
-            assert part.parent == tmp_path
-            assert part.suffix == Path(name).suffix
-        files.commit()
-    assert contents(tmp_path) == {name: name for name in names}
-
-
-def test_an_output_that_cannot_be_written_is_refused_with_the_option_to_change(tmp_path: Path) -> None:
-    source = tmp_path / "in.pth"
+    source = open_folder / "in.pth"
     source.write_text("in")
-    os.link(source, tmp_path / "second.pth")
-    (tmp_path / "link.pth").symlink_to(source)
-    (tmp_path / "dangling.pth").symlink_to(tmp_path / "nothing")
-    (tmp_path / "folder.pth").mkdir()
-    (tmp_path / "device.pth").symlink_to(os.devnull)
-    (tmp_path / "taken.pth").write_text("mine")
+    os.link(source, open_folder / "second.pth")
+    (open_folder / "link.pth").symlink_to(source)
+    (open_folder / "dangling.pth").symlink_to(open_folder / "nothing")
+    (open_folder / "folder.pth").mkdir()
+    (open_folder / "device.pth").symlink_to(os.devnull)
+    (open_folder / "taken.pth").write_text("mine")
+    (open_folder / "locked").mkdir(0o555)
     for name, words, overwrite in (
         ("no/out.pth", "does not exist", True),
         ("in.pth", "is the input itself", True),
@@ -129,9 +116,14 @@ def test_an_output_that_cannot_be_written_is_refused_with_the_option_to_change(t
         ("device.pth", "is a pipe or a device", True),
         ("taken.pth", "exists; pass --overwrite", False),
         ("dangling.pth", "exists; pass --overwrite", False),
+        ("locked/out.pth", "locked can't be written: Permission denied; pass another --out", True),
     ):
-        with pytest.raises(UserError, match=words) as error:
-            check_output(tmp_path / name, [source], overwrite, "--out")
+        with pytest.raises(UserError, match=words) as error, AsNobody():
+            check_output(open_folder / name, [source], overwrite, "--out")
         assert "--out" in str(error.value)
     for name in ("taken.pth", "dangling.pth", "new.pth"):
-        check_output(tmp_path / name, [source], True, "--out")
+        check_output(open_folder / name, [source], True, "--out")
+    full = OSError(errno.ENOSPC, "No space left on device")
+    assert str(unwritable(source, full, "--out")).endswith(
+        "left on device; free space or pass another --out."
+    )

@@ -1,6 +1,6 @@
 """The fuse command as a user runs it: the published examples, what it reads and writes, one line otherwise.
 
-What it reads: test_checkpoint.py. Its ONNX files: test_fuse_onnx.py.
+What it reads: test_checkpoint.py. Half precision: test_half_precision.py. Its ONNX files: test_fuse_onnx.py.
 """
 
 from __future__ import annotations
@@ -15,17 +15,16 @@ import aether_arch
 import pytest
 import torch
 from checkpoints import FUSED, NET, STATE, TINY, older_fused, under
-from conftest import ROOT, randomize, small_net
-from safetensors.torch import load_file, save_file
+from conftest import ROOT, one_line, randomize, small_net
+from safetensors.torch import load_file
 from torch import Tensor
 
 from aethersr.commands import fuse
 from aethersr.identify import aether_from_state_dict
-from aethersr.timing import Comparison
 
 X = torch.rand(1, 3, 11, 15, generator=torch.Generator().manual_seed(2))
 
-pytestmark = pytest.mark.usefixtures("one_thread", "no_timing")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def run(source: Any, target: Any, *options: Any) -> int:
@@ -33,14 +32,10 @@ def run(source: Any, target: Any, *options: Any) -> int:
     return fuse.main([str(word) for word in words])
 
 
-def state_of(**options: Any) -> Dict[str, Tensor]:
-    return small_net(**options).float().state_dict()
-
-
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     path = tmp_path / "net_g_latest.pth"
-    torch.save({"params": state_of(scale=2)}, path)
+    torch.save({"params": STATE}, path)
     return path
 
 
@@ -61,18 +56,14 @@ def refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> Callable[..., str]
 
     def refusal(*arguments: Any) -> str:
         before = files()
-        try:
-            code = run(*arguments)
-        except SystemExit as stop:  # argparse
-            code = int(stop.code or 0)
-        error = capsys.readouterr().err
-        assert code == 2, error
-        assert "Traceback" not in error
+        assert run(*arguments) == 2
         assert files() == before
-        (line,) = (line for line in error.splitlines() if "error:" in line)
-        return line
+        return one_line(capsys.readouterr().err)
 
     return refusal
+
+
+# --------------------------------------------------------------------------------------------- what it writes
 
 
 @pytest.mark.parametrize(
@@ -87,8 +78,7 @@ def test_the_three_published_examples(tmp_path: Path, variant: str, scale: int, 
     words += ["--upscale", str(scale)] + (["--device", device] if device else [])
     command = [sys.executable, str(ROOT / "fuse_aether.py"), *words]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert not done.stderr
+    assert (done.returncode, done.stderr) == (0, "")
     assert f"{variant} x{scale}" in done.stdout
     assert_same(tmp_path / "fused.pth", state)
     plain = getattr(aether_arch, variant)(scale=scale)
@@ -97,26 +87,30 @@ def test_the_three_published_examples(tmp_path: Path, variant: str, scale: int, 
 
 
 @pytest.mark.parametrize("ending", [".pth", ".safetensors"])
-def test_type_and_scale_may_be_left_out_and_the_ending_chooses_the_format(
+def test_type_and_scale_may_be_left_out_and_times_are_measured_on_request(
     checkpoint: Path, ending: str, capsys: Any
 ) -> None:
+    """Accuracy, half precision and sizes are always told."""
     target = checkpoint.with_name("fused" + ending)
     assert run(checkpoint, target) == 0
-    assert_same(target, state_of(scale=2))
-    report = capsys.readouterr().out
-    words = ("parameters", "convolutions", "other operations", "file, MiB", "ms, 64x64", "largest difference")
-    assert all(word in report for word in words)
+    assert_same(target, STATE)
+    plain = capsys.readouterr().out
+    for words in ("parameters ", "file, MiB ", "Fused: within ", "Half precision: ", f"Wrote {target}\n"):
+        assert words in plain
+    assert "ms, 64x64" not in plain
+    assert run(checkpoint, target, "--measure", "--overwrite") == 0
+    measured = capsys.readouterr().out
+    assert "ms, 64x64, cpu " in measured
+    assert "times as fast" in measured
 
 
-@pytest.mark.parametrize("named", [False, True])
 @pytest.mark.parametrize("scale", aether_arch.SCALES)
-def test_every_scale_is_read_from_the_weights_and_may_be_named(
-    tmp_path: Path, scale: int, named: bool
-) -> None:
-    state = state_of(scale=scale, **TINY)
+def test_every_scale_is_read_from_the_weights_and_may_be_named(tmp_path: Path, scale: int) -> None:
+    state = small_net(scale, **TINY).float().state_dict()
     torch.save(state, tmp_path / "a.pth")
-    assert run(tmp_path / "a.pth", tmp_path / "b.pth", *(["--upscale", scale] if named else [])) == 0
-    assert_same(tmp_path / "b.pth", state)
+    for named in ([], ["--upscale", scale]):
+        assert run(tmp_path / "a.pth", tmp_path / "b.pth", "--overwrite", *named) == 0
+        assert_same(tmp_path / "b.pth", state)
 
 
 def test_an_older_fused_file_is_refused_unless_asked_for(tmp_path: Path, refused: Any) -> None:
@@ -127,39 +121,7 @@ def test_an_older_fused_file_is_refused_unless_asked_for(tmp_path: Path, refused
     assert_same(tmp_path / "b.pth", STATE)
 
 
-def test_contradictions_are_errors_that_name_both(tmp_path: Path, refused: Any) -> None:
-    torch.save(aether_arch.aether_small(scale=2).state_dict(), tmp_path / "small.pth")
-    torch.save(state_of(), tmp_path / "own.pth")
-    for name, option, value, found in (
-        ("small", "--model_type", "aether_medium", "aether_small"),
-        ("small", "--upscale", "4", "x2"),
-        ("own", "--model_type", "aether_small", "embed_dim=24"),
-        ("own", "--model_type", "aether_tiny", "aether_large"),
-        ("own", "--upscale", "5", "8"),
-    ):
-        line = refused(tmp_path / f"{name}.pth", tmp_path / "b.pth", option, value)
-        assert found in line
-        assert option in line
-        assert value in line
-
-
-def test_outputs_are_checked_before_anything_is_written(checkpoint: Path, refused: Any, capsys: Any) -> None:
-    """Each kind of path: test_files.py."""
-    folder = checkpoint.parent
-    (folder / "taken.pth").write_text("mine")
-    assert "input itself" in refused(checkpoint, checkpoint, "--overwrite")
-    assert "ends in '.onnx'" in refused(checkpoint, folder / "a.onnx")
-    assert "does not exist" in refused(checkpoint, folder / "no" / "a.pth")
-    assert "--overwrite" in refused(checkpoint, folder / "taken.pth")
-    assert run(checkpoint, folder / "taken.pth", "--overwrite") == 0
-    assert_same(folder / "taken.pth", state_of())
-    if not torch.cuda.is_available():
-        words = ["--model_path", checkpoint, "--output_path", folder / "b.pth", "--device", "cuda"]
-        assert fuse.main([str(word) for word in words]) == 2
-        assert "--device cpu" in capsys.readouterr().err
-
-
-def test_what_the_file_holds_is_said(tmp_path: Path, capsys: Any) -> None:
+def test_which_weights_were_taken_is_said(tmp_path: Path, capsys: Any) -> None:
     averaged = randomize(small_net(2, **TINY), seed=5).float().state_dict()
     layouts: List[Any] = [
         (averaged, {"params": STATE, "params_ema": averaged}, "Weights: the averaged ones, 'params_ema'"),
@@ -171,9 +133,70 @@ def test_what_the_file_holds_is_said(tmp_path: Path, capsys: Any) -> None:
         assert run(tmp_path / "a.ckpt", tmp_path / "b.pth", "--overwrite") == 0
         assert words in capsys.readouterr().out
         assert_same(tmp_path / "b.pth", expected)
-    save_file(STATE, str(tmp_path / "a.safetensors"))
-    assert run(tmp_path / "a.safetensors", tmp_path / "b.pth", "--overwrite") == 0
-    assert "Weights: the only ones in the file" in capsys.readouterr().out
+
+
+def test_a_bound_is_written(checkpoint: Path) -> None:
+    assert run(checkpoint, checkpoint.with_name("b.pth"), "--bound", 0.5) == 0
+    assert float(torch.load(checkpoint.with_name("b.pth"))["bound"]) == 0.5
+
+
+# --------------------------------------------------------------------------------------------------- one line
+
+
+OPTIONS = [
+    ("--img_range 0", "img_range 0 is not possible"),
+    ("--bound 0", "--bound 0 is not possible"),
+    ("--onnx fp32,fp8", "'fp8' is not known; allowed, separated by commas: fp32, fp16, int8"),
+    ("--static 3,8,8", "--static needs --onnx"),
+    ("--static 1,8,8 --onnx fp32", "--static 1,8,8 does not fit; expected 3,H,W"),
+    ("--static 3,x --onnx fp32", "--static 3,x is not possible"),
+    ("--calibration x", "--calibration needs --onnx int8"),
+    ("--reduce_range --onnx fp16", "--reduce_range needs --onnx int8"),
+    ("--opset 9 --onnx fp32", "--opset 9 is not possible for fp32; pass one from 11 to"),
+    ("--opset 21 --onnx int8 --target tensorrt", "for int8 tensorrt; pass one from 13 to 20"),
+    ("--model_type aether_medium", "embed_dim=8"),
+    ("--model_type aether_tiny", "aether_large"),
+    ("--upscale 4", "holds a x2 network, but --upscale 4 was given; pass --upscale 2"),
+    ("--upscale 5", "choose from"),
+    ("--int8", "it is --onnx int8"),
+    ("--check-fp16", "what half precision costs is always printed"),
+    ("--scale 2", "the scale is read from the weights"),
+    ("--fp16", "--half writes the weights in half precision"),
+    ("--onxx fp32", "unrecognized arguments: --onxx"),
+]
+
+
+@pytest.mark.parametrize(("options", "words"), OPTIONS)
+def test_an_option_that_does_not_fit_ends_in_one_line(
+    checkpoint: Path, refused: Any, options: str, words: str
+) -> None:
+    assert words in refused(checkpoint, checkpoint.with_name("b.pth"), *options.split())
+
+
+def test_the_two_paths_are_asked_for_and_the_version_is_told(capsys: Any) -> None:
+    for arguments, words in (([], "--model_path, --output_path"), (["--model_path", "a"], "--output_path")):
+        assert fuse.main(arguments) == 2
+        assert f"required: {words}" in one_line(capsys.readouterr().err)
+    with pytest.raises(SystemExit) as stop:
+        fuse.main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"{fuse.PROGRAM} {aether_arch.__version__}\n"
+
+
+def test_outputs_are_checked_before_anything_is_written(checkpoint: Path, refused: Any, capsys: Any) -> None:
+    """Each kind of path: test_files.py."""
+    folder = checkpoint.parent
+    (folder / "taken.pth").write_text("mine")
+    assert "input itself" in refused(checkpoint, checkpoint, "--overwrite")
+    assert "ends in '.onnx'" in refused(checkpoint, folder / "a.onnx")
+    assert "does not exist" in refused(checkpoint, folder / "no" / "a.pth")
+    assert "--overwrite" in refused(checkpoint, folder / "taken.pth")
+    assert run(checkpoint, folder / "taken.pth", "--overwrite") == 0
+    assert_same(folder / "taken.pth", STATE)
+    if not torch.cuda.is_available():
+        words = ["--model_path", checkpoint, "--output_path", folder / "b.pth", "--device", "cuda"]
+        assert fuse.main([str(word) for word in words]) == 2
+        assert "--device cpu" in capsys.readouterr().err
 
 
 def test_weights_that_are_not_fused_end_in_one_line_that_names_the_file(tmp_path: Path, refused: Any) -> None:
@@ -186,7 +209,7 @@ def test_weights_that_are_not_fused_end_in_one_line_that_names_the_file(tmp_path
     without = {name: value for name, value in STATE.items() if name != "conv_last.bias"}
     for words, content, *arguments in (
         ("Keys at the top: 'iter'", {"iter": 3}),
-        ("'mean' holds NaN or Inf", {**STATE, "mean": torch.full((1, 3, 1, 1), float("nan"))}),
+        ("'mean' with NaN or Inf", {**STATE, "mean": torch.full((1, 3, 1, 1), float("nan"))}),
         ("fused already (fused form)", FUSED),
         ("holds int8 weights already", int8),
         ("conv_last.bias", without),
@@ -194,8 +217,8 @@ def test_weights_that_are_not_fused_end_in_one_line_that_names_the_file(tmp_path
         ("the fused weights are not finite in float32", {**STATE, **infinite}),
         ("was trained with 8-bit ranges", qat, "--bound", "1"),
         ("fused weights can't get a bound", FUSED, "--bound", "1"),
-        ("needs pictures to find its ranges: pass --calibration FOLDER", STATE, "--int8"),
-        ("before its first training step", {**qat, **new}, "--int8"),
+        ("needs pictures to find its ranges: pass --calibration FOLDER", STATE, "--onnx", "int8"),
+        ("before its first training step", {**qat, **new}, "--onnx", "int8"),
     ):
         torch.save(content, tmp_path / "a.pth")
         line = refused(tmp_path / "a.pth", tmp_path / "b.pth", *arguments)
@@ -204,33 +227,11 @@ def test_weights_that_are_not_fused_end_in_one_line_that_names_the_file(tmp_path
 
 
 @pytest.mark.parametrize(
-    ("words", "options"),
-    [
-        ("--img_range 0.0 is not possible", "--img_range 0"),
-        ("--bound 0 is not possible", "--bound 0"),
-        ("--onnx 'fp8' is not known; allowed, separated by commas: fp32, fp16, int8", "--onnx fp32,fp8"),
-        ("--static needs --onnx", "--static 3,8,8"),
-        ("--static 1,8,8 does not fit; expected 3,H,W", "--static 1,8,8 --onnx fp32"),
-        ("--static 3,x is not possible", "--static 3,x --onnx fp32"),
-        ("--calibration needs --int8", "--calibration x"),
-        ("--placement needs --int8", "--placement full --onnx fp16"),
-        ("--opset 9 is not possible for fp32; pass one from 11 to", "--opset 9 --onnx fp32"),
-        ("for int8 tensorrt; pass one from 13 to 20", "--opset 21 --int8 --target tensorrt"),
-    ],
-)
-def test_an_option_that_does_not_fit_ends_in_one_line(
-    tmp_path: Path, refused: Any, words: str, options: str
-) -> None:
-    torch.save(STATE, tmp_path / "a.pth")
-    assert words in refused(tmp_path / "a.pth", tmp_path / "b.pth", *options.split())
-
-
-@pytest.mark.parametrize(
     ("fault", "words"),
     [
-        ("another value", "differs by"),
+        ("another value", "'head.bias' has other values"),
         ("no head.bias", "missing: 1 (head.bias)"),
-        ("cut", "b.pth was not written: reading it back failed, it is not a readable checkpoint"),
+        ("cut", "b.pth was not written: reading it back failed, it is damaged"),
     ],
 )
 def test_a_written_file_that_is_not_the_network_is_not_kept_and_the_reason_is_said(
@@ -253,25 +254,21 @@ def test_a_written_file_that_is_not_the_network_is_not_kept_and_the_reason_is_sa
     assert ".part" not in line, "the name of a file that is gone"
 
 
-def test_the_speed_is_a_median_with_its_spread_or_no_claim(
-    checkpoint: Path, capsys: Any, monkeypatch: Any
+def test_a_fused_network_that_differs_is_not_written(
+    checkpoint: Path, refused: Any, monkeypatch: Any
 ) -> None:
-    given = fuse.verify.compare_times
-    monkeypatch.undo()
-    assert fuse.verify.compare_times is not given
-    arguments = [checkpoint, checkpoint.with_name("b.pth"), "--overwrite"]
-    assert run(*arguments) == 0
-    line = next(line for line in capsys.readouterr().out.splitlines() if "; largest difference" in line)
-    assert "times as fast" in line
-    for unfused, words in (
-        ([3.0, 3.1, 2.9], "1.50 times as fast (1.48 to 1.52); largest"),
-        ([3.0, 1.0, 2.0], "no measurable difference (0.75 to 1.25 times as fast)"),
-    ):
-        times = Comparison({"unfused": unfused, "fused": [2.0, 2.0, 2.0]})
-        monkeypatch.setattr(fuse.verify, "compare_times", lambda *_, _times=times: _times)
-        assert run(*arguments) == 0
-        assert words in capsys.readouterr().out
+    fused = aether_arch.AetherNet.fused
 
+    def wrong(net: Any) -> Any:
+        other = fused(net)
+        other.head.bias.data += 1e-4
+        return other
+
+    monkeypatch.setattr(aether_arch.AetherNet, "fused", wrong)
+    assert "the fused network differs by" in refused(checkpoint, checkpoint.with_name("b.pth"))
+
+
+# ---------------------------------------------------------------------------------------------- what it needs
 
 HIDDEN = ("safetensors", "onnx", "onnxruntime", "onnxslim", "numpy", "yaml", "tqdm", "PIL", "cv2", "spandrel")
 
@@ -280,7 +277,6 @@ HIDDEN = ("safetensors", "onnx", "onnxruntime", "onnxslim", "numpy", "yaml", "tq
     ("arguments", "error"),
     [
         ("--output_path out.pth", ""),
-        ("--check-fp16", ""),
         ("--output_path out.safetensors", "pip install safetensors"),
         ("--output_path a.pth --onnx fp32", 'pip install onnx (or pip install ".[onnx]" in'),
     ],

@@ -13,9 +13,9 @@ import torch
 from conftest import one_line, small_net
 from PIL import Image
 from skimage import data as photographs
-from test_half_precision import adversary, scale_stream
+from test_half_precision import blown_up
 
-from aethersr import verify
+from aethersr import half_precision
 from aethersr.commands import fuse
 
 SMALL: Dict[str, Any] = {
@@ -26,7 +26,7 @@ SMALL: Dict[str, Any] = {
 }
 IMAGE = torch.rand(1, 3, 20, 24, generator=torch.Generator().manual_seed(1))
 
-pytestmark = pytest.mark.usefixtures("one_thread", "no_timing")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def run(source: Any, target: Any, *options: Any) -> int:
@@ -38,10 +38,8 @@ def output(path: Path) -> Any:
     return onnxruntime.InferenceSession(str(path)).run(None, {"input": IMAGE.numpy()})[0]
 
 
-def placement(path: Path) -> str:
-    said = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
-    assert said["target"] == "onnxruntime"
-    return said["placement"]
+def contents(folder: Path) -> Dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 @pytest.fixture
@@ -54,71 +52,64 @@ def pictures(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def full(tmp_path: Path) -> Path:
+def trained(tmp_path: Path) -> Path:
     """A checkpoint of quantisation-aware training."""
-    net = small_net(2, **SMALL).float().prepare_qat("full")
-    torch.save({"params": net.state_dict()}, tmp_path / "full.pth")
-    return tmp_path / "full.pth"
+    torch.save({"params": small_net(2, **SMALL).float().prepare_qat().state_dict()}, tmp_path / "qat.pth")
+    return tmp_path / "qat.pth"
 
 
-def test_the_placement_is_that_of_the_training_unless_another_is_asked_for(
-    full: Path, pictures: Path, capsys: Any
+def test_the_ranges_are_those_of_the_training_unless_pictures_are_given(
+    trained: Path, pictures: Path, capsys: Any
 ) -> None:
-    common = [full, full.with_name("a.pth"), "--int8", "--overwrite"]
-    assert run(*common) == 0
-    assert placement(full.with_name("a_int8.onnx")) == "full"
-    assert run(*common, "--calibration", pictures) == 0
-    assert "in place of the ranges that training found" in capsys.readouterr().out
-    assert placement(full.with_name("a_int8.onnx")) == "full"
-    assert run(*common, "--calibration", pictures, "--placement", "default") == 0
-    assert placement(full.with_name("a_int8.onnx")) == "default"
-    capsys.readouterr()
-    assert run(*common, "--placement", "default") == 2
-    assert "trained with placement full" in one_line(capsys.readouterr().err)
+    words = [trained, trained.with_name("a.pth"), "--onnx", "int8", "--license", "CC0-1.0", "--overwrite"]
+    assert run(*words) == 0
+    said = {entry.key: entry.value for entry in onnx.load(trained.with_name("a_int8.onnx")).metadata_props}
+    assert (said["target"], said["license"]) == ("onnxruntime", "CC0-1.0")
+    assert {"date", "source_sha256"} <= {*said}
+    first = contents(trained.parent)["a_int8.onnx"]
+    assert "Calibrating" not in capsys.readouterr().out
+    assert run(*words, "--calibration", pictures) == 0
+    assert "Calibrating on 2 pictures, in place of the ranges that training found" in capsys.readouterr().out
+    assert contents(trained.parent)["a_int8.onnx"] != first
 
 
 def test_finished_weights_become_onnx_files_too(tmp_path: Path, pictures: Path, capsys: Any) -> None:
     net = small_net(2, **SMALL).float()
     torch.save(net.state_dict(), tmp_path / "net.pth")
     torch.save(net.fused().half().state_dict(), tmp_path / "fused.pth")
-    options = ["--onnx", "fp32,int8", "--calibration", pictures]
-    for name in ("net", "fused"):
-        assert run(tmp_path / f"{name}.pth", tmp_path / f"{name}_out.pth", *options) == 0
+    options = ["--onnx", "fp32,int8,fp32", "--calibration", pictures]
+    for name, target in (("net", "first_fused.pth"), ("fused", "second_fp16.pth")):
+        assert run(tmp_path / f"{name}.pth", tmp_path / target, *options) == 0
     for precision in ("fp32", "int8"):
-        first, second = (output(tmp_path / f"{name}_out_{precision}.onnx") for name in ("net", "fused"))
+        first, second = (output(tmp_path / f"{name}_{precision}.onnx") for name in ("first", "second"))
         assert np.abs(first - second).mean() < 0.01 * first.std(), precision
-    assert placement(tmp_path / "fused_out_int8.onnx") == "default"
     capsys.readouterr()
     assert run(tmp_path / "fused.pth", tmp_path / "b.pth") == 2
-    line = one_line(capsys.readouterr().err)
-    assert "fused already" in line
-    assert "--onnx or --ncnn exports it" in line
+    assert "--onnx or --ncnn exports it" in one_line(capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("source", ["trained", "calibrated"])
-def test_int8_is_made_from_the_rescaled_weights(full: Path, pictures: Path, capsys: Any, source: str) -> None:
+def test_int8_is_made_from_the_rescaled_weights(
+    tmp_path: Path, pictures: Path, capsys: Any, source: str
+) -> None:
     """Else its first layer, which is held in half precision, is infinite, and the file was refused."""
-    path, net = full.with_name("large.pth"), adversary(scale_stream).float()
-    torch.save((net.prepare_qat("full") if source == "trained" else net).state_dict(), path)
+    path, net = tmp_path / "large.pth", blown_up(small_net(2).fused().float(), "stream")
+    torch.save((net.prepare_qat() if source == "trained" else net).state_dict(), path)
     arguments = [] if source == "trained" else ["--calibration", pictures]
-    assert run(path, full.with_name("a.pth"), "--int8", *arguments) == 0, capsys.readouterr().err
+    assert run(path, tmp_path / "a.pth", "--onnx", "int8", *arguments) == 0, capsys.readouterr().err
     assert "Rescaled for half precision" in capsys.readouterr().out
-    expected = adversary(scale_stream).fused()(IMAGE.double()).detach().numpy()
-    assert np.abs(output(full.with_name("a_int8.onnx")) - expected).mean() < 0.2 * expected.std()
-
-
-def contents(folder: Path) -> Dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    expected = small_net(2)(IMAGE.double()).detach().numpy()
+    assert np.abs(output(tmp_path / "a_int8.onnx") - expected).mean() < 0.2 * expected.std()
 
 
 def test_all_files_stay_as_they_were_where_the_last_one_fails(
-    full: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+    trained: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """How they come and go together: test_files.py."""
-    arguments = [full, full.with_name("a.pth"), "--onnx", "fp32,int8", "--overwrite"]
+    arguments = [trained, trained.with_name("a.pth"), "--onnx", "fp32,int8", "--overwrite"]
     assert run(*arguments) == 0
-    before, check, count = contents(full.parent), onnx.checker.check_model, iter(range(9))
-    assert {*before} == {"full.pth", "a.pth", "a_fp32.onnx", "a_int8.onnx"}
+    before, check, count = contents(trained.parent), onnx.checker.check_model, iter(range(9))
+    assert {*before} == {"qat.pth", "a.pth", "a_fp32.onnx", "a_int8.onnx"}
 
     def second_fails(*arguments: Any, **options: Any) -> None:
         if next(count) == 1:
@@ -129,18 +120,20 @@ def test_all_files_stay_as_they_were_where_the_last_one_fails(
     capsys.readouterr()
     assert run(*arguments) == 2
     assert "second file is broken" in one_line(capsys.readouterr().err)
-    assert contents(full.parent) == before
+    assert contents(trained.parent) == before
 
 
 @pytest.mark.parametrize("name", ["a.pth", "a_fp32.onnx", "a_fp16.onnx"])
 def test_an_output_that_appears_while_the_run_works_is_not_overwritten_unasked(
-    full: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch, name: str
+    trained: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    def appears(net: Any) -> Any:
-        full.with_name(name).write_text("mine")
-        return 1, 1
+    fit = half_precision.fit_half_precision_
 
-    monkeypatch.setattr(verify, "count_operations", appears)
-    assert run(full, full.with_name("a.pth"), "--onnx", "fp32,fp16") == 2
+    def appears(*arguments: Any) -> Any:
+        trained.with_name(name).write_text("mine")
+        return fit(*arguments)
+
+    monkeypatch.setattr(half_precision, "fit_half_precision_", appears)
+    assert run(trained, trained.with_name("a.pth"), "--onnx", "fp32,fp16") == 2
     assert f"{name} exists; pass --overwrite" in one_line(capsys.readouterr().err)
-    assert contents(full.parent) == {"full.pth": full.read_bytes(), name: b"mine"}
+    assert contents(trained.parent) == {"qat.pth": trained.read_bytes(), name: b"mine"}

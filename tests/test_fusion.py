@@ -168,16 +168,6 @@ def test_fusing_keeps_precision_and_mode(dtype: torch.dtype) -> None:
     assert {value.dtype for value in net.state_dict().values()} == {dtype}
 
 
-def test_a_network_that_is_not_trained_stays_so_in_another_form() -> None:
-    fused = small_net(2).requires_grad_(False).fuse_model()
-    assert not any(value.requires_grad for value in fused.parameters())
-    net = small_net(2).requires_grad_(False)
-    net.load_state_dict(fused.state_dict())
-    assert isinstance(net, FusedAetherNet)
-    assert not any(value.requires_grad for value in net.parameters())
-    assert any(value.requires_grad for value in small_net(2).fuse_model().parameters())
-
-
 def test_fusing_keeps_channels_last() -> None:
     fused = small_net(2).to(memory_format=torch.channels_last).fuse_model()
     assert fused.body_conv.weight.is_contiguous(memory_format=torch.channels_last)
@@ -207,39 +197,39 @@ def test_a_last_norm_with_a_vanishing_weight_stays_as_a_depthwise_convolution(we
     assert difference(net, net.fused(), 7, 9) <= 1e-8
 
 
-@pytest.mark.parametrize("recorded", [False, True], ids=["slices", "masks"])
+@pytest.mark.parametrize("traced", [False, True])
 @pytest.mark.parametrize("scale", aether_arch.SCALES)
-def test_the_collapsed_tail_is_exact_at_every_pixel(
-    scale: int, recorded: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_collapsed_tail_is_exact_at_every_pixel_and_so_is_its_gradient(scale: int, traced: bool) -> None:
     torch.manual_seed(0)
-    monkeypatch.setattr(aether_arch, "_is_traced", lambda: recorded)
     upsample = aether_arch.AdaptiveUpsample(10, scale)
     tail = nn.Sequential(upsample, nn.Conv2d(upsample.out_channels, 2, 3, padding=1)).double()
-    collapsed = CollapsedTail(10, 2, scale).double()
+    collapsed: Any = CollapsedTail(10, 2, scale).double()
     with torch.no_grad():
         collapsed.load_state_dict(CollapsedTail.collapse(tail, scale))
+        if traced:
+            collapsed = torch.jit.trace(collapsed, torch.randn(1, 10, 6, 7, dtype=torch.float64))
         for height, width in (*SIZES, (23, 31)):
             x = torch.randn(2, 10, height, width, dtype=torch.float64)
-            image = torch.rand(2, 2, height, width, dtype=torch.float64)
-            assert float((collapsed(x, image) - tail(x)).abs().max()) <= 1e-13
+            assert float((collapsed(x) - tail(x)).abs().max()) <= 1e-13
+    x = torch.randn(1, 10, 2, 1, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(collapsed, x)
 
 
-def test_masks_hold_in_half_precision_on_a_long_picture_with_features_near_its_limit(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    tail = CollapsedTail(4, 3, 4)
+@pytest.mark.parametrize("scale", [2, 4])
+def test_a_traced_network_takes_slices_that_no_size_enters(scale: int) -> None:
+    """Converters stumble over slices whose ends are computed, and over writing in place."""
+    net = small_net(scale, **TINY).fused()
     with torch.no_grad():
-        for value in tail.parameters():
-            value.copy_(torch.randn(value.shape) * 1e-4)
-    tail, image = tail.half(), torch.rand(1, 3, 2, 3000).half()
-    x = (torch.rand(1, 4, 2, 3000) * 1000 + 59000).half()
-    outputs = []
-    for recorded in (False, True):
-        monkeypatch.setattr(aether_arch, "_is_traced", lambda recorded=recorded: recorded)
-        outputs.append(tail(x, image).float())
-    assert bool(outputs[0].isfinite().all())
-    assert float((outputs[0] - outputs[1]).abs().max()) <= 2e-3 * float(outputs[0].abs().max())
+        traced = torch.jit.trace(net, torch.rand(1, 3, 9, 11, dtype=torch.float64))
+    kinds = {node.kind() for node in traced.inlined_graph.nodes()}
+    assert "aten::pixel_shuffle" in kinds
+    assert not kinds & {"aten::size", "aten::narrow", "aten::select", "aten::copy_"}
+
+
+def test_fusing_draws_no_random_number() -> None:
+    net, state = small_net(2), torch.random.get_rng_state()
+    net.fused()
+    assert torch.equal(torch.random.get_rng_state(), state)
 
 
 def test_the_merged_kernels_are_part_of_the_fused_ones() -> None:
@@ -260,15 +250,6 @@ def test_the_full_size_variants_fuse_exactly() -> None:
         with torch.no_grad():
             expected, output = reference(net.state_dict(), x)[0], net.fused()(x)
         assert float((output - expected).abs().max()) <= 1e-8 * STEP * max(1.0, float(expected.abs().max()))
-
-
-def test_fusing_draws_no_random_number_and_keeps_what_is_frozen_frozen() -> None:
-    net = small_net(2).requires_grad_(False)
-    state = torch.random.get_rng_state()
-    fused = net.fused()
-    assert torch.equal(torch.random.get_rng_state(), state)
-    assert not any(value.requires_grad for value in fused.parameters())
-    assert all(value.requires_grad for value in small_net(2).fused().parameters())
 
 
 def test_fusing_under_inference_mode_gives_a_network_that_can_be_trained_and_saved(tmp_path: Path) -> None:
@@ -320,14 +301,3 @@ def test_the_tail_has_the_shapes_of_files_that_are_released(scale: int, depth: i
     assert {shapes[f"{name}_weight"] for name in ("top_left", "bottom_right")} == {
         (outputs, 24, depth, depth)
     }
-
-
-@pytest.mark.parametrize("scale", [1, 4])
-def test_a_traced_network_holds_no_slice(scale: int) -> None:
-    """Other runtimes' converters stumble over slices. Eager mode takes views, which is faster."""
-    net = small_net(scale, **TINY).fused()
-    with torch.no_grad():
-        traced = torch.jit.trace(net, torch.rand(1, 3, 9, 11, dtype=torch.float64))
-    kinds = {node.kind() for node in traced.inlined_graph.nodes()}
-    assert "aten::pixel_shuffle" in kinds
-    assert not kinds & {"aten::slice", "aten::narrow", "aten::select"}

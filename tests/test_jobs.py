@@ -23,34 +23,33 @@ def names(jobs: List[Any], folder: Path) -> List[str]:
     return [job.target.relative_to(folder).as_posix() for job in jobs]
 
 
-def test_every_file_that_is_skipped_is_named_with_its_reason(tmp_path: Path) -> None:
+def test_every_file_that_is_skipped_is_named_or_counted(tmp_path: Path) -> None:
     source = make(
         tmp_path / "Bilder \u00f6", "good.PNG", "inner/deep/b.jpg", "notes.txt", ".hidden", "Thumbs.db"
     )
     (source / "gone.png").symlink_to(source / "nothing")
     os.mkfifo(source / "pipe.png")
     (source / "inner" / "circle").symlink_to(source)
-    jobs, skipped = find_jobs(source, tmp_path / "out", False, False, False)
+    jobs, problems, others = find_jobs(source, str(tmp_path / "out"))
     assert names(jobs, tmp_path / "out") == ["good.PNG"]
-    reasons = {"gone.png": "a link to nothing", "notes.txt": "'.txt'", "pipe.png": "neither a file nor"}
-    reasons["inner"] = "--recursive"
-    assert len(skipped) == len(reasons)
-    for name, reason in reasons.items():
-        assert sum(f"{source / name} " in line and reason in line for line in skipped) == 1, (name, skipped)
-    jobs, skipped = find_jobs(source, tmp_path / "out", True, False, False)
+    for line, words in zip(problems, ("gone.png is a link to nothing", "pipe.png is neither a file nor a")):
+        assert f"{source}{os.sep}{words}" in line
+    assert len(problems) == 2
+    assert others == {"files that are no pictures": 1, "folders, without --recursive": 1}
+    jobs, problems, others = find_jobs(source, str(tmp_path / "out"), recursive=True)
     assert names(jobs, tmp_path / "out") == ["good.PNG", "inner/deep/b.jpg"]
-    assert not any("inner" in line for line in skipped)
+    assert others == {"files that are no pictures": 1}
 
 
 def test_an_interrupted_folder_goes_on_and_its_output_inside_it_is_no_input(tmp_path: Path) -> None:
     make(tmp_path, "a.png", "sub/b.png", "out/a.png")
-    jobs, skipped = find_jobs(tmp_path, tmp_path / "out", True, False, True)
-    assert (names(jobs, tmp_path / "out"), skipped) == (["sub/b.png"], [])
+    out = str(tmp_path / "out")
+    assert names(find_jobs(tmp_path, out, True, skip_existing=True).jobs, tmp_path / "out") == ["sub/b.png"]
     make(tmp_path, "out/sub/b.png")
-    assert find_jobs(tmp_path, tmp_path / "out", True, False, True) == ([], [])
-    with pytest.raises(UserError, match="--overwrite"):
-        find_jobs(tmp_path, tmp_path / "out", True, False, False)
-    assert len(find_jobs(tmp_path, tmp_path / "out", True, True, False)[0]) == 2
+    assert find_jobs(tmp_path, out, True, skip_existing=True) == ([], [], {})
+    with pytest.raises(UserError, match="--skip-existing to go on with the others, --overwrite to"):
+        find_jobs(tmp_path, out, True)
+    assert len(find_jobs(tmp_path, out, True, overwrite=True).jobs) == 2
 
 
 def test_the_input_is_never_the_output(tmp_path: Path) -> None:
@@ -58,19 +57,20 @@ def test_the_input_is_never_the_output(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "in")
     os.link(source, tmp_path / "second.png")
     (tmp_path / "third.png").symlink_to(source)
-    outputs = [(source, name) for name in ("in/a.png", "second.png", "third.png")]
+    outputs = [(source, name) for name in ("in/a.png", "second.png", "third.png", "in/")]
     outputs += [(source.parent, name) for name in ("in", "link")]
     for given, name in outputs:
         with pytest.raises(UserError, match="input itself"):
-            find_jobs(given, tmp_path / name, False, True, False)
+            find_jobs(given, f"{tmp_path}/{name}", overwrite=True)
 
 
 def test_no_input_is_replaced_by_what_another_becomes(tmp_path: Path) -> None:
     make(tmp_path, "pics/a.png", "pics/pics/a.png")
     with pytest.raises(UserError, match="an input too"):
-        find_jobs(tmp_path / "pics", tmp_path / "pics" / "..", True, True, False)
-    jobs, _ = find_jobs(tmp_path / "pics", tmp_path, True, False, True)
-    assert names(jobs, tmp_path) == ["a.png"]
+        find_jobs(tmp_path / "pics", str(tmp_path / "pics" / ".."), True, overwrite=True)
+    assert names(find_jobs(tmp_path / "pics", str(tmp_path), True, skip_existing=True).jobs, tmp_path) == [
+        "a.png"
+    ]
 
 
 def test_a_folder_keeps_its_name_where_a_link_leads_there_too(tmp_path: Path) -> None:
@@ -79,35 +79,46 @@ def test_a_folder_keeps_its_name_where_a_link_leads_there_too(tmp_path: Path) ->
     (tmp_path / "in" / "a").symlink_to(tmp_path / "in" / "b")
     (tmp_path / "in" / "b" / "c").symlink_to(tmp_path / "in" / "z")
     (tmp_path / "in" / "d").symlink_to(tmp_path / "other")
-    jobs, skipped = find_jobs(tmp_path / "in", tmp_path / "out", True, False, False)
-    assert (names(jobs, tmp_path / "out"), skipped) == (["b/inner/1.png", "z/2.png", "d/3.png"], [])
-
-
-def test_one_picture_may_go_into_a_folder_that_exists(tmp_path: Path) -> None:
-    make(tmp_path, "a.png", "folder/other.png")
-    ((job,), skipped) = find_jobs(tmp_path / "a.png", tmp_path / "folder", False, False, False)
-    assert (job.target, skipped) == (tmp_path / "folder" / "a.png", [])
+    jobs = find_jobs(tmp_path / "in", str(tmp_path / "out"), True).jobs
+    assert names(jobs, tmp_path / "out") == ["b/inner/1.png", "z/2.png", "d/3.png"]
 
 
 @pytest.mark.parametrize(
-    ("source", "target", "said"),
+    ("output", "ending", "target"),
+    [("folder", "", "folder/a.jpg"), ("folder", ".png", "folder/a.png"), ("new/", "", "new/a.jpg"),
+     ("new/", ".webp", "new/a.webp"), ("b.JPEG", ".jpg", "b.JPEG"), ("b.tif", "", "b.tif")],
+)  # fmt: skip
+def test_one_picture_goes_to_a_file_or_into_a_folder(
+    tmp_path: Path, output: str, ending: str, target: str
+) -> None:
+    make(tmp_path, "a.jpg", "folder/other.png")
+    (job,) = find_jobs(tmp_path / "a.jpg", f"{tmp_path}/{output}", ending=ending).jobs
+    assert job.target == tmp_path / target
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "ending", "said"),
     [
-        ("nothing.png", "out.png", "does not exist"),
-        ("empty", "out", "holds no picture"),
-        ("a.png", "out.xyz", "'.xyz'"),
-        ("a.png", "out", "nothing"),
-        ("a.png", "no/out.png", "does not exist"),
-        ("a.png", "b.png", "--overwrite"),
-        ("a.png", "pipe.png", "pipe or a device"),
-        ("pipe.png", "out.png", "neither a file nor a folder"),
-        (".", "b.png", "is a file"),
-        (".", "no/out", "does not exist"),
+        ("nothing.png", "out.png", "", "does not exist"),
+        ("empty", "out", "", "holds no picture"),
+        ("a.png", "out.xyz", "", "'.xyz'"),
+        ("a.png", "out", "", "'nothing'; expected one of .png, .* or a folder: .*out/"),
+        ("a.png", "no/out.png", "", "does not exist"),
+        ("a.png", "no/out/", "", "does not exist"),
+        ("a.png", "b.png", "", "pass --overwrite"),
+        ("a.png", "out.jpg", ".png", "contradicts --format png"),
+        ("a.png", "pipe.png", "", "pipe or a device"),
+        ("pipe.png", "out.png", "", "neither a file nor a folder"),
+        (".", "b.png", "", "is a file"),
+        (".", "x.png", "", "is a picture's name"),
+        (".", "no/out", "", "does not exist"),
+        ("two", "out", ".png", r"a\.jpg and .*a\.png would both become .*out/a\.png"),
     ],
 )
-def test_what_can_not_be_is_said(tmp_path: Path, source: str, target: str, said: str) -> None:
-    make(tmp_path, "a.png", "b.png")
+def test_what_can_not_be_is_said(tmp_path: Path, source: str, target: str, ending: str, said: str) -> None:
+    make(tmp_path, "a.png", "b.png", "two/a.jpg", "two/a.png")
     (tmp_path / "empty").mkdir()
     os.mkfifo(tmp_path / "pipe.png")
     with pytest.raises(UserError, match=said) as caught:
-        find_jobs(tmp_path / source, tmp_path / target, False, False, False)
+        find_jobs(tmp_path / source, f"{tmp_path}/{target}", ending=ending)
     assert "--" in str(caught.value), "no remedy"

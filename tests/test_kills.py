@@ -9,9 +9,9 @@ seconds, so most kills meet the work itself.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +24,9 @@ import pytest
 import torch
 from conftest import ROOT, small_net
 from PIL import Image
-from safetensors.torch import save_file
+
+from aethersr import checkpoint, files
+from aethersr.commands import fuse as fuse_command
 
 pytestmark = [
     pytest.mark.slow,
@@ -32,16 +34,13 @@ pytestmark = [
 ]
 KILLS = int(os.environ.get("AETHER_KILLS", "6"))
 SERVER = """
-import contextlib, json, os, runpy, signal, sys, tempfile
+import contextlib, importlib, json, os, signal, sys, tempfile
 sys.path[:0] = {paths!r}
-import torch, onnx, onnxruntime, cv2, PIL.Image, yaml, jinja2
-from aethersr import calibration, ncnn, onnx_int8, upscaling, verify
+import torch, onnx, onnxruntime, cv2, PIL.Image
+from aethersr import calibration, ncnn, onnx_int8, upscaling
 from aethersr.commands import fuse, upscale
-from aethersr.timing import Comparison
 from conftest import small_net
-import train
 torch.set_num_threads(1)  # threads don't survive a fork
-verify.compare_times = lambda *nets: Comparison({{"unfused": [2.0], "fused": [1.0]}})  # most of a run's time
 with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):  # what is imported late
     torch.save(small_net(2, embed_dim=8, depths=(1,)).float().state_dict(), folder + "/in.pth")
     words = ["--model_path", folder + "/in.pth", "--output_path", folder + "/out.safetensors"]
@@ -54,13 +53,7 @@ for line in sys.stdin:
         signal.alarm(120)  # a run that waits for ever ends the test
         for stream in (0, 1):
             os.dup2(os.open(os.devnull, os.O_RDWR), stream)
-        if name.endswith(".py"):
-            sys.argv = [name, *arguments]
-            try:
-                runpy.run_path(name, run_name="__main__")
-            except SystemExit as end:
-                os._exit(end.code)
-        os._exit({{"fuse": fuse, "upscale": upscale, "train": train}}[name].main(arguments))
+        os._exit(importlib.import_module(f"aethersr.commands.{{name}}").main(arguments))
     print(child, flush=True)
     print(os.waitpid(child, 0)[1], flush=True)
 """
@@ -69,7 +62,7 @@ Case = Tuple[List[str], List[Path]]  # a command's words, and what it writes
 
 @pytest.fixture
 def server() -> Iterator[Any]:
-    code = SERVER.format(paths=[str(ROOT), str(ROOT / "archs"), str(ROOT / "training"), str(ROOT / "tests")])
+    code = SERVER.format(paths=[str(ROOT), str(ROOT / "archs"), str(ROOT / "tests")])
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     pipes: Dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "-c", code], env=environment, **pipes) as process:
@@ -129,24 +122,21 @@ def upscale(folder: Path) -> Case:
     return [*map(str, words), "--overwrite", "--device", "cpu"], targets
 
 
-def keep(folder: Path) -> Case:
-    (folder / "traiNNer" / "archs").mkdir(parents=True)
-    models = folder / "experiments" / "2x_AetherNet_small_float" / "models"
-    models.mkdir(parents=True)
-    save_file(small_net(2, embed_dim=64).float().state_dict(), str(models / "net_g_ema_7.safetensors"))
-    target = folder / "out" / "kept.safetensors"
-    return ["train", "--traiNNer-redux", str(folder), "--keep", "--kept", str(target)], [target]
-
-
-def templates(folder: Path) -> Case:
-    shutil.copytree(ROOT / "options", folder / "out" / "options")
-    written = [path for path in (folder / "out" / "options").rglob("*.*") if path.parent.name == "AetherNet"]
-    return [str(folder / "out" / "options" / "generate_options.py")], written
+def shrink(folder: Path) -> Case:
+    pytest.importorskip("aethersr.commands.shrink")
+    target = folder / "out" / "small.safetensors"
+    words = ["shrink", "--model_path", weights(folder), "--output_path", target, "--overwrite"]
+    words += ["--pictures", pictures(folder / "pictures", 2, 96), "--hidden", "8"]
+    return [*map(str, words)], [target]
 
 
 COMMANDS: Dict[str, Callable[[Path], Case]] = {
-    "fuse": fuse, "onnx": onnx, "ncnn": ncnn, "upscale": upscale, "keep": keep, "templates": templates,
-}  # fmt: skip
+    "fuse": fuse,
+    "onnx": onnx,
+    "ncnn": ncnn,
+    "upscale": upscale,
+    "shrink": shrink,
+}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -163,14 +153,12 @@ def test_a_kill_at_any_moment_leaves_old_or_whole_new_files(server: Any, tmp_pat
     rng, ends = np.random.default_rng(0), []
     for k in range(KILLS):
         how = (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGINT)[k % 4]
-        if name == "templates":  # it has no files that must come together, and asks for no signal
-            how = signal.SIGKILL
         for path in targets:
             path.write_bytes(b"old")
         code = run(server, words, rng.uniform(0, 1.1 * seconds), how)
         ends.append(code)
         # 2: safetensors takes an interruption for a damaged file. -how: the command had not begun.
-        assert code in ((0, -how) if how == signal.SIGKILL else (0, 2, 130, -how)), code
+        assert code in ((0, -how) if how == signal.SIGKILL else (0, 2, 128 + how, -how)), code
         new = [path for path in targets if path.read_bytes() != b"old"]
         assert all(path.read_bytes() == whole[path] for path in new)
         assert code != 0 or len(new) == len(targets)
@@ -183,4 +171,53 @@ def test_a_kill_at_any_moment_leaves_old_or_whole_new_files(server: Any, tmp_pat
             path.unlink()
     assert all(path.read_bytes() == content for path, content in others.items()), "an input has changed"
     assert any(code != 0 for code in ends), "every run ended before its kill"
-    print(f"{name}: {KILLS} kills in up to {1.1 * seconds:.2f} s, {sum(map(bool, ends))} met a run at work")
+
+
+# --------------------------------------------------------------------------------- one line after another
+
+
+@contextlib.contextmanager
+def at_each_line(act: Callable[[int], None]) -> Iterator[None]:
+    """Calls ``act`` with the number of each line that runs in what fuses and writes."""
+    functions = (fuse_command.fuse, fuse_command.write_weights, checkpoint.write_state)
+    functions += (files.Together.commit, files.Together._tidy, files.Together.part)
+    codes, count, old = {function.__code__ for function in functions}, itertools.count(1), sys.gettrace()
+
+    def trace(frame: Any, event: str, _: Any) -> Any:
+        if frame.f_code not in codes:
+            return None
+        if event == "line":
+            act(next(count))
+        return trace
+
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(old)
+
+
+def test_at_any_line_the_output_is_old_or_whole_and_an_interruption_leaves_no_other_file(
+    tmp_path: Path, capsys: Any
+) -> None:
+    (tmp_path / "out").mkdir()
+    (_, *words), (target,) = fuse(tmp_path)
+    assert fuse_command.main(words) == 0
+    whole, seen = target.read_bytes(), []
+    target.write_bytes(b"old")
+    with at_each_line(lambda number: seen.append(target.read_bytes())):
+        assert fuse_command.main(words) == 0
+    assert len(seen) > 50
+    assert {*seen} == {b"old", whole}
+    for last in range(2, len(seen), 5):
+
+        def stop(number: int, last: int = last) -> None:
+            if number == last:
+                raise KeyboardInterrupt
+
+        target.write_bytes(b"old")
+        with at_each_line(stop):
+            assert fuse_command.main(words) == 130, f"line {last}"
+        assert capsys.readouterr().err.endswith(": stopped; nothing was written.\n")
+        assert target.read_bytes() in (b"old", whole)
+        assert [path.name for path in target.parent.iterdir()] == [target.name], f"line {last}"

@@ -1,13 +1,14 @@
-"""A network takes the form of the file that it loads, whole or not at all."""
+"""A network takes the form of the file that it loads, whole or not at all; strict=False is torch's own."""
 
 from __future__ import annotations
 
 import copy
+import logging
 import subprocess
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, Callable, Dict, Tuple
+from typing import Any, Callable, Dict, List, Tuple
 
 import aether_arch
 import aether_quant
@@ -19,6 +20,7 @@ from aether_arch import (
     FusedAetherNet,
     aether_medium,
     aether_small,
+    described,
     differences,
     scale_of,
 )
@@ -26,22 +28,36 @@ from aether_quant import QuantAetherNet
 from conftest import ROOT, randomize, small_net
 from torch import Tensor, nn
 
-from aethersr.identify import aether_from_state_dict
-from aethersr.onnx import export_onnx
-
 X = torch.rand(1, 3, 9, 13, generator=torch.Generator().manual_seed(1))
 BOUND = 0.75
+TAIL = ("upsample.", "conv_last.")
 
 
 def values(net: nn.Module) -> Dict[str, Tensor]:
     return {name: value.clone() for name, value in net.state_dict().items()}
 
 
-def assert_unchanged(net: nn.Module, form: type, before: Dict[str, Tensor]) -> None:
+def assert_unchanged(net: Any, form: type, before: Dict[str, Tensor], bound: Any = None) -> None:
     assert type(net) is form
     after = net.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert net.options["bound"] == bound
+
+
+def in_form(name: str, **options: Any) -> Any:
+    net: Any = small_net(2, use_channel_attn=False, use_spatial_attn=False, **options).float()
+    if name != "training":
+        net.fuse_model()
+    if name in ("quantised", "int8"):
+        net.prepare_qat(calibration=[X])
+    return net.eval().convert_to_quantized() if name == "int8" else net.eval()
+
+
+FORMS = ("training", "fused", "quantised", "int8")
+
+
+# ------------------------------------------------------------------------------------------- what is taken
 
 
 def test_fused_weights_load_into_a_new_network_as_the_seed_shows() -> None:
@@ -55,52 +71,96 @@ def test_fused_weights_load_into_a_new_network_as_the_seed_shows() -> None:
 
 
 @pytest.mark.parametrize("strict", [True, False])
-def test_a_network_takes_the_form_of_the_file_there_and_back(strict: bool) -> None:
-    net = small_net(2).float()
-    fused = net.fused()
-    other = AetherNet(**net.options)
-    other.load_state_dict(fused.state_dict(), strict=strict)
-    assert type(other) is FusedAetherNet
-    torch.testing.assert_close(other.eval()(X), fused(X))
-    other.load_state_dict(net.state_dict(), strict=strict)
-    assert type(other) is AetherNet
-    torch.testing.assert_close(other.eval()(X), net(X))
-
-
-def test_a_network_built_fused_takes_a_training_checkpoint() -> None:
-    net = small_net(2, img_range=255.0).float()
-    fused = FusedAetherNet(scale=2, embed_dim=24, depths=(1, 2), img_range=255.0)
-    fused.load_state_dict(net.state_dict())
-    assert type(fused) is AetherNet
-    torch.testing.assert_close(fused.eval()(X), net(X))
-
-
-def test_a_container_loads_either_form_too() -> None:
-    net = small_net(2).float()
-    container = nn.Sequential(AetherNet(**net.options))
-    container.load_state_dict({f"0.{name}": value for name, value in net.fused().state_dict().items()})
-    torch.testing.assert_close(container.eval()(X), net.fused()(X))
-
-
-@pytest.mark.parametrize("form", ["training", "fused", "quantised", "int8"])
-def test_every_form_loads_into_every_other(form: str) -> None:
-    def built(name: str) -> Any:
-        net: Any = small_net(2, use_channel_attn=False, use_spatial_attn=False).float()
-        if name != "training":
-            net.fuse_model()
-        if name in ("quantised", "int8"):
-            net.prepare_qat(calibration=[X])
-        return net.eval().convert_to_quantized() if name == "int8" else net.eval()
-
-    source = built(form)
-    for target in ("training", "fused", "quantised", "int8"):
-        net = built(target)
-        net.load_state_dict(source.state_dict())
+@pytest.mark.parametrize("wrapped", [True, False])
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_loads_into_every_other(form: str, wrapped: bool, strict: bool) -> None:
+    source = in_form(form)
+    state = source.state_dict()
+    if not strict:
+        state = {**state, "surplus": X, "step": 3}
+    for target in FORMS:
+        net = in_form(target)
+        whole = nn.Sequential(net) if wrapped else net
+        state_of = {f"0.{name}": value for name, value in state.items()} if wrapped else dict(state)
+        found = whole.load_state_dict(state_of, strict=strict)
+        assert not found.missing_keys
         if isinstance(net, QuantAetherNet) and form in ("training", "fused"):
             continue  # a quantised network takes float weights in and stays quantised: test_quant.py
         assert type(net) is type(source)
         torch.testing.assert_close(net.eval()(X), source(X), msg=f"{form} into {target}")
 
+
+def test_a_file_with_img_range_brings_it_and_an_older_one_leaves_the_option(tmp_path: Path) -> None:
+    source = small_net(2, img_range=255.0).float()
+    state = source.state_dict()
+    assert float(state["img_range"]) == 255
+    assert "img_range" not in {**small_net(2).state_dict(), **source.fused().state_dict()}
+    older = {name: value for name, value in state.items() if name != "img_range"}
+    other: Any
+    for other in (AetherNet(**{**source.options, "img_range": 1.0}), source.fused()):
+        other.load_state_dict(state)
+        torch.testing.assert_close(other.eval()(X), source(X))
+    other = AetherNet(**source.options)
+    other.map_state_dict(given := dict(older))  # as traiNNer-redux does before it compares names
+    assert given.keys() == other.state_dict().keys()
+    other.load_state_dict(older)
+    torch.testing.assert_close(other.eval()(X), source(X))
+
+
+@pytest.mark.parametrize("batch", [False, True])
+def test_a_training_goes_on_with_the_kind_of_norm_that_its_checkpoint_had(batch: bool) -> None:
+    source = AetherNet(embed_dim=16, depths=(1,), norm="batch" if batch else "frozen").train()
+    source(torch.rand(2, 3, 8, 8))
+    for norm in (None, "frozen", "batch"):
+        net = AetherNet(embed_dim=16, depths=(1,), norm=norm)
+        net.load_state_dict(source.state_dict())
+        found = {module.batch for module in net.modules() if isinstance(module, DeploymentNorm)}
+        assert found == {norm == "batch" or (norm is None and batch)}
+
+
+def test_a_whole_file_decides_about_the_bound_and_a_log_says_when_it_takes_it_away(caplog: Any) -> None:
+    sources = {bound: small_net(2, bound=bound) for bound in (None, BOUND)}
+    for bound, source in sources.items():
+        for built in (None, BOUND, 4.0):
+            for form in (source, source.fused()):
+                caplog.clear()
+                net = small_net(2, bound=built)
+                net.map_state_dict(dict(form.state_dict()))  # as traiNNer-redux does first
+                assert net.state_dict().keys() == form.state_dict().keys()
+                net.load_state_dict(form.state_dict(), strict=True)
+                assert net.options["bound"] == bound
+                assert float((net.eval()(X.double()) - source(X.double())).detach().abs().max()) <= 1e-9
+                gone = built is not None and bound is None and form is source
+                assert (f"no bound; the option's, {built}, goes" in caplog.text) == gone
+
+
+def test_loading_leaves_every_parameter_the_object_that_an_optimizer_holds() -> None:
+    forms: Tuple[Callable[..., Any], ...] = (lambda net: net, lambda net: net.fused())
+    for form in forms:
+        net = form(small_net(2, bound=4.0))
+        before = dict(net.named_parameters())
+        net.load_state_dict(form(small_net(2, bound=None)).state_dict(), strict=True)
+        after = dict(net.named_parameters())
+        assert list(before) == list(after)
+        assert all(after[name] is before[name] for name in after)
+
+
+def test_the_order_of_the_parameters_is_the_one_that_optimizer_states_were_saved_in() -> None:
+    block = "conv.lk_bias conv.sk_bias conv.lk_conv.weight conv.sk_conv.weight norm.weight norm.bias"
+    block += " ffn.temperature ffn.conv_gate ffn.conv_main ffn.conv_out"
+    block += " channel_attn.fc.0.weight channel_attn.fc.2.weight spatial_attn.conv.weight"
+    names = "conv_first " + " ".join(f"stages.0.0.{name}" for name in block.split())
+    names += " fusion_convs.0 quant_fusion_layer.error_comp quant_fusion_layer.fusion_conv"
+    names += " norm.weight norm.bias conv_after_body conv_before_upsample.0 upsample.blocks.0 conv_last"
+    single = ("weight", "bias", "temperature", "error_comp")
+    expected: List[str] = []
+    for name in names.split():
+        alone = name.endswith(single)
+        expected += [name] if alone else [f"{name}.weight", f"{name}.bias"]
+    assert [name for name, _ in small_net(2, depths=(1,)).named_parameters()] == expected
+
+
+# ---------------------------------------------------------------------------------- what is refused, and how
 
 BROKEN: Dict[str, Dict[str, Any]] = {
     "another scale": {"scale": 4},
@@ -120,40 +180,76 @@ def test_a_load_that_does_not_fit_changes_nothing(broken: str, form: str, target
     if target == "fused":
         net.fuse_model()
     kind, before = type(net), values(net)
-    with pytest.raises(RuntimeError, match="stays as it was") as error:
+    for load in (net.load_state_dict, net.map_state_dict):
+        with pytest.raises(RuntimeError, match="stays as it was: the file is"):
+            load(dict(state))
+        assert_unchanged(net, kind, before, BOUND)
+
+
+MESSAGES = {
+    "small into medium": (
+        {"embed_dim": 96, "depths": (4, 4, 4, 4)},
+        "the file is aether_small x2 (96 wide), the network aether_medium x2 (128 wide); tensors ",
+        "Build the network with the options that the file was trained with.",
+    ),
+    "another scale": (
+        {"scale": 4, "embed_dim": 128, "depths": (6, 6, 6, 6)},
+        "the file is aether_medium x4 (128 wide), the network aether_medium x2 (128 wide); tensors ",
+        "To take only the body, pass strict=False; in a template, set strict_load_g: false",
+    ),
+    "a network of its own": (
+        {"embed_dim": 96, "depths": (1, 2, 2, 3)},
+        "the file is AetherNet of depths [1, 2, 2, 3] x2 (96 wide), the network aether_medium x2 (128",
+        "Build the network with the options that the file was trained with.",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MESSAGES)
+def test_a_refusal_says_what_the_file_is_what_the_network_is_and_what_mends_it(case: str) -> None:
+    options, words, remedy = MESSAGES[case]
+    with torch.device("meta"):
+        state = AetherNet(**{"scale": 2, "lk_kernel": 3, **options}).state_dict()  # type: ignore[arg-type]
+        net = aether_medium(scale=2, lk_kernel=3)
+    state["bound"] = torch.ones(1)
+    with pytest.raises(RuntimeError) as error:
         net.load_state_dict(state)
-    assert_unchanged(net, kind, before)
-    assert net.options["bound"] == BOUND
-    if broken == "another scale":
-        assert "x2 stays" in str(error.value)
-        assert "x4 does not fit" in str(error.value)
-        assert ".weight" in str(error.value)
+    assert words in str(error.value)
+    assert str(error.value).endswith(remedy)
 
 
-@pytest.mark.parametrize("change", ["missing", "unexpected", "shape"])
-def test_a_damaged_file_of_either_form_changes_nothing_and_is_named(change: str) -> None:
-    for source in (small_net(2).float(), small_net(2).float().fused()):
-        state = dict(source.state_dict())
-        name = "fusion_convs.0.weight"
-        if change == "missing":
-            del state[name]
-        elif change == "unexpected":
-            name = "surplus"
-        state.update(
-            {"shape": {name: torch.zeros(1, 2)}, "unexpected": {name: torch.zeros(1)}}.get(change, {})
-        )
-        net = AetherNet(**source.options)
+def test_networks_are_described_in_words() -> None:
+    net = small_net(2)
+    assert described(net.fused().state_dict()) == "fused AetherNet of depths [1, 2] x2 (24 wide)"
+    assert described(in_form("int8").state_dict()).startswith("quantised AetherNet of depths [1, 2] x2")
+    assert described({}) == described({"conv_first.weight": X}) == "no AetherNet"
+
+
+@pytest.mark.parametrize("change", ["missing", "unexpected", "shape", "number"])
+@pytest.mark.parametrize("form", ["training", "fused"])
+def test_a_damaged_file_of_either_form_changes_nothing_and_is_named(change: str, form: str) -> None:
+    source = in_form(form)
+    state, name = dict(source.state_dict()), "fusion_convs.0.weight"
+    if change == "missing":
+        del state[name]
+    elif change == "unexpected":
+        name = "surplus"
+        state[name] = X
+    else:
+        state[name] = torch.zeros(1, 2) if change == "shape" else 3  # type: ignore[assignment]
+    for net in (AetherNet(**source.options), nn.Sequential(AetherNet(**source.options))):
         before = values(net)
+        named = {f"0.{key}": value for key, value in state.items()} if "0.mean" in before else dict(state)
         with pytest.raises(RuntimeError, match=name):
-            net.load_state_dict(state)
-        assert_unchanged(net, AetherNet, before)
+            net.load_state_dict(named)
+        assert all(torch.equal(value, before[key]) for key, value in values(net).items())
 
 
 def test_weights_of_another_network_are_refused_without_a_change() -> None:
     net = small_net(2)
     before = values(net)
     for state in (nn.Conv2d(3, 3, 3).state_dict(), {}, {"conv_first.weight": net.conv_first.weight * 2}):
-        with pytest.raises(RuntimeError, match=r"fuse_aether\.py reads other layouts"):
+        with pytest.raises(RuntimeError, match=r"the file is no AetherNet.*fuse_aether\.py reads other"):
             net.load_state_dict(state)
         assert_unchanged(net, AetherNet, before)
 
@@ -166,7 +262,7 @@ def test_what_does_not_fit_is_counted_and_the_first_three_names_are_said() -> No
         "missing: 4 (stages.1.1.conv.lk_bias, stages.1.1.conv.lk_conv.weight, stages.1.1.conv.sk_bias, ...); "
         f"of another shape: 1 (conv_last.bias); unexpected: 3 ({long[:80]}, b, c)"
     )
-    assert differences(net, state, strict=False) == "of another shape: 1 (conv_last.bias)"
+    assert differences(net, state, ("missing", "unexpected")) == "of another shape: 1 (conv_last.bias)"
     assert differences(net, {**net.state_dict(), "bound": X}) == "", "a bound may come and go"
 
 
@@ -181,27 +277,74 @@ def test_the_scale_is_read_from_the_tensors_that_upsample() -> None:
     assert scale_of({**state, **{f"upsample.blocks.{2 * k}.weight": X for k in range(4)}}) is None
 
 
+# ----------------------------------------------------------------------------------------------- strict=False
+
+
+def loaded_by_torch(net: AetherNet, state: Dict[str, Any]) -> Dict[str, Tensor]:
+    """What a network without a loader of its own has after loading ``state`` with strict=False."""
+    plain = nn.Module()
+    plain.__dict__.update({key: value for key, value in vars(copy.deepcopy(net)).items() if key[0] == "_"})
+    plain.load_state_dict(state, strict=False)
+    return plain.state_dict()
+
+
+@pytest.mark.parametrize(
+    "part", ["stages", "extra int", "other in_chans", "small into medium", "damaged fused"]
+)
+@pytest.mark.parametrize("wrapper", [None, nn.Sequential, nn.DataParallel, torch.compile])
+def test_strict_false_means_what_it_means_in_torch(part: str, wrapper: Any) -> None:
+    net, source = randomize(small_net(2, bound=BOUND).float(), 1), small_net(2).float()
+    state: Dict[str, Any] = dict(source.state_dict())
+    if part == "stages":
+        state = {name: value for name, value in state.items() if name.startswith("stages.")}
+    elif part == "extra int":
+        state = {"global_step": 7, **{name: value for name, value in state.items() if "norm" not in name}}
+    elif part == "damaged fused":
+        state = dict(source.fused().state_dict())
+        del state["head.weight"], state["fusion.bias"]
+        state = {name: value for name, value in state.items() if not name.startswith(("tail.", "stages."))}
+    else:  # as BasicSR and traiNNer-redux do it
+        options = {"in_chans": 1} if part == "other in_chans" else {"embed_dim": 32}
+        state = dict(small_net(2, **options).float().state_dict())  # type: ignore[arg-type]
+        for name, value in net.state_dict().items():
+            if name in state and state[name].shape != value.shape:
+                state[f"{name}.ignore"] = state.pop(name)
+    expected = loaded_by_torch(net, state)
+    whole = wrapper(net) if wrapper else net
+    prefix = {nn.Sequential: "0.", nn.DataParallel: "module.", torch.compile: "_orig_mod."}.get(wrapper, "")
+    whole.load_state_dict({prefix + name: value for name, value in state.items()}, strict=False)
+    assert all(torch.equal(value, expected[name]) for name, value in net.state_dict().items())
+    assert net.options["bound"] == BOUND
+    assert any(
+        not torch.equal(expected[name], value) for name, value in randomize(net, 1).state_dict().items()
+    )
+
+
+@pytest.mark.parametrize("ignored", [False, True])
 @pytest.mark.parametrize("scales", [(2, 4), (2, 3), (4, 2), (1, 8)])
-def test_another_scale_takes_the_body_where_strict_is_off_and_says_so(scales: Any) -> None:
-    source, net = small_net(scales[0]), small_net(scales[1])
+def test_another_scale_takes_the_body_and_says_so(scales: Any, ignored: bool, caplog: Any) -> None:
+    source, net = small_net(scales[0]), small_net(scales[1], bound=BOUND)
     randomize(net, 1)
-    before = values(net)
-    with pytest.warns(UserWarning, match=f"x{scales[1]} loads only the body of x{scales[0]} weights"):
-        net.load_state_dict(source.state_dict(), strict=False)
+    before, state = values(net), dict(source.state_dict())
+    for name, value in before.items() if ignored else ():  # as BasicSR and traiNNer-redux do it
+        if name in state and state[name].shape != value.shape:
+            state[f"{name}.ignore"] = state.pop(name)
+    net.load_state_dict(state, strict=False)
+    assert f"x{scales[1]} takes only the body of x{scales[0]} weights; its tail is new" in caplog.text
     for name, value in net.state_dict().items():
-        tail = name.startswith(("upsample.", "conv_last."))
-        assert torch.equal(value, before[name] if tail else source.state_dict()[name]), name
+        assert torch.equal(value, before[name] if name.startswith(TAIL) else source.state_dict()[name]), name
+    assert net.options["bound"] is None, "the body's"
 
 
-@pytest.mark.parametrize("wrapper", [torch.nn.DataParallel, torch.nn.Sequential])
-def test_strict_is_what_was_asked_for_inside_a_wrapper_too(wrapper: Any) -> None:
+@pytest.mark.parametrize("wrapper", [nn.DataParallel, nn.Sequential, torch.compile])
+def test_strict_is_what_was_asked_for_inside_a_wrapper_too(wrapper: Any, caplog: Any) -> None:
     source, wrapped = wrapper(small_net(2)), wrapper(randomize(small_net(4), 1))
     before = values(wrapped)
-    with pytest.raises(RuntimeError, match="x2 does not fit"):
+    with pytest.raises(RuntimeError, match="set strict_load_g: false"):
         wrapped.load_state_dict(source.state_dict())
     assert all(torch.equal(value, before[name]) for name, value in values(wrapped).items())
-    with pytest.warns(UserWarning, match="x4 loads only the body of x2 weights"):
-        wrapped.load_state_dict(source.state_dict(), strict=False)
+    assert not caplog.text, "nothing is announced that is then refused"
+    wrapped.load_state_dict(source.state_dict(), strict=False)
     assert any(not torch.equal(value, before[name]) for name, value in values(wrapped).items())
     state = source.state_dict()
     (gone,) = [name for name in state if name.endswith("conv_last.bias")]
@@ -209,90 +352,28 @@ def test_strict_is_what_was_asked_for_inside_a_wrapper_too(wrapper: Any) -> None
     assert source.load_state_dict(state, strict=False).missing_keys == [gone]
 
 
-def test_traiNNer_redux_finds_the_names_it_compares_after_map_state_dict() -> None:
+def test_traiNNer_redux_finds_the_names_it_compares_after_map_state_dict(caplog: Any) -> None:
+    def compare_names(net: AetherNet, state: Dict[str, Tensor], strict: bool) -> Dict[str, Tensor]:
+        return net.map_state_dict(state)  # it has a variable of this name, and passes it to load_state_dict
+
     net = small_net(2).float()
     other, state = AetherNet(**net.options), dict(net.fused().state_dict())
-    assert other.map_state_dict(state) is state
+    assert compare_names(other, state, True) is state
     assert state.keys() == other.state_dict().keys()
     body = dict(small_net(4).state_dict())
-    with pytest.warns(UserWarning, match="its tail is new"):
-        AetherNet(**net.options).map_state_dict(body)
-    assert not any(name.startswith(("upsample.", "conv_last.")) for name in body)
-    with pytest.raises(RuntimeError, match="x4 does not fit"):
-        AetherNet(**net.options).map_state_dict(dict(small_net(4).fused().state_dict()))
+    compare_names(AetherNet(**net.options), body, False)
+    assert "its tail is new" in caplog.text
+    assert not any(name.startswith(TAIL) for name in body)
+    caplog.clear()
+    for source in (small_net(4), small_net(4).fused()):
+        with pytest.raises(RuntimeError, match=r"x4 .*, the network AetherNet .* x2"):
+            compare_names(AetherNet(**net.options), dict(source.state_dict()), True)
+    with pytest.raises(RuntimeError, match="stays as it was"):  # only its few common tensors would be taken
+        compare_names(AetherNet(**net.options), dict(small_net(4).fused().state_dict()), False)
+    assert not caplog.text
 
 
-@pytest.mark.parametrize("lost", ["mean", "fusion.bias", "tail.weight"])
-def test_an_incomplete_file_of_another_form_leaves_the_network_as_it_was(lost: str) -> None:
-    net = small_net(2).float()
-    before, state = values(net), dict(net.fused().state_dict())
-    del state[lost]
-    for load in (net.map_state_dict, net.load_state_dict):
-        with pytest.raises(RuntimeError, match=f"stays as it was: .*missing: 1 \\({lost}\\)"):
-            load(dict(state))
-        assert type(net) is AetherNet
-        assert all(torch.equal(value, before[name]) for name, value in values(net).items())
-
-
-@pytest.mark.parametrize("batch", [False, True])
-def test_a_training_goes_on_with_the_kind_of_norm_that_its_checkpoint_had(batch: bool) -> None:
-    source = AetherNet(embed_dim=16, depths=(1,), norm="batch" if batch else "frozen").train()
-    source(torch.rand(2, 3, 8, 8))
-    for norm in (None, "frozen", "batch"):
-        net = AetherNet(embed_dim=16, depths=(1,), norm=norm)
-        net.load_state_dict(source.state_dict())
-        found = {module.batch for module in net.modules() if isinstance(module, DeploymentNorm)}
-        assert found == {norm == "batch" or (norm is None and batch)}
-
-
-def test_the_file_decides_whether_a_network_is_bounded() -> None:
-    sources = {bound: small_net(2, bound=bound) for bound in (None, BOUND)}
-    x = X.double()
-    for bound, source in sources.items():
-        for built in (None, BOUND, 4.0):
-            for form in (source, source.fused()):
-                net = small_net(2, bound=built)
-                net.map_state_dict(dict(form.state_dict()))  # as traiNNer-redux does first
-                assert net.state_dict().keys() == form.state_dict().keys()
-                net.load_state_dict(form.state_dict(), strict=True)
-                assert net.options["bound"] == bound
-                assert float((net.eval()(x) - source(x)).detach().abs().max()) <= 1e-9
-
-
-def test_loading_leaves_every_parameter_the_object_that_an_optimizer_holds() -> None:
-    forms: Tuple[Callable[..., Any], ...] = (lambda net: net, lambda net: net.fused())
-    for form in forms:
-        net = form(small_net(2, bound=4.0))
-        before = dict(net.named_parameters())
-        net.load_state_dict(form(small_net(2, bound=None)).state_dict(), strict=True)
-        after = dict(net.named_parameters())
-        assert list(before) == list(after)
-        assert all(after[name] is before[name] for name in after)
-
-
-def test_the_order_of_the_parameters_is_the_one_that_optimizer_states_were_saved_in() -> None:
-    names = [name for name, _ in small_net(2, depths=(1,)).named_parameters()]
-    block = [
-        "conv.lk_bias",
-        "conv.sk_bias",
-        "conv.lk_conv.weight",
-        "conv.sk_conv.weight",
-        "norm.weight",
-        "norm.bias",
-    ]
-    block += ["ffn.temperature"]
-    block += [f"ffn.conv_{part}.{kind}" for part in ("gate", "main", "out") for kind in ("weight", "bias")]
-    block += ["channel_attn.fc.0.weight", "channel_attn.fc.2.weight", "spatial_attn.conv.weight"]
-    rest = ["fusion_convs.0.weight", "fusion_convs.0.bias", "quant_fusion_layer.error_comp"]
-    rest += [
-        "quant_fusion_layer.fusion_conv.weight",
-        "quant_fusion_layer.fusion_conv.bias",
-        "norm.weight",
-        "norm.bias",
-    ]
-    layers = ("conv_after_body", "conv_before_upsample.0", "upsample.blocks.0", "conv_last")
-    rest += [f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")]
-    assert names == ["conv_first.weight", "conv_first.bias", *(f"stages.0.0.{name}" for name in block), *rest]
+# ------------------------------------------------------------------------------------------- a change of form
 
 
 def test_training_the_fused_form_is_said_once() -> None:
@@ -307,14 +388,38 @@ def test_training_the_fused_form_is_said_once() -> None:
         net.fused()(X)
 
 
-def test_forward_hooks_and_foreign_attributes_survive_a_change_of_form() -> None:
+def test_hooks_and_foreign_attributes_survive_a_change_of_form() -> None:
     net, seen = small_net(2).float(), []
     net.register_forward_hook(lambda module, inputs, output: seen.append(type(module)))
+    net.register_full_backward_hook(lambda module, before, after: seen.append("backward"))
     net.hyperparameters = {"scale": 2}
-    net.fuse_model()(X)
-    assert seen == [FusedAetherNet]
+    net.fuse_model()(X.requires_grad_()).sum().backward()
+    X.requires_grad_(False)
+    assert seen == [FusedAetherNet, "backward"]
     assert net.hyperparameters == {"scale": 2}
     assert not hasattr(copy.deepcopy(net), "placement")
+
+
+@pytest.mark.parametrize("change", ["fuse", "prepare_qat", "load"])
+def test_what_is_frozen_stays_frozen_in_another_form(change: str, caplog: Any) -> None:
+    net: Any = small_net(2).float()
+    net.stages.requires_grad_(False)
+    net.conv_first.bias.requires_grad_(False)
+    net.upsample.requires_grad_(False)  # conv_last, which it is merged with, is trained
+    fused = small_net(2).float().fused().state_dict()
+    {"fuse": net.fuse_model, "prepare_qat": net.prepare_qat, "load": lambda: net.load_state_dict(fused)}[
+        change
+    ]()
+    for name, value in net.named_parameters():
+        state = name.endswith((".range_sum", ".watched"))
+        assert value.requires_grad != (state or name == "head.bias" or name.startswith("stages.")), name
+    assert "merged with others, no longer frozen: tail.weight." in caplog.text
+    if change == "fuse":
+        net.load_state_dict(small_net(2).state_dict())
+        still = {name for name, value in net.named_parameters() if not value.requires_grad}
+        assert still == {name for name, _ in net.named_parameters() if name.startswith("stages.")} | {
+            "conv_first.bias"
+        }
 
 
 def test_a_form_leaves_nothing_of_its_own_behind() -> None:
@@ -322,94 +427,63 @@ def test_a_form_leaves_nothing_of_its_own_behind() -> None:
     net.norm.weight.data[0, 3] = 0.0
     net.fuse_model()
     assert net.keep_norm
-    net.prepare_qat(placement="full", calibration=[X])
-    assert (net.placement, net.is_int8) == ("full", False)
+    net.prepare_qat(calibration=[X])
+    assert (net.placement, net.is_int8) == ("default", False)
     net.load_state_dict(net.convert_to_quantized().state_dict())
     assert net.is_int8
     net.fuse_model()
     assert not hasattr(net, "placement")
     assert not hasattr(net, "is_int8")
-    state = small_net(2).state_dict()
-    net.load_state_dict(state)
+    assert all(value.requires_grad for value in net.parameters())
+    net.load_state_dict(small_net(2).state_dict())
     assert not hasattr(net, "keep_norm")
 
 
-@pytest.mark.parametrize("placement", aether_quant.PLACEMENTS)
-@pytest.mark.parametrize("wrapped", [False, True])
-def test_a_quantised_file_with_one_range_for_all_channels_loads_into_every_form(
-    placement: str, wrapped: bool
-) -> None:
-    source: Any = small_net(2).float().fused().prepare_qat(placement, [X])
-    widest = source.body_conv.quant_out.range_sum
-    widest.data.fill_(float(widest.max()))
-    state = {**source.state_dict(), "body_conv.quant_out.range_sum": widest[:1].clone()}
-    for net in (small_net(2).float(), small_net(2).float().fused(), small_net(2).float().prepare_qat()):
-        container = nn.Sequential(net)
-        if wrapped:
-            container.load_state_dict({f"0.{name}": value for name, value in state.items()})
-        else:
-            net.load_state_dict(dict(state))
-        assert type(net) is QuantAetherNet
-        torch.testing.assert_close(net.eval()(X), source.eval()(X))
+def test_arguments_of_the_other_forms_have_names() -> None:
+    with pytest.raises(TypeError):
+        FusedAetherNet(2)  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("call", ["aether_small(qat=True)", "aether_small().prepare_qat()", "load(int8)"])
-def test_without_aether_quant_one_line_names_the_file(call: str, tmp_path: Path) -> None:
+# -------------------------------------------------------------------------------------------- other files
+
+BESIDE = "aether_quant is missing: copy aether_quant.py beside {folder}/aether_arch.py."
+ALONE = {
+    "aether_small(qat=True)": BESIDE,
+    "aether_small().prepare_qat()": BESIDE,
+    "aether_small().load_state_dict(torch.load('int8.pth', weights_only=True))": BESIDE,
+    "aether_arch.export_onnx": "aethersr.onnx is missing: pip install . in AetherNet's folder.",
+}
+
+
+def test_alone_the_file_imports_no_other_package_and_names_what_it_is_asked_for(tmp_path: Path) -> None:
     (tmp_path / "aether_arch.py").write_bytes((ROOT / "archs" / "aether_arch.py").read_bytes())
     state = {"stages.0.0.reparam_conv.weight": X, "stages.0.0.reparam_conv.quant_out.range_sum": X}
     torch.save(state, tmp_path / "int8.pth")
-    code = f"""
-import torch
-from aether_arch import aether_small
-def load(name): aether_small().load_state_dict(torch.load("int8.pth", weights_only=True))
-int8 = "int8"
-try: {call}
-except ImportError as error: print(error)
-"""
-    run = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
-    )
-    assert (
-        run.stdout.strip()
-        == f"aether_quant is missing: copy aether_quant.py beside {tmp_path / 'aether_arch.py'}."
-    )
-
-
-def test_alone_the_file_imports_no_other_package_and_names_aethersr_where_it_is_asked_for(
-    tmp_path: Path,
-) -> None:
-    (tmp_path / "aether_arch.py").write_bytes((ROOT / "archs" / "aether_arch.py").read_bytes())
     code = """
-import sys, aether_arch
+import sys; sys.path.insert(0, '.')
+import aether_arch, torch; from aether_arch import aether_small
 names = {'basicsr', 'neosr', 'traiNNer', 'onnx', 'onnxruntime', 'safetensors', 'aethersr', 'aether_quant'}
 print(names & set(sys.modules))
-try: from aether_arch import export_onnx
-except ImportError as error: print(error)
 """
+    for call in ALONE:
+        code += f"try: {call}\nexcept ImportError as error: print(error)\n"
     run = subprocess.run(
-        [sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}){code}"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=True,
+        [sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
     )
-    lines = run.stdout.splitlines()
-    assert lines == ["set()", "aethersr.onnx is missing: pip install . in AetherNet's folder."]
+    expected = [text.format(folder=tmp_path) for text in ALONE.values()]
+    assert [line.replace("/./", "/") for line in run.stdout.splitlines()] == ["set()", *expected]
 
 
 def test_what_lives_in_another_file_is_found_under_its_name() -> None:
-    for name in ("QuantAetherNet", "Quantizer", "PLACEMENTS", "TARGETS"):
+    from aethersr.identify import aether_from_state_dict
+    from aethersr.onnx import export_onnx
+
+    for name in ("QuantAetherNet", "Quantizer"):
         assert getattr(aether_arch, name) is getattr(aether_quant, name)
     assert aether_arch.aether_from_state_dict is aether_from_state_dict
     assert aether_arch.export_onnx is export_onnx
     with pytest.raises(AttributeError, match="has no attribute 'aether_tiny'"):
         _ = aether_arch.aether_tiny
-
-
-def test_qat_may_name_what_is_quantised() -> None:
-    for qat, placement in ((True, "default"), ("full", "full")):
-        net = aether_small(scale=2, embed_dim=24, depths=(1,), qat=qat)
-        assert (type(net), net.placement) == (QuantAetherNet, placement)
 
 
 def test_a_quantised_network_is_refused_what_does_not_fit_and_stays_as_it_was() -> None:
@@ -418,4 +492,8 @@ def test_a_quantised_network_is_refused_what_does_not_fit_and_stays_as_it_was() 
     for state in (small_net(4).state_dict(), small_net(2).fused().state_dict()):
         with pytest.raises(RuntimeError, match="stays as it was"):
             net.load_state_dict(state)
-        assert_unchanged(net, QuantAetherNet, before)
+        assert_unchanged(net, QuantAetherNet, before, net.options["bound"])
+
+
+def test_messages_go_to_the_frameworks_own_log() -> None:
+    assert aether_arch.log is logging.getLogger("aether_arch")

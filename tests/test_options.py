@@ -1,4 +1,4 @@
-"""The option templates are current, complete, and what the networks and the frameworks' parsers take."""
+"""The option templates: what the generator writes, complete, and what each framework's own parser takes."""
 
 from __future__ import annotations
 
@@ -7,148 +7,160 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Dict, Set, Tuple
+from typing import Any, Dict, Iterator, List, Tuple
 
 import aether_arch
 import pytest
 import yaml
 from conftest import ROOT
 
+sys.path.insert(0, str(ROOT / "options"))
+import generate_options
+
 OPTIONS = ROOT / "options"
-YAML = sorted(OPTIONS.glob("basicsr/*/AetherNet/*.yml"))
-REDUX = sorted(OPTIONS.glob("traiNNer-redux/*/AetherNet/*.yml"))
-TOML = sorted(OPTIONS.glob("neosr/*.toml"))
-ALL = [*YAML, *REDUX, *TOML]
-ON_THE_FLY = [path for path in (*YAML, *REDUX) if "otf" in path.stem.lower()]
-FINE_TUNING = [path for path in ALL if path.stem.endswith(("gan", "qat"))]
-BUILT: Set[Tuple[Any, int, str]] = set()
+TEMPLATES = sorted(OPTIONS / path for path in generate_options.templates())
 STAGES = ("fidelity", "gan", "otf_fidelity", "otf_gan", "qat")
+# What YAML would read as text if it were written 5e-4, without a point.
 NUMBERS = ("lr", "weight_decay", "total_iter", "loss_weight", "ema_decay", "ema", "val_freq", "eta_min_ratio")
+
+
+def of(framework: str, *parts: str) -> List[Path]:
+    """The templates of a framework whose path holds every one of ``parts``."""
+    found = [path for path in TEMPLATES if path.relative_to(OPTIONS).parts[0] == framework]
+    return [path for path in found if all(part in path.as_posix().lower() for part in parts)]
 
 
 def read(path: Path) -> Dict[str, Any]:
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".toml":
         return pytest.importorskip("tomllib", reason="reading TOML needs Python 3.11").loads(text)
-    return yaml.safe_load(text)
+    return yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # type: ignore[no-any-return]
 
 
-def name_of(path: Path) -> str:
-    return path.relative_to(OPTIONS).as_posix()
-
-
-def generate(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(folder / "generate_options.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True)
+def numbers(value: Any, name: str = "") -> Iterator[Tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from numbers(inner, str(key))
+    elif name in NUMBERS:
+        yield name, value
 
 
 @pytest.fixture
-def copied(tmp_path: Path) -> Path:
-    """A folder of our own with the generator, its skeletons and values, and every template."""
-    return Path(shutil.copytree(OPTIONS, tmp_path / "options"))
+def copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of our own with everything in options/, which the generator then works on."""
+    folder = Path(shutil.copytree(OPTIONS, tmp_path / "options"))
+    monkeypatch.setattr(generate_options, "HERE", folder)
+    return folder
 
 
-def test_every_template_on_disk_is_what_the_generator_writes() -> None:
-    done = generate(OPTIONS, "--check")
-    assert done.returncode == 0, done.stderr
+def generate(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["generate_options.py", *arguments])
+    return generate_options.main()
+
+
+def test_every_template_on_disk_is_what_the_generator_writes(monkeypatch: Any) -> None:
+    assert generate(monkeypatch, "--check") == 0
 
 
 @pytest.mark.parametrize("damage", ["edited", "deleted", "added", "a skeleton edited"])
-def test_check_names_the_file_that_is_not_current_and_changes_nothing(copied: Path, damage: str) -> None:
-    path = copied / "neosr" / "test_aether_small_x2.toml"
-    if damage == "edited":
-        path.write_text(path.read_text(encoding="utf-8").replace("scale", "scales"), encoding="utf-8")
-    elif damage == "deleted":
+def test_check_names_what_is_not_current_and_the_generator_mends_it(
+    copied: Path, damage: str, monkeypatch: Any, capsys: Any
+) -> None:
+    path = copied / "neosr" / ("my_own.toml" if damage == "added" else "test_aether_small_x2.toml")
+    wanted = b"# mine\n" if damage == "added" else path.read_bytes()
+    if damage == "deleted":
         path.unlink()
-    elif damage == "added":
-        path = path.with_name("my_own.toml")
-        path.write_text("", encoding="utf-8")
+    elif damage == "a skeleton edited":
+        with (copied / "skeletons/neosr/test.toml").open("a", encoding="utf-8") as file:
+            file.write("# more\n")
+        wanted += b"# more\n"
     else:
-        skeleton = copied / "skeletons" / "neosr" / "test.toml"
-        skeleton.write_text(skeleton.read_text(encoding="utf-8") + "# more\n", encoding="utf-8")
+        path.write_text("# mine\n", encoding="utf-8")
     before = {file: file.read_bytes() for file in copied.rglob("*") if file.is_file()}
-    done = generate(copied, "--check")
-    assert done.returncode == 1
-    assert f"options/neosr/{path.name}" in done.stderr
+    assert generate(monkeypatch, "--check") == 1
+    assert f"options/neosr/{path.name}" in capsys.readouterr().err
     assert {file: file.read_bytes() for file in copied.rglob("*") if file.is_file()} == before
+    assert generate(monkeypatch) == 0
+    assert path.read_bytes() == wanted
 
 
-def test_the_generator_restores_a_template_and_leaves_a_file_that_is_not_its_own(copied: Path) -> None:
-    template, own = copied / "neosr" / "test_aether_small_x2.toml", copied / "neosr" / "my_own.toml"
-    text = template.read_bytes()
-    template.write_bytes(b"")
-    own.write_bytes(b"mine")
-    done = generate(copied)
-    assert done.returncode == 0, done.stderr
-    assert template.read_bytes() == text
-    assert own.read_bytes() == b"mine"
+@pytest.mark.parametrize("framework", ["traiNNer-redux", "neosr", "basicsr"])
+def test_there_is_a_training_template_for_every_size_scale_and_stage(framework: str) -> None:
+    # No framework degrades pictures on the fly at x3.
+    wanted = {
+        f"{size}_x{scale}_{stage}"
+        for size in ("small", "medium", "large")
+        for scale in (2, 3, 4)
+        for stage in STAGES
+        if scale != 3 or "otf" not in stage
+    }
+    if framework == "traiNNer-redux":
+        wanted |= {"small_x2_cpu", "small_x2_cpu_finetune"}
+    found = {
+        path.stem.lower().split("aether_")[-1].split("aethernet_")[-1] for path in of(framework, "train")
+    }
+    found = {name for name in found if name.count("_") > 1}
+    assert found == wanted
 
 
-def test_there_is_a_training_template_for_every_framework_size_scale_and_stage() -> None:
-    for files, folder in ((YAML, "basicsr"), (REDUX, "traiNNer-redux"), (TOML, "neosr")):
-        names = {path.stem.lower() for path in files if "train" in path.as_posix().split(folder, 1)[1]}
-        sizes, scales = ("small", "medium", "large"), (2, 3, 4)
-        wanted = [(size, scale, stage) for size in sizes for scale in scales for stage in STAGES]
-        # No framework degrades pictures on the fly at x3.
-        wanted = [(size, scale, stage) for size, scale, stage in wanted if scale != 3 or "otf" not in stage]
-        ends = ["_{}_x{}_{}".format(*one) for one in wanted]
-        missing = [end for end in ends if not any(name.endswith(end) for name in names)]
-        assert not missing, f"{folder} has no template for {missing}"
-        assert len(names) == len(wanted)
+def test_the_templates_agree_with_the_networks_and_with_each_other() -> None:
+    built = set()
+    for path in TEMPLATES:
+        options = read(path)
+        network = dict(options["network_g"])
+        variant = network.pop("type")
+        assert network.pop("scale", options["scale"]) == options["scale"], f"{path}: two scales"
+        assert f"{variant.split('_')[1]}_x{options['scale']}" in path.stem, path
+        assert network.get("qat", True) is True, path
+        if (variant, options["scale"], str(network)) not in built:  # many templates ask for the same
+            depths = [1] * (5 if "large" in variant else 4)
+            getattr(aether_arch, variant)(
+                **network, scale=options["scale"], embed_dim=4 * len(depths), depths=depths
+            )
+            built.add((variant, options["scale"], str(network)))
+        for name, value in numbers(options):
+            assert isinstance(value, (int, float)), f"{path}: {name}: {value!r}"
+        if options.get("queue_size"):
+            assert options["queue_size"] % options["datasets"]["train"]["batch_size_per_gpu"] == 0, path
+        parent = path.stem.replace("_gan", "_fidelity").replace("_qat", "_fidelity")
+        if parent != path.stem:
+            pretrained = Path(options["path"]["pretrain_network_g"])
+            name = read(path.with_name(parent + path.suffix))["name"]
+            assert pretrained.parts[:2] == ("experiments", name), path
 
 
-@pytest.mark.parametrize("path", ALL, ids=name_of)
-def test_the_network_of_a_template_is_one_that_this_file_builds(path: Path) -> None:
-    options = read(path)
-    network = dict(options["network_g"])
-    variant = getattr(aether_arch, network.pop("type"))
-    assert network.pop("scale", options["scale"]) == options["scale"], "two scales in one template"
-    assert f"_x{options['scale']}" in path.stem
-    assert variant.__name__.split("_")[1] in path.stem
-    if (variant, options["scale"], str(network)) not in BUILT:  # many templates ask for the same
-        stages = 5 if "large" in path.stem else 4
-        variant(**network, scale=options["scale"], embed_dim=4 * stages, depths=[1] * stages)
-        BUILT.add((variant, options["scale"], str(network)))
+def test_templates_say_adamw_and_in_a_comment_soap32_where_it_was_measured_besides() -> None:
+    for path in of("traiNNer-redux", "train/"):
+        optimizer = read(path)["train"]["optim_g"]
+        if "_cpu" in path.stem:  # the launcher brings SOAP32, which a training on a GPU may not have
+            assert optimizer["type"] == "SOAP32", path
+            continue
+        assert (optimizer["type"], optimizer["betas"]) == ("AdamW", [0.9, 0.99]), path
+        section = path.read_text(encoding="utf-8").split("optim_g:\n")[1].split("\n\n")[0]
+        lines = [line.strip("# ") for line in section.splitlines()]
+        if "fidelity" in path.stem:
+            soap = yaml.safe_load("\n".join(lines[lines.index("type: SOAP32") :]))
+            assert soap == {"type": "SOAP32", "lr": 2 * optimizer["lr"], "betas": [0.95, 0.95]}, path
 
 
-@pytest.mark.parametrize("path", ALL, ids=name_of)
-def test_every_number_of_a_template_is_a_number(path: Path) -> None:
-    def numbers(value: object, name: str) -> None:
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                numbers(inner, str(key))
-        elif name in NUMBERS:
-            assert isinstance(value, (int, float)), f"{name}: {value!r}"  # YAML reads a bare 5e-4 as text
-
-    numbers(read(path), "")
-
-
-@pytest.mark.parametrize("path", ON_THE_FLY, ids=name_of)
-def test_the_batch_divides_the_queue_of_pictures_degraded_on_the_fly(path: Path) -> None:
-    options = read(path)
-    assert options["queue_size"] % options["datasets"]["train"]["batch_size_per_gpu"] == 0
-
-
-@pytest.mark.parametrize("path", FINE_TUNING, ids=name_of)
-def test_a_fine_tuning_starts_from_the_result_of_another_template_of_its_size_and_scale(path: Path) -> None:
-    parent = path.with_name(path.name.replace("otf_gan", "otf_fidelity").replace("OTF_gan", "OTF_fidelity"))
-    if parent == path:
-        parent = path.with_name(path.name.replace("gan", "fidelity").replace("qat", "fidelity"))
-    pretrained = Path(read(path)["path"]["pretrain_network_g"])
-    assert pretrained.parts[:2] == ("experiments", read(parent)["name"])
-
-
-def test_trainner_redux_parses_every_template_strictly() -> None:
-    root = os.environ.get("TRAINNER_REDUX_ROOT")
-    if not root:
-        pytest.skip("traiNNer-redux has no package: set TRAINNER_REDUX_ROOT to a checkout to use its parser")
+@pytest.mark.parametrize("framework", ["traiNNer-redux", "basicsr"])
+def test_the_frameworks_own_parser_takes_every_template(framework: str) -> None:
+    """neosr's is tomllib, with which ``read`` has read its templates."""
+    root, python, register = None, sys.executable, "cpu.register_aether()"
+    if framework == "traiNNer-redux":
+        root = os.environ.get("TRAINNER_REDUX_ROOT")
+        python, register = os.environ.get("TRAINNER_REDUX_PYTHON", python), "cpu.import_torchvision()"
+        if root is None:
+            pytest.skip("traiNNer-redux has no package: set TRAINNER_REDUX_ROOT to a checkout")
+    package = "traiNNer" if root else "basicsr"
     program = (
-        "import sys; sys.path[:0] = sys.argv[1:3]; import cpu; cpu.import_torchvision()\n"
-        "from traiNNer.utils.options import yaml_load\n"
-        "for path in sys.argv[3:]: yaml_load(path)\n"
-        "print(len(sys.argv) - 3, 'templates')"
+        "import sys; paths = sys.stdin.read().split('\\n')\n"
+        f"sys.path[:0] = {[str(ROOT / 'tests' / 'launchers'), root or str(ROOT)]}\n"
+        f"import cpu; {register}\n"
+        f"from {package}.utils.options import yaml_load\n"
+        "for path in paths: yaml_load(path)\n"
+        "print(len(paths), 'templates')"
     )
-    python = os.environ.get("TRAINNER_REDUX_PYTHON", sys.executable)
-    command = [python, "-c", program, str(ROOT / "tests" / "launchers"), root, *map(str, REDUX)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=root)
-    assert f"{len(REDUX)} templates" in done.stdout, done.stderr[-2000:]
+    text = "\n".join(map(str, of(framework)))
+    done = subprocess.run([python, "-c", program], input=text, capture_output=True, text=True, cwd=root)
+    assert f"{len(of(framework))} templates" in done.stdout, done.stderr[-2000:]

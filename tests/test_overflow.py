@@ -6,11 +6,14 @@ import copy
 from pathlib import Path
 from typing import Any, List
 
+import numpy as np
 import pytest
 import torch
 from aether_arch import AetherNet
 from aether_quant import QuantAetherNet
 from conftest import small_net
+from frameworks import DELETED, TINY, framework_named, load
+from PIL import Image
 from torch import Tensor, nn
 
 SCALE = 65536.0
@@ -108,3 +111,46 @@ def test_ranges_of_a_quantised_network_skip_what_is_not_finite_and_the_output_sh
     x[0, 0, 0, 0] = float("inf")
     assert not bool(net(x).isfinite().all())
     assert all(bool(each.largest.isfinite().all()) for each in net.quantizers().values())
+
+
+BREAKS_LATE = """
+import torch
+from torch import nn
+from basicsr.utils.registry import LOSS_REGISTRY
+
+@LOSS_REGISTRY.register()
+class BreaksLate(nn.Module):
+    calls = 0
+
+    def forward(self, output, target, weight=None):
+        self.calls += 1
+        return (output - target).abs().mean() * (float("nan") if self.calls > 5 else 1.0)
+"""
+
+
+def test_basicsr_trains_on_through_a_nan_and_its_last_finite_checkpoint_survives(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for kind, side in (("hr", 48), ("lr", 24), ("val_hr", 48), ("val_lr", 24)):
+        (tmp_path / kind).mkdir()
+        noise = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
+        Image.fromarray(noise).save(tmp_path / kind / "0.png")
+    framework = framework_named("BasicSR", tmp_path)
+    (framework.root / "basicsr" / "losses" / "breaks_late_loss.py").write_text(BREAKS_LATE, encoding="utf-8")
+    options = framework.unedited(
+        "late", framework.template_text(), tmp_path, 1, 24, 2, 8, network_g=TINY,
+        train={"pixel_opt": {"type": "BreaksLate", "loss_weight": DELETED, "reduction": DELETED}},
+        val=None, logger={"save_checkpoint_freq": 4},
+    )  # fmt: skip
+    framework.run(options)
+    finite = {
+        name: all(bool(value.isfinite().all()) for value in load(framework.weights("late", name)).values())
+        for name in (4, 8, "latest")
+    }
+    assert finite == {4: True, 8: False, "latest": False}
+    from aethersr.commands.fuse import main
+
+    target = tmp_path / "out.safetensors"
+    assert main(["--model_path", str(framework.weights("late")), "--output_path", str(target)]) == 2
+    assert "training has diverged, so pass an earlier checkpoint" in capsys.readouterr().err
+    assert not target.exists()

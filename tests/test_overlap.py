@@ -64,13 +64,12 @@ def test_a_repeated_pattern_that_looks_like_one_place_does_not_count(folders: tu
     assert overlap.main([str(cuts), str(tests)]) == 0
 
 
-def test_a_folder_that_is_missing_and_pictures_without_details_end_with_one_line(
-    folders: tuple[Path, Path], tmp_path: Path, capsys: Any
+@pytest.mark.parametrize(("name", "words"), [("none", "does not exist"), ("flat", "pictures with details")])
+def test_a_folder_without_pictures_or_details_ends_in_one_line(
+    name: str, words: str, folders: tuple[Path, Path], capsys: Any
 ) -> None:
     cuts, _ = folders
-    assert overlap.main([str(cuts), str(tmp_path / "none")]) == 2
-    assert "does not exist" in capsys.readouterr().err
-    (tmp_path / "flat").mkdir()
-    Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(tmp_path / "flat" / "black.png")
-    assert overlap.main([str(cuts), str(tmp_path / "flat")]) == 2
-    assert "no pictures with details" in capsys.readouterr().err
+    (cuts / "flat").mkdir()
+    Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(cuts / "flat" / "black.png")
+    assert overlap.main([str(cuts), str(cuts / name)]) == 2
+    assert words in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import os
 import re
@@ -27,12 +28,15 @@ SITE = Path(torch.__file__).parents[1]  # where the packages of the test run are
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy, since building writes into the source folder."""
+    """Built from a copy in which an older build left a file that the tree no longer has."""
     folder = tmp_path_factory.mktemp("wheel")
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "fuse_aether.py", "upscale.py"):
         shutil.copy(ROOT / name, folder)
     for name in ("archs", "aethersr"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    stale = folder / "build" / "lib" / "aethersr" / "renamed.py"
+    stale.parent.mkdir(parents=True)
+    stale.touch()
     pip("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder / "dist"), str(folder))
     (found,) = (folder / "dist").glob("*.whl")
     return found
@@ -107,11 +111,43 @@ def test_the_wheel_holds_the_network_the_tools_and_nothing_else(wheel: Path) -> 
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
         (metadata,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
-        told = archive.read(metadata).decode()
+        told = archive.read(metadata).decode().splitlines()
     tools = {path.relative_to(ROOT).as_posix() for path in (ROOT / "aethersr").rglob("*.py")}
-    assert names == {"aether_arch.py", "aether_quant.py", *tools}
+    assert names == {"aether_arch.py", "aether_quant.py", "aethersr/py.typed", *tools}
     for line in (f"Version: {aether_arch.__version__}", "Requires-Python: >=3.8", "License: MIT"):
-        assert line in told.splitlines()
+        assert line in told
+    needed = [line for line in told if line.startswith("Requires-Dist: ")]
+    assert [line for line in needed if "extra ==" not in line] == [
+        "Requires-Dist: safetensors",
+        "Requires-Dist: torch>=1.13",
+    ]
+    assert not [line for line in needed if "torchvision" in line], (
+        "of spandrel alone, which asks for it itself"
+    )
+
+
+def test_the_version_stands_in_one_place() -> None:
+    pattern = re.compile(rf"['\"]{re.escape(aether_arch.__version__)}['\"]")
+    code = [*ROOT.glob("*.py"), *ROOT.glob("*.toml"), *(ROOT / "archs").glob("*.py")]
+    code += (ROOT / "aethersr").rglob("*.py")
+    assert [path.name for path in code if pattern.search(path.read_text(encoding="utf-8"))] == [
+        "aether_arch.py"
+    ]
+
+
+def test_what_runs_on_python_3_8_has_its_syntax() -> None:
+    for path in [*ROOT.glob("*.py"), *(ROOT / "archs").glob("*.py"), *(ROOT / "aethersr").rglob("*.py")]:
+        ast.parse(path.read_text(encoding="utf-8"), str(path), feature_version=(3, 8))
+    with pytest.raises(SyntaxError):
+        ast.parse("match x:\n    case 1: pass", feature_version=(3, 8))
+
+
+def test_the_commands_of_the_makefile_name_files_that_are_there() -> None:
+    text = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for name in re.findall(r"[\w/.-]+\.(?:py|lock|txt)\b", text):
+        assert (ROOT / name).is_file() or "%" in name, name
+    for name in re.search(r"^FAST := (.*)$", text, re.MULTILINE)[1].split():  # type: ignore[index]
+        assert list((ROOT / "tests").glob(f"test_{name}.py")), name
 
 
 def test_beside_pytorch_alone_a_checkpoint_is_fused(bare: Path, checkpoint: Path) -> None:
@@ -121,6 +157,15 @@ def test_beside_pytorch_alone_a_checkpoint_is_fused(bare: Path, checkpoint: Path
     assert succeeds(bare / "python", "-c", code, cwd=checkpoint.parent).strip() == aether_arch.__version__
     state = torch.load(checkpoint.parent / "out.pth", weights_only=True)
     assert "head.weight" in state
+
+
+def test_beside_pytorch_alone_the_speed_is_measured(bare: Path, tmp_path: Path) -> None:
+    words = ["--quick", "--cases", "sizes", "training", "--sizes", "aether_small", "--scales", "2"]
+    printed = succeeds(
+        bare / "python", ROOT / "benchmarks" / "speed.py", *words, cwd=tmp_path, OMP_NUM_THREADS="1"
+    )
+    assert "| aether_small x2, 8x8, PyTorch | fused |" in printed
+    assert "| aether_small x2, 8x8, ONNX Runtime | fused | - | - | not possible here: " in printed
 
 
 @pytest.mark.parametrize(
@@ -168,12 +213,3 @@ def test_the_usage_that_was_first_published_runs_once_installed(full: Path, tmp_
         "aether_medium_x4_fused.pth",
         *(f"aether_x4_{kind}.onnx" for kind in ("fp32", "fp16", "int8")),
     }
-
-
-def test_it_runs_from_the_root_of_a_checkout_too(tmp_path: Path) -> None:
-    for name in ("archs", "aethersr"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    code = "\n".join(BLOCKS[:3] + ["from aether_arch import export_onnx", "model.fuse_model()"])
-    code += "\nexport_onnx(model, scale=4, precision='fp32')"
-    succeeds(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH="archs", OMP_NUM_THREADS="1")
-    assert (tmp_path / "aether_x4_fp32.onnx").is_file()

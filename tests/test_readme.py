@@ -1,11 +1,13 @@
-"""What the pages say is so: their Python runs, their links lead somewhere, their scripts are there."""
+"""What the pages say is so: their Python runs, their links lead somewhere, README's commands run as typed."""
 
 from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,9 @@ PAGES = {
 }
 BLOCKS = {name: re.findall(r"```python\n(.*?)```", text, re.DOTALL) for name, text in PAGES.items()}
 LINK = re.compile(r"\]\(([^)\s]+)\)|(?:src|href)=\"([^\"]+)\"")
+OURS = re.compile(
+    r"\b((?:(?:options|training|benchmarks|demo|tests|docs)/\w+|(?<!/)fuse_aether|(?<!/)upscale)\.py)\b"
+)
 
 
 def run(command: list[str], folder: Path) -> str:
@@ -30,15 +35,13 @@ def run(command: list[str], folder: Path) -> str:
 
 # test_runtimes.py runs those of docs/runtimes.md, which need the runtimes.
 @pytest.mark.parametrize("page", [name for name in BLOCKS if BLOCKS[name] and name != "docs/runtimes.md"])
-def test_the_python_of_a_page_runs_from_top_to_bottom(page: str, tmp_path: Path) -> None:
+def test_the_python_of_a_page_runs_and_prints_what_the_page_says(page: str, tmp_path: Path) -> None:
     code = "\n".join(BLOCKS[page])
     output = run([sys.executable, "-c", code], tmp_path)
     for expected in re.findall(r"# Expected output shape: (.*)", code):
         assert expected in output
-
-
-def test_the_readme_shows_how_to_use_it_in_python() -> None:
-    assert BLOCKS["README.md"]
+    for row in output.splitlines():
+        assert row in PAGES[page] or not row.startswith("|"), row
 
 
 def anchors(text: str) -> set[str]:
@@ -48,7 +51,7 @@ def anchors(text: str) -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_every_local_link_leads_to_a_file_and_a_heading(page: str) -> None:
+def test_every_local_link_leads_to_a_file_and_a_heading_and_every_script_is_there(page: str) -> None:
     for pair in LINK.findall(re.sub(r"```.*?```", "", PAGES[page], flags=re.DOTALL)):
         link = "".join(pair)
         if re.match(r"[a-z]+:", link):
@@ -57,6 +60,9 @@ def test_every_local_link_leads_to_a_file_and_a_heading(page: str) -> None:
         target = (ROOT / page).parent / name if name else ROOT / page
         assert target.exists(), link
         assert not heading or heading in anchors(target.read_text(encoding="utf-8")), link
+    scripts = OURS.findall(PAGES[page]) if page != "CHANGELOG.md" else []  # it names scripts that are gone
+    for name in set(scripts):
+        assert (ROOT / name).is_file(), name
 
 
 def test_the_table_of_parameters_is_what_the_command_prints(tmp_path: Path) -> None:
@@ -67,17 +73,45 @@ def test_the_table_of_parameters_is_what_the_command_prints(tmp_path: Path) -> N
         assert found, f"no page has {line}"
 
 
-OURS = re.compile(
-    r"\b((?:(?:options|training|benchmarks|demo|tests|docs)/\w+|(?<!/)fuse_aether|(?<!/)upscale)\.py)\b"
-)
-
-
-# The changelog names scripts that are gone, docs/upstream.md those of other projects.
-@pytest.mark.parametrize("page", [page for page in PAGES if page not in ("CHANGELOG.md", "docs/upstream.md")])
-def test_every_script_that_a_page_names_is_there(page: str) -> None:
-    for name in set(OURS.findall(PAGES[page])):
-        assert (ROOT / name).is_file(), name
-
-
-def test_the_readme_is_read_in_minutes() -> None:
+def test_the_readme_is_read_in_minutes_and_shows_python() -> None:
     assert len(PAGES["README.md"].splitlines()) <= 150
+    assert BLOCKS["README.md"]
+
+
+@pytest.mark.slow
+def test_every_command_of_the_readme_runs_as_typed_on_a_fresh_clone(tmp_path: Path) -> None:
+    """In an empty environment that sees the packages of this one, such as PyTorch. Needs PyPI and POSIX."""
+    clone, venv = tmp_path / "clone", tmp_path / "venv"
+    subprocess.run(["git", "clone", "-q", ROOT, clone], check=True)
+    subprocess.run([sys.executable, "-m", "venv", venv], check=True)
+    (site,) = venv.glob("lib/python*/site-packages")
+    (site / "this.pth").write_text(sysconfig.get_path("purelib"))
+    (clone / ".venv").symlink_to(sys.prefix)
+    path = os.pathsep.join([str(venv / "bin"), os.environ["PATH"]])
+    # make finds its environment set up.
+    environment = {**os.environ, "PATH": path, "MAKEFLAGS": "--old-file=.venv/.installed"}
+    readme = PAGES["README.md"]
+    commands = [
+        line for block in re.findall(r"```sh\n(.*?)```", readme, re.DOTALL) for line in block.splitlines()
+    ]
+    commands += re.findall(r"`((?:make|python (?:tests|docs)/)[^`]*)`", readme)
+    assert len(commands) >= 12
+    for command in commands:
+        if command == "make test":
+            continue
+        process = subprocess.Popen(
+            ["bash", "-c", f"exec {command}"],
+            cwd=clone,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        said = ""
+        for line in process.stdout or ():
+            said += line
+            if line.startswith("Open http://"):  # make web: until Ctrl-C
+                os.killpg(process.pid, signal.SIGINT)
+        assert process.wait() == 0 or "serve_web.py: ended." in said, f"{command}\n{said[-3000:]}"
+        print(command, said, sep="\n")

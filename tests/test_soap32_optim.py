@@ -57,21 +57,31 @@ def test_the_step_is_that_of_soap_without_autocast(registry: Registry) -> None:
 
 
 def test_a_training_goes_on_from_its_saved_state(registry: Registry) -> None:
-    net = nn.Conv2d(4, 6, 3)
-    optimizer = registry["SOAP32"](net.parameters(), **OPTIONS)
-    pictures = [torch.rand(2, 4, 8, 8) for _ in range(STEPS)]
-
-    def train(net: nn.Module, optimizer: Any, pictures: list[torch.Tensor]) -> None:
-        for picture in pictures:
-            optimizer.zero_grad()
+    first, second = nn.Conv2d(4, 6, 3), nn.Conv2d(4, 6, 3)
+    optimizer, resumed = (registry["SOAP32"](net.parameters(), **OPTIONS) for net in (first, second))
+    for step in range(STEPS):
+        if step == 13:
+            second.load_state_dict(first.state_dict())
+            resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # as from a file
+        picture = torch.rand(2, 4, 8, 8)
+        for net, its in ((first, optimizer), (second, resumed))[: 1 if step < 13 else 2]:
+            its.zero_grad()
             net(picture).square().mean().backward()
-            optimizer.step()
+            its.step()
+    assert torch.allclose(first.weight, second.weight, rtol=0, atol=1e-6)
 
-    train(net, optimizer, pictures[:13])
-    other = nn.Conv2d(4, 6, 3)
-    other.load_state_dict(net.state_dict())
-    resumed = registry["SOAP32"](other.parameters(), **OPTIONS)
-    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # as from a file
-    train(net, optimizer, pictures[13:])
-    train(other, resumed, pictures[13:])
-    assert torch.allclose(net.weight, other.weight, rtol=0, atol=1e-6)
+
+@pytest.mark.parametrize(
+    ("began", "name"), [(torch.optim.AdamW, "Adam or AdamW"), (torch.optim.SGD, "another optimizer")]
+)
+def test_the_state_of_another_optimizer_is_refused_by_name_with_the_way_on(
+    registry: Registry, began: Any, name: str
+) -> None:
+    net = nn.Conv2d(4, 6, 3)
+    other, optimizer = began(net.parameters(), lr=1e-3), registry["SOAP32"](net.parameters(), **OPTIONS)
+    net(torch.rand(2, 4, 8, 8)).sum().backward()
+    other.step()
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(RuntimeError, match=f"began with {name}, .* says SOAP32: .*pretrain_network_g"):
+        optimizer.load_state_dict(other.state_dict())
+    assert optimizer.state_dict() == before

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, List, Tuple
 
 import pytest
-from test_onnx_int8 import float_net, quantised
+from conftest import small_net
+from test_onnx_int8 import quantised
 
 from aethersr.onnx import export_onnx
 
@@ -57,30 +58,29 @@ def integer_convolutions(network: Any) -> int:
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("attention", [False, True])
 def test_it_builds_the_float_files(precision: str, attention: bool, tmp_path: Path) -> None:
-    net = float_net(use_channel_attn=attention, use_spatial_attn=attention, bound=1.0)
+    net = small_net(use_channel_attn=attention, use_spatial_attn=attention, bound=1.0).float()
     path = export_onnx(net.fused(), 2, precision, str(tmp_path / "net.onnx"))
     _, errors, engine = build(path, *ANY_SIZE)
     assert engine is not None, errors
 
 
-@pytest.mark.parametrize(("placement", "others"), [("default", 1), ("full", 4)])
-def test_it_builds_the_integer_files(placement: str, others: int, tmp_path: Path) -> None:
-    path = export_onnx(quantised(placement, bound=1.0), 2, "int8", str(tmp_path / "net.onnx"), "tensorrt")
+def test_it_builds_the_integer_files(tmp_path: Path) -> None:
+    path = export_onnx(quantised(bound=1.0), 2, "int8", str(tmp_path / "net.onnx"), "tensorrt")
     network, errors, engine = build(path, *ANY_SIZE)
     assert engine is not None, errors
-    # Gate, main and out of three blocks; body_conv; in full the fusion and the 8-bit part of the last two.
-    assert integer_convolutions(network) == 3 * 3 + others
+    assert integer_convolutions(network) == 3 * 3 + 1  # gate, main and out of three blocks; body_conv
 
 
 def test_it_builds_a_file_of_one_size(tmp_path: Path) -> None:
-    path = export_onnx(float_net().fused(), 2, "fp16", str(tmp_path / "net.onnx"), static=(3, 32, 48))
+    net = small_net().float().fused()
+    path = export_onnx(net, 2, "fp16", str(tmp_path / "net.onnx"), static=(3, 32, 48))
     _, errors, engine = build(path)
     assert engine is not None, errors
 
 
 def test_it_refuses_the_flavour_of_onnx_runtime(tmp_path: Path) -> None:
     """That is why there is --target tensorrt. Were this file taken, the tests above would prove little."""
-    path = export_onnx(quantised("default"), 2, "int8", str(tmp_path / "net.onnx"), "onnxruntime")
+    path = export_onnx(quantised(), 2, "int8", str(tmp_path / "net.onnx"), "onnxruntime")
     _, errors, engine = build(path, *ANY_SIZE)
     assert engine is None
     assert any("zero point" in error for error in errors)

@@ -40,9 +40,10 @@ def test_candidates_take_turns_in_an_order_that_changes() -> None:
     assert found.times == {"a": [1000] * 4, "b": [2000] * 4}
 
 
-def test_the_warm_up_is_not_counted() -> None:
-    found = measured(Clock(), {"a": [50, 50, 1]}, warmup=2, rounds=3, seconds=100)
-    assert found.times == {"a": [1000] * 3}
+def test_the_warm_up_is_not_counted_and_the_middle_of_the_rounds_is_the_time() -> None:
+    found = measured(Clock(), {"a": [50, 50, 1, 1, 9]}, warmup=2, rounds=3, seconds=100)
+    assert found.times == {"a": [1000, 1000, 9000]}
+    assert found.median("a") == 1000
 
 
 def test_what_waits_in_a_queue_counts() -> None:
@@ -64,8 +65,6 @@ def test_it_stops_when_the_time_is_up_but_not_before_three_rounds() -> None:
 
 
 def test_a_drift_of_the_machine_cancels_in_the_ratio() -> None:
-    """Each round twice as slow as the one before: the medians say nothing, the ratio inside a round
-    everything."""
     slow, fast = [2.0**k for k in range(9)], [2.0**k / 1.5 for k in range(9)]
     ratio = Comparison({"slow": slow, "fast": fast}).ratio("slow", "fast")
     assert ratio.value == pytest.approx(1.5)
@@ -73,23 +72,12 @@ def test_a_drift_of_the_machine_cancels_in_the_ratio() -> None:
     assert ratio.words("times as fast") == "1.50 times as fast (1.50 to 1.50)"
 
 
-def test_medians_and_spread_are_the_middle_of_what_was_measured() -> None:
-    found = Comparison({"a": [5.0, 1.0, 3.0, 4.0, 2.0, 100.0, 3.0]})
-    assert found.median("a") == 3.0
-    assert found.spread("a") == (2.5, 4.5)
-
-
 @pytest.mark.parametrize(
     ("ratios", "measurable"),
     [
         ([1.5, 1.5, 1.5, 1.5], True),
-        ([1.0, 1.0, 1.0], False),
-        ([0.93, 1.09, 1.23], False),  # one file, three runs of an older release
-        ([1.45, 1.5, 1.55, 1.6], True),
         ([1.1, 1.5, 2.9], False),  # on one side, but the spread is as large as the effect
-        ([0.6, 0.61, 0.62], True),
         ([1.05, 1.051, 1.052], True),  # a small effect that is sure
-        ([1.5], True),
     ],
 )
 def test_an_effect_is_claimed_only_where_it_is_larger_than_the_spread(
@@ -98,10 +86,10 @@ def test_an_effect_is_claimed_only_where_it_is_larger_than_the_spread(
     found = Comparison({"a": ratios, "b": [1.0] * len(ratios)})
     assert found.ratio("a", "b").measurable == measurable
     assert found.ratio("b", "a").measurable == measurable
-    assert str(found.ratio("a", "b")).startswith("no measurable difference (") != measurable
+    assert found.ratio("a", "b").words().startswith("no measurable difference (") != measurable
 
 
 def test_a_clock_too_coarse_to_see_anything_makes_no_claim() -> None:
     ratio = Comparison({"a": [0.0, 0.0], "b": [0.0, 0.0]}).ratio("a", "b")
     assert not ratio.measurable
-    assert str(ratio).startswith("no measurable difference")
+    assert ratio.words().startswith("no measurable difference")

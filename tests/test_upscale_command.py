@@ -1,187 +1,433 @@
-"""upscale.py: what it says, how it ends, and that each option does what its help says."""
+"""aether-upscale: what it says, how it ends, that options do what their help says; broken files, full disks.
+
+Whatever is wrong ends in exit code 2 and one plain line with the remedy; the output is absent or whole.
+"""
 
 from __future__ import annotations
 
 import os
+import re
+import resource
+import signal
+import struct
 import subprocess
 import sys
+import time
+import zlib
 from pathlib import Path
-from typing import Any, List
+from typing import Any, Dict, List
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, small_net
+from conftest import ROOT, AsNobody, one_line, small_net
+from damage import DAMAGE, FUZZ, damaged
+from hypothesis import given, settings
 from PIL import Image
 
 from aethersr.commands import upscale
-from aethersr.identify import aether_from_state_dict
-from aethersr.network import load_network
 from aethersr.onnx import export_onnx
 from aethersr.tiling import SHORT_OVERLAP
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+TINY: Dict[str, Any] = {"embed_dim": 8, "depths": (1,), "lk_kernel": 3, "use_channel_attn": False}
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model") / "net.pth"
-    options: Any = {"use_channel_attn": False, "use_spatial_attn": False}
-    net = small_net(2, embed_dim=8, depths=(1,), lk_kernel=3, **options).float()
-    torch.save(net.fused().state_dict(), path)
+def net() -> Any:
+    return small_net(2, use_spatial_attn=False, **TINY).float().fused()
+
+
+@pytest.fixture
+def folder(tmp_path: Path, net: Any, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder: a network, net.pth, and a picture, in.png."""
+    torch.save(net.state_dict(), tmp_path / "net.pth")
+    noise(tmp_path / "in.png")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def noise(path: Path, *shape: int, **options: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(0).integers(0, 256, shape or (9, 11, 3), np.uint8)
+    Image.fromarray(pixels).save(path, **options)
     return path
 
 
-def run(model: Path, source: Any, target: Any, *more: Any) -> int:
+def run(model: Any, source: Any, target: Any, *more: Any) -> int:
     words = ["--model", model, "--input", source, "--output", target, "--device", "cpu", *more]
     return upscale.main([str(word) for word in words])
 
 
-def noise(path: Path, *shape: int) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(0).integers(0, 256, shape or (9, 11, 3), np.uint8)
-    Image.fromarray(pixels).save(path)
-    return path
+def refused(capfd: Any, *arguments: Any) -> str:
+    assert run(*arguments) == 2
+    return one_line(capfd.readouterr().err, "upscale.py")
 
 
 def files(folder: Path) -> List[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
-def lines(capfd: Any) -> List[str]:
-    found = capfd.readouterr().err.splitlines()
-    assert all(line.startswith("upscale.py: error: ") and line.isprintable() for line in found), found
-    return found
-
-
 # ---------------------------------------------------------------------------------------------------- folders
 
 
-def test_what_is_skipped_in_a_folder_is_said_and_the_rest_is_written(
-    model: Path, tmp_path: Path, capfd: Any
-) -> None:
-    source = tmp_path / "Bilder \u00f6"
-    noise(source / "good.PNG")
-    noise(source / "inner" / "deep" / "b.jpg")
+def test_other_files_in_a_folder_are_counted_and_are_no_error(folder: Path, capfd: Any) -> None:
+    for name in ("a.txt", "b.txt", "c.txt", "Thumbs.db", ".DS_Store"):
+        (folder / "in" / name).parent.mkdir(exist_ok=True)
+        (folder / "in" / name).write_text("no picture")
+    noise(folder / "in" / "inner" / "b.jpg")
+    noise(folder / "in" / "good.PNG")
+    assert run("net.pth", "in", "out") == 0
+    said = capfd.readouterr()
+    assert said.err == ""
+    assert said.out.splitlines() == [
+        "Left out: files that are no pictures: 3, folders, without --recursive: 1.",
+        "net.pth upscales 1 picture x2 on the CPU.",
+        f"Wrote {Path('out') / 'good.PNG'} (22x18)",
+    ]
+    assert files(folder / "out") == ["good.PNG"]
+    assert "pass --overwrite" in refused(capfd, "net.pth", "in", "out")
+    assert run("net.pth", "in", "out", "--skip-existing") == 0
+    assert "Nothing to do: every picture of in is in out" in capfd.readouterr().out
+
+
+def test_pictures_that_cannot_be_read_are_said_and_the_rest_is_written(folder: Path, capfd: Any) -> None:
+    source = folder / "Bilder \u00f6"
+    noise(source / "good.png")
+    noise(source / "deep" / "b.jpg")
     (source / "empty.png").touch()
-    (source / "notes.txt").write_text("no picture")
     still = Image.fromarray(np.zeros((8, 8, 3), np.uint8))
     still.save(source / "moving.gif", save_all=True, append_images=[still.rotate(90), still.point([9] * 768)])
-    assert run(model, source, tmp_path / "out") == 2
-    said = lines(capfd)
-    for name, reason in (("empty.png", "is empty"), ("notes.txt", "'.txt'"), ("moving.gif", "frames"),
-                         ("inner", "--recursive")):  # fmt: skip
-        assert sum(f"{source / name} " in line and reason in line for line in said) == 1, (name, said)
-    assert "4 of 5" in said[-1]
-    assert len(said) == 5
-    assert files(tmp_path / "out") == ["good.PNG"]
-    assert run(model, source, tmp_path / "out", "--recursive", "--skip-existing") == 2
-    assert files(tmp_path / "out") == ["good.PNG", "inner/deep/b.jpg"]
+    assert run("net.pth", source, "out", "--recursive") == 2
+    said = capfd.readouterr().err.splitlines()
+    assert [line.startswith("upscale.py: error: ") for line in said] == [True] * 3
+    assert "empty.png is empty" in said[0]
+    assert "frames of an animation" in said[1]
+    assert "2 of 4 pictures were skipped" in said[2]
+    assert files(folder / "out") == ["deep/b.jpg", "good.png"]
 
 
-def test_an_interrupted_folder_goes_on(model: Path, tmp_path: Path, capfd: Any) -> None:
-    noise(tmp_path / "a.png")
-    noise(tmp_path / "sub" / "b.png")
-    out = tmp_path / "out"
-    assert run(model, tmp_path, out, "--recursive") == 0
-    before = (out / "a.png").stat().st_mtime_ns
-    (out / "sub" / "b.png").unlink()
-    assert run(model, tmp_path, out, "--recursive") == 2
-    assert "--overwrite" in lines(capfd)[0]
-    assert run(model, tmp_path, out, "--recursive", "--skip-existing") == 0
-    assert files(out) == ["a.png", "sub/b.png"]
-    assert (out / "a.png").stat().st_mtime_ns == before
-    assert run(model, tmp_path, out, "--recursive", "--skip-existing") == 0
-    assert "Nothing to do" in capfd.readouterr().out
-    assert run(model, tmp_path, out, "--recursive", "--overwrite") == 0
-    assert (out / "a.png").stat().st_mtime_ns != before
+def test_a_folder_of_jpegs_becomes_pngs(folder: Path, capfd: Any) -> None:
+    noise(folder / "in" / "a.jpg", comment=b"hello")
+    noise(folder / "in" / "b.JPEG")
+    assert run("net.pth", "in", "out", "--format", "png") == 0
+    assert files(folder / "out") == ["a.png", "b.png"]
+    assert Image.open(folder / "out" / "a.png").text == {"Comment": "hello"}
+    assert run("net.pth", folder / "in" / "a.jpg", "new/", "--format", "webp") == 0
+    assert files(folder / "new") == ["a.webp"]
+    assert "without comment: .webp can't hold it" in capfd.readouterr().out
+    noise(folder / "in" / "a.png")
+    assert "would both become" in refused(capfd, "net.pth", "in", "other", "--format", "png")
+    assert not (folder / "other").exists()
 
 
 # ---------------------------------------------------------------------------------------------------- options
 
 
-@pytest.mark.parametrize("wrap", ["x", "y", None])
-def test_wrap_joins_the_sides_of_a_texture(model: Path, tmp_path: Path, wrap: Any) -> None:
+def test_wrap_joins_the_sides_of_a_texture(folder: Path) -> None:
     """Turned by half its length, a texture becomes the turned result."""
-    pixels = np.array(Image.open(noise(tmp_path / "in.png", 20, 30, 3)))
-    axes = {"x": (1,), "y": (0,), None: (0, 1)}[wrap]
-    turned = np.roll(pixels, [pixels.shape[axis] // 2 for axis in axes], axes)
-    Image.fromarray(turned).save(tmp_path / "turned.png")
+    pixels = np.array(Image.open(noise(folder / "in.png", 20, 30, 3)))
+    Image.fromarray(np.roll(pixels, (10, 15), (0, 1))).save("turned.png")
     for name in ("in", "turned"):
-        more = ["--wrap", *([wrap] if wrap else [])]
-        assert run(model, tmp_path / f"{name}.png", tmp_path / f"{name}_out.png", *more) == 0
-    out = np.array(Image.open(tmp_path / "in_out.png"))
-    expected = np.roll(out, [pixels.shape[axis] for axis in axes], axes).astype(int)
-    assert np.abs(expected - np.array(Image.open(tmp_path / "turned_out.png"))).max() <= 1
+        assert run("net.pth", f"{name}.png", f"{name}_out.png", "--wrap") == 0
+    expected = np.roll(Image.open("in_out.png"), (20, 30), (0, 1)).astype(int)
+    assert np.abs(expected - np.array(Image.open("turned_out.png"))).max() <= 1
 
 
 @pytest.mark.parametrize(
     ("reach", "size", "wanted", "overlap"),
-    [
-        (85, None, None, SHORT_OVERLAP),
-        (12, None, None, 12),
-        (85, None, "exact", 85),
-        (85, None, 3, 3),
-        (85, (64, 96), None, 16),
-        (85, (256, 256), None, SHORT_OVERLAP),
-        (85, (128, 128), "exact", 32),
-    ],
-)
+    [(85, None, None, SHORT_OVERLAP), (12, None, None, 12), (85, None, "exact", 85), (85, None, 3, 3),
+     (85, (64, 96), None, 16), (85, (256, 256), None, SHORT_OVERLAP), (85, (128, 128), "exact", 32)],
+)  # fmt: skip
 def test_the_overlap_is_short_unless_it_is_asked_for(
     reach: int, size: Any, wanted: Any, overlap: int, capsys: Any
 ) -> None:
-    class Network:
-        pass
-
-    network: Any = Network()
-    network.reach, network.size = reach, size
+    network: Any = type("Network", (), {"reach": reach, "size": size})
     assert upscale.choose_overlap(network, wanted) == overlap
     told = size is not None and overlap == min(size) // 4
     assert ("--static" in capsys.readouterr().out) == told
 
 
-def test_an_onnx_file_gives_the_same_picture(model: Path, tmp_path: Path) -> None:
-    pytest.importorskip("onnxruntime")
-    net = aether_from_state_dict(torch.load(model, weights_only=True))
-    path = Path(export_onnx(net, 2, output_path=str(tmp_path / "net.onnx")))
-    source = noise(tmp_path / "in.png", 40, 50, 4)
-    assert run(model, source, tmp_path / "a.png") == 0
-    assert run(path, source, tmp_path / "b.png") == 0
-    off = np.array(Image.open(tmp_path / "a.png")).astype(int) - np.array(Image.open(tmp_path / "b.png"))
-    assert np.abs(off).max() <= 1
-    assert load_network(path, "cpu", False).reach == load_network(model, "cpu", False).reach
-
-
-def test_an_onnx_file_runs_on_the_cpu_if_only_pytorch_has_cuda(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+def test_an_onnx_file_gives_the_same_picture_and_runs_on_the_cpu_if_only_pytorch_has_cuda(
+    folder: Path, net: Any, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
-    """What `pip install onnxruntime` gives people with a GPU."""
     runtime = pytest.importorskip("onnxruntime")
-    if "CUDAExecutionProvider" in runtime.get_available_providers():
-        pytest.skip("this ONNX Runtime has CUDA")
-    net = aether_from_state_dict(torch.load(model, weights_only=True))
-    path = export_onnx(net, 2, output_path=str(tmp_path / "net.onnx"))
-    source = noise(tmp_path / "in.png", 20, 30, 3)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    words = ["--model", path, "--input", str(source), "--output", str(tmp_path / "out.png")]
-    assert upscale.main(words) == 0
-    assert Image.open(tmp_path / "out.png").size == (60, 40)
-    assert upscale.main([*words, "--overwrite", "--device", "cuda"]) == 2
-    assert "pip install onnxruntime-gpu" in lines(capfd)[-1]
+    path = export_onnx(net, 2, output_path=str(folder / "net.onnx"))
+    source = noise(folder / "in.png", 40, 50, 4)
+    assert run("net.pth", source, "a.png") == 0
+    if "CUDAExecutionProvider" not in runtime.get_available_providers():
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # pip install onnxruntime gives this
+        words = ["--model", path, "--input", str(source), "--output"]
+        assert upscale.main([*words, "b.png"]) == 0
+        assert "upscales 1 picture x2 on the CPU (ONNX Runtime)." in capfd.readouterr().out
+        assert upscale.main([*words, "c.png", "--device", "cuda"]) == 2
+        assert "pip install onnxruntime-gpu" in capfd.readouterr().err
+        off = np.array(Image.open("a.png")).astype(int) - np.array(Image.open("b.png"))
+        assert np.abs(off).max() <= 1
 
 
-def test_progress_shows_pictures_speed_and_time(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["--overlap", "abc"],
+            "argument --overlap: abc is not possible; expected 0 or more pixels, or 'exact'",
+        ),
+        (["--overlap=-1"], "-1 is not possible"),
+        (["--scale", "2"], "--scale is not an option: the scale comes from the model"),
+        (["--upscale=2"], "--upscale is not an option: the scale comes from the model"),
+        (["--tile=0"], "--tile 0"),
+        (["--fp16"], "--fp16"),
+        (["--overwrite", "--skip-existing"], "exclude each other"),
+        (["--device", "mps"], "PyTorch finds no Apple GPU"),
+        (["--input", "https://example.org/a.png"], "https://example.org/a.png is a web address"),
+        (["--input", "nothing.png"], "does not exist"),
+        (["--input", "cut.png"], "not a readable picture"),
+        (["--output", "out.xyz"], "'.xyz'"),
+        (["--output", "cut.png"], "--overwrite"),
+        (["--output", "out.jpg"], "transparency"),
+        (["--output", "out.jpg", "--format", "png"], "contradicts --format png"),
+        (["--input", "wide.png", "--output", "out.webp"], ".png or .tif"),
+        (["--model", "no.pth"], "--model"),
+        (["--model", "text.onnx"], "not a readable ONNX"),
+        (["--model", "other.pth"], "not an AetherNet"),
+        (["--model", "cut.pth"], "cut.pth is"),
+    ],
+)
+def test_bad_input_ends_in_one_clear_line(folder: Path, words: Any, said: str, capfd: Any) -> None:
+    if "mps" in words and torch.backends.mps.is_available():
+        pytest.skip("needs a machine without an Apple GPU")
+    good = noise(folder / "good.png", 30, 30, 4)
+    noise(folder / "wide.png", 1, 8200, 3)
+    (folder / "cut.png").write_bytes(good.read_bytes()[:-2000])
+    (folder / "text.onnx").write_text("text")
+    (folder / "cut.pth").write_bytes((folder / "net.pth").read_bytes()[:1000])
+    torch.save({"weight": torch.ones(2)}, "other.pth")
+    before = {path: path.lstat().st_mtime_ns for path in folder.rglob("*")}
+    assert said in refused(capfd, "net.pth", "good.png", "out.png", *words)
+    assert {path: path.lstat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_a_missing_package_is_one_line(folder: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("picture", "jobs", "upscaling"):
+        monkeypatch.delitem(sys.modules, f"aethersr.{name}", raising=False)
+    monkeypatch.setitem(sys.modules, "pyvips", None)
+    assert run("net.pth", "in.png", "out.png") == 2
+    assert (
+        "needs the package pyvips pyvips-binary: pip install pyvips pyvips-binary (" in capfd.readouterr().err
+    )
+
+
+def test_its_version_is_the_networks(capfd: Any) -> None:
+    import aether_arch
+
+    with pytest.raises(SystemExit) as ended:
+        upscale.main(["--version"])
+    assert (ended.value.code, capfd.readouterr().out) == (0, f"upscale.py {aether_arch.__version__}\n")
+
+
+# --------------------------------------------------------------------------------------------------- networks
+
+
+def refuses_model(model: Path, capfd: Any) -> str:
+    line = refused(capfd, model, "in.png", "out.png")
+    assert not Path("out.png").exists()
+    assert str(model) in line
+    return line
+
+
+@pytest.mark.parametrize("count", [60, pytest.param(2000, marks=pytest.mark.slow)])
+def test_a_cut_onnx_file_is_refused_and_a_damaged_one_is_refused_or_upscales(
+    folder: Path, net: Any, capfd: Any, count: int
+) -> None:
+    onnx = pytest.importorskip("onnx")
+    model, outcomes = folder / "net.onnx", []
+    whole = Path(export_onnx(net, 2, output_path=str(model))).read_bytes()
+    # The metadata come last: cut there, between two of them, the network is whole.
+    properties = onnx.load_model_from_string(whole).metadata_props
+    end = len(whole) - onnx.ModelProto(metadata_props=properties).ByteSize()
+    for place in sorted({end * k // 20 for k in range(20)} | {1, 2, 8, end - 9, end - 2, end - 1}):
+        model.write_bytes(whole[:place])
+        refuses_model(model, capfd)
+
+    @settings(FUZZ, max_examples=count)
+    @given(damage=DAMAGE)
+    def damage_it(damage: Any) -> None:
+        model.write_bytes(damaged(whole, damage))
+        outcomes.append(run(model, "in.png", "out.png", "--overwrite"))
+        error = capfd.readouterr().err
+        if outcomes[-1] == 2:
+            one_line(error, "upscale.py")
+
+    damage_it()
+    assert set(outcomes) == {0, 2}
+
+
+def test_onnx_files_of_other_networks_are_refused(folder: Path, capfd: Any) -> None:
+    onnx = pytest.importorskip("onnx")
+    values, free = onnx.helper.make_tensor_value_info, [1, 3, "h", "w"]
+    floats, others = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64
+    opsets = [onnx.helper.make_opsetid("", 17)]
+    for shape, out, operation, *names in (
+        ([2, 3, 224, 224], [2, 3, 224, 224], "Identity"),
+        ([1, 3, 224, "w"], [1, 3, 224, "w"], "Identity"),
+        ([1, 3], [1, 3], "Identity"),
+        ([], [], "Identity"),
+        (free, free, "Identity", "integers"),
+        (free, free, "Identity", "nothing"),
+        (free, free, "Add", "input", "second"),
+        (free, [1, 3, 1, 1], "GlobalAveragePool"),
+        (free, ["n", "m"], "Flatten"),
+        (free, ["n"], "Shape"),
+        (free, free, "NoSuchOperation"),
+    ):
+        kind = others if "integers" in names else floats
+        inputs = [values("integers" if kind == others else "input", kind, shape)]
+        inputs += [values("second", floats, [1])] if "second" in names else []
+        node = onnx.helper.make_node(operation, names or ["input"], ["output"])
+        graph = onnx.helper.make_graph([node], "g", inputs, [values("output", kind, out)])
+        model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=8)
+        (folder / "net.onnx").write_bytes(model.SerializeToString())
+        refuses_model(folder / "net.onnx", capfd)
+
+
+# --------------------------------------------------------------------------------------- names, disks, memory
+
+
+NAMES = ["Bild ä 写真 😀", "space 'quotes' \"\"", "-leading", "a" * 230, "é" * 100, "dots.in",
+         "new\nline", "esc\x1b[31mbytes\udcff\udc80"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES, ids=ascii)
+def test_any_name_that_the_disk_takes_is_read_and_written(folder: Path, capfd: Any, name: str) -> None:
+    inner = folder / name
+    inner.mkdir()
+    (folder / "net.pth").rename(inner / f"{name}.pth")
+    (folder / "in.png").rename(inner / f"{name}.png")
+    assert run(inner / f"{name}.pth", inner / f"{name}.png", inner / f"{name[1:]}.webp") == 0
+    assert run(inner / f"{name}.pth", inner, folder / f"{name}2") == 0, capfd.readouterr().err
+    assert sorted(os.listdir(folder / f"{name}2")) == sorted([f"{name}.png", f"{name[1:]}.webp"])
+
+
+@pytest.mark.parametrize("length", [256, 5000])
+def test_a_name_that_the_disk_does_not_take_is_an_error(folder: Path, capfd: Any, length: int) -> None:
+    good, long = ["net.pth", "in.png", "out.png"], "x" * length
+    for place, name in ((0, f"{long}.pth"), (0, f"{long}.onnx"), (1, f"{long}.png"), (2, f"{long}.png")):
+        refused(capfd, *good[:place], name, *good[place + 1 :])
+    assert sorted(os.listdir(folder)) == ["in.png", "net.pth"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "fifo", "loop", "dangling", "device"])
+def test_what_is_no_file_is_refused_and_never_waited_for(folder: Path, capfd: Any, kind: str) -> None:
+    def make(path: Path) -> Path:
+        if kind == "folder":
+            path.mkdir()
+        elif kind == "fifo":
+            os.mkfifo(path)
+        else:
+            path.symlink_to({"loop": path, "dangling": folder / "nothing", "device": "/dev/zero"}[kind])
+        return path
+
+    signal.alarm(60)  # a run that waits for ever ends the tests
+    for ending in (".pth", ".safetensors", ".onnx"):
+        refuses_model(make(folder / f"model{ending}"), capfd)
+    source = make(folder / "source.png")
+    assert str(source) in refused(capfd, "net.pth", source, "out.png")
+    if kind in ("fifo", "device"):
+        for more in ((), ("--overwrite",)):
+            assert "pipe or a device" in refused(capfd, "net.pth", "in.png", source, *more)
+    signal.alarm(0)
+
+
+def test_unreadable_files_and_read_only_folders_are_said_before_the_work(
+    open_folder: Path, folder: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Whatever is imported late is imported: without root's rights it may not be found.
+    import onnx  # noqa: F401
+    import onnxruntime  # noqa: F401
+
+    assert run("net.pth", "in.png", "warm.png") == 0
+    capfd.readouterr()
+    model, source = open_folder / "net.pth", open_folder / "in.png"
+    for path in (model, source, *(open_folder / f"secret{ending}" for ending in (".pth", ".onnx", ".png"))):
+        path.write_bytes((folder / ("in.png" if path == source else "net.pth")).read_bytes())
+        path.chmod(0 if path.stem == "secret" else 0o644)
+    locked, closed = open_folder / "locked", open_folder / "closed"
+    locked.mkdir(0o555)
+    closed.mkdir(0)
+    with AsNobody():
+        for arguments in (
+            (open_folder / "secret.pth", source, open_folder / "out.png"),
+            (open_folder / "secret.onnx", source, open_folder / "out.png"),
+            (model, open_folder / "secret.png", open_folder / "out.png"),
+            (model, closed, open_folder / "folder"),
+            (model, closed / "in.png", open_folder / "out.png"),
+        ):
+            refused(capfd, *arguments)
+        monkeypatch.setattr("aethersr.network.load_network", None)  # nothing may have begun
+        for given_, name in ((source, "out.png"), (open_folder, "folder"), (source, "new/")):
+            line = refused(capfd, model, given_, f"{locked}/{name}")
+            assert f"{locked} can't be written: Permission denied; pass another --output" in line
+    assert not list(locked.iterdir())
+
+
+@pytest.mark.parametrize("ending", [".png", ".jpg", ".tif", ".bmp"])
+def test_a_disk_that_fills_up_leaves_nothing(folder: Path, capfd: Any, ending: str) -> None:
+    """A limit to the size of files stands for the disk: writing fails at the same byte, in C code too."""
+    source = noise(folder / "in.png", 60, 60, 3)
+    content, old = source.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, old[1]))
+    try:
+        code = run("net.pth", source, f"out{ending}")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    line = one_line(capfd.readouterr().err, "upscale.py")
+    assert (code, f"out{ending} can't be written: File too large; free space" in line) == (2, True), line
+    assert sorted(os.listdir(folder)) == ["in.png", "net.pth"]
+    assert source.read_bytes() == content
+
+
+def can_measure_memory() -> bool:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM, the peak, to VmRSS, what is now
+        return True
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not can_measure_memory(), reason="reads memory from Linux' /proc")
+def test_a_picture_that_claims_gigapixels_is_refused_in_little_memory(folder: Path, capfd: Any) -> None:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    def mebibytes(name: str) -> int:
+        found = re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())
+        return int(found.group(1)) // 1024 if found else 0
+
+    black = zlib.compress(bytes(400 * 2**20), 1)  # so much would be unpacked of the last one
+    for width, height in ((2**31 - 1, 2**31 - 1), (2**31 - 1, 1), (30_000, 30_000), (40_000, 40_000)):
+        head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+        body = chunk(b"IDAT", black if width == 40_000 else zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+        Path("claim.png").write_bytes(b"\x89PNG\r\n\x1a\n" + head + body)
+        Path("/proc/self/clear_refs").write_text("5")
+        before = mebibytes("VmRSS")
+        assert "claim.png" in refused(capfd, "net.pth", "claim.png", "out.png")
+        assert mebibytes("VmHWM") - before < 200
+
+
+# -------------------------------------------------------------------------------------------------- processes
+
+
+def shown_on_a_terminal(folder: Path, *words: str) -> str:
+    """What a run writes, bars included."""
     import fcntl
     import pty
-    import struct
     import termios
 
-    noise(tmp_path / "in" / "a.png")
-    noise(tmp_path / "in" / "b.png")
     main, child = pty.openpty()
     fcntl.ioctl(main, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
-    command = [sys.executable, ROOT / "upscale.py", "--model", model, "--input", "in", "--output", "out"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=child)
+    command = [sys.executable, ROOT / "upscale.py", "--model", "net.pth", *words]
+    process = subprocess.Popen(command, cwd=folder, stdout=child, stderr=child)
     os.close(child)
     shown = b""
     try:
@@ -189,62 +435,60 @@ def test_progress_shows_pictures_speed_and_time(model: Path, tmp_path: Path) -> 
             shown += chunk
     except OSError:  # the other end is closed
         pass
-    assert process.wait() == 0
-    assert b"2 of 2 pictures" in shown
-    assert b"megapixels/s" in shown
-    assert b"left" in shown
+    assert process.wait() == 0, shown
+    return shown.decode()
 
 
-def test_it_runs_from_any_folder_as_a_process(model: Path, tmp_path: Path) -> None:
-    noise(tmp_path / "Bilder ö" / "a.png")
-    words = ["--model", model, "--input", "Bilder ö", "--output", "out"]
-    done = subprocess.run(
-        [sys.executable, ROOT / "upscale.py", *words], cwd=tmp_path, capture_output=True, text=True
+def test_progress_shows_tiles_of_one_picture_and_pictures_of_several(folder: Path) -> None:
+    noise(folder / "in.png", 90, 90, 3)
+    shown = shown_on_a_terminal(folder, "--input", "in.png", "--output", "out.png", "--tile", "3")
+    assert shown.startswith("net.pth upscales 1 picture x2 on the ")
+    assert re.search(r"\| [1-9]\d* of 900 tiles, 00:0\d left", shown)
+    assert shown.endswith("Wrote out.png (180x180)\r\n"), "a bar is drawn again"
+    noise(folder / "in" / "a.png")
+    noise(folder / "in" / "b.png")
+    shown = shown_on_a_terminal(folder, "--input", "in", "--output", "out")
+    assert "1 of 2 pictures, " in shown
+    assert "megapixels/s" in shown
+    assert re.search(r"Wrote out/\w.png \(22x18\)\r\n$", shown), "a bar is drawn again"
+
+
+@pytest.mark.parametrize(("how", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_stops_it_without_a_trace(folder: Path, how: int, code: int) -> None:
+    noise(folder / "in.png", 400, 400, 3)
+    words = [
+        "--model",
+        "net.pth",
+        "--input",
+        "in.png",
+        "--output",
+        "out.png",
+        "--tile",
+        "8",
+        "--overlap",
+        "200",
+    ]
+    command = [sys.executable, ROOT / "upscale.py", *words]
+    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert "upscales 1 picture" in process.stdout.readline()
+    time.sleep(0.2)
+    process.send_signal(how)
+    _, error = process.communicate()
+    assert (process.returncode, error) == (
+        code,
+        "upscale.py: stopped; unfinished pictures were not written.\n",
     )
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == "Wrote out/a.png (22x18)\n"
+    assert sorted(os.listdir(folder)) == ["in.png", "net.pth"]
 
 
-# ----------------------------------------------------------------------------------------------------- errors
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"input": "nothing.png"}, "does not exist"),
-        ({"input": "cut.png"}, "not a readable picture"),
-        ({"output": "out.xyz"}, "'.xyz'"),
-        ({"output": "cut.png"}, "--overwrite"),
-        ({"output": "out.jpg"}, "transparency"),
-        ({"input": "wide.png", "output": "out.webp"}, ".png or .tif"),
-        ({"model": "no.pth"}, "--model"),
-        ({"model": "text.onnx"}, "not a readable ONNX"),
-        ({"model": "no.onnx"}, "does not exist"),
-        ({"model": "other.pth"}, "not an AetherNet"),
-        ({"tile": 0}, "--tile 0"),
-        ({"overlap": -1}, "--overlap -1"),
-        ({"fp16": None}, "--fp16"),
-    ],
-)
-def test_bad_input_ends_in_one_clear_line(
-    model: Path, tmp_path: Path, change: Any, said: str, capfd: Any, monkeypatch: Any
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    good = noise(tmp_path / "good.png", 30, 30, 4)
-    noise(tmp_path / "wide.png", 1, 8200, 3)
-    (tmp_path / "cut.png").write_bytes(good.read_bytes()[:-2000])
-    (tmp_path / "text.onnx").write_text("text")
-    torch.save({"weight": torch.ones(2)}, "other.pth")
-    before = {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*")}
-    arguments = {"model": model, "input": "good.png", "output": "out.png", "device": "cpu", **change}
-    words = [f"--{name}" if value is None else f"--{name}={value}" for name, value in arguments.items()]
-    assert upscale.main(words) == 2
-    (error,) = lines(capfd)
-    assert said in error
-    assert {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*")} == before
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-def test_cuda_where_there_is_none_is_an_error_before_anything_is_read(capfd: Any) -> None:
-    assert run(Path("no.pth"), "no.png", "out.png", "--device", "cuda") == 2
-    assert "--device cpu" in lines(capfd)[0]
+def test_runs_at_once_with_closed_streams_leave_one_whole_output(folder: Path) -> None:
+    assert run("net.pth", "in.png", "out.png") == 0
+    whole = (folder / "out.png").read_bytes()
+    (folder / "out.png").unlink()
+    words = "--model net.pth --input in.png --output out.png --overwrite --device cpu <&- >&- 2>&-"
+    command = f"'{sys.executable}' '{ROOT / 'upscale.py'}' {words}"
+    processes = [subprocess.Popen(["sh", "-c", command], cwd=folder) for _ in range(2)]
+    assert [process.wait() for process in processes] == [0, 0]
+    assert (folder / "out.png").read_bytes() == whole
+    assert files(folder) == ["in.png", "net.pth", "out.png"]

@@ -70,12 +70,12 @@ def over(pixels: np.ndarray, colour: Tuple[int, int, int]) -> np.ndarray:
     return pixels[..., :3] * alpha + np.array(colour) * (1 - alpha)
 
 
-def without_ringing(out: np.ndarray, pixels: np.ndarray) -> np.ndarray:
-    """No value beyond those of the 5x5 pixels that it came from: no one alpha can ring over every colour."""
+def neighbourhood(pixels: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
+    """The lowest and highest values of the 5x5 pixels that each upscaled pixel came from."""
     around = np.pad(pixels, ((2, 2), (2, 2), (0, 0)), "edge")
     near = np.lib.stride_tricks.sliding_window_view(around, (5, 5), (0, 1))
     lowest, highest = (bound.repeat(2, 0).repeat(2, 1) for bound in (near.min((3, 4)), near.max((3, 4))))
-    return out.clip(lowest, highest)
+    return lowest, highest
 
 
 @pytest.mark.parametrize("colour", [(0, 0, 0), (255, 255, 255), (128, 128, 128), (255, 0, 0), (9, 99, 199)])
@@ -92,27 +92,29 @@ def test_what_is_cut_out_looks_over_any_colour_as_if_it_had_stood_there(
     assert darkest >= 250, f"a visible pixel is as dark as {darkest}"
     composite = over(disc, colour).round().astype(np.uint8)
     expected = upscaled(composite, new)
-    off = np.abs(over(out, colour) - without_ringing(expected, composite)).max()
+    ringless = expected.clip(*neighbourhood(composite))  # no one alpha can ring over every colour
+    off = np.abs(over(out, colour) - ringless).max()
     assert off <= 4, f"{off:.1f} steps off"
     if set(colour) <= {0, 255}:  # where nothing can ring; at its border a new network darkens what is opaque
         off = np.abs(over(out, colour) - expected)[4:-4, 4:-4].max()
         assert off <= 4, f"{off:.1f} steps off"
 
 
-def nearest(composites: np.ndarray, colours: np.ndarray, darkest: int) -> np.ndarray:
+def nearest(composites: np.ndarray, colours: np.ndarray, darkest: int, least: Any, most: Any) -> np.ndarray:
     """How far the best of all pictures with transparency is from (K, H, W, 3) over K colours, for each pixel.
 
-    No visible pixel of it is darker than ``darkest``.
+    No visible pixel of it is darker than ``darkest``; its alpha is ``least`` to ``most``, (H, W) each.
     """
     best = np.full(composites.shape[1:3], np.inf)
     for alpha in range(256):
+        allowed = (least <= alpha) & (alpha <= most)
         left = composites - (1 - alpha / 255) * colours[:, None, None]  # for the colour times alpha
         middle = ((left.max(0) + left.min(0)) / 2).clip(alpha * darkest / 255 if alpha > 8 else 0, alpha)
-        best = np.minimum(best, np.abs(left - middle).max((0, 3)))
+        best = np.where(allowed, np.minimum(best, np.abs(left - middle).max((0, 3))), best)
     return best
 
 
-@pytest.mark.parametrize(("kind", "most"), [("disc", 28), ("shadow", 8), ("glass", 6)])
+@pytest.mark.parametrize(("kind", "most"), [("disc", 28), ("glass", 6)])
 def test_no_other_picture_with_transparency_would_look_much_nearer(kind: str, most: int) -> None:
     """Rings along a hard edge can't be had over every colour; what can be had over all of these is there.
 
@@ -131,19 +133,32 @@ def test_no_other_picture_with_transparency_would_look_much_nearer(kind: str, mo
     out = upscaled(pixels, net, True)
     inner = np.s_[..., 8:-8, 8:-8, :]  # clear stays clear up to the border, where a picture's own changes
     off = np.max([np.abs(over(out, c) - seen) for c, seen in zip(colours, composites)], axis=0)[inner].max(2)
-    least = nearest(composites[inner].astype(float), colours, 250 if kind == "disc" else 0)
+    alphas = [bound[inner][..., 0] for bound in neighbourhood(pixels[..., 3:])]
+    least = nearest(composites[inner].astype(float), colours, 250 if kind == "disc" else 0, *alphas)
     for share, more in ((50, 1), (99, 5), (100, 10)):
         found, possible = np.percentile(off, share), np.percentile(least, share)
         assert found <= possible + more, f"{share} %: {found:.1f} steps off, of {possible:.1f} at least"
     assert np.percentile(off, 99.8) <= most
 
 
-@pytest.mark.parametrize("value", [float("inf"), float("nan")])
-def test_what_is_not_finite_is_said_of_transparent_pictures_too(value: float) -> None:
+@pytest.mark.parametrize("colour", [(255, 255, 255), (200, 30, 90)])
+def test_alpha_stays_within_that_of_its_neighbourhood(colour: Tuple[int, int, int]) -> None:
+    """A hard disc of half transparency once got nearly opaque dots: networks overshoot at its rim."""
+    net = load_network(ROOT / "weights" / "2x_AetherNet_small_wallpapers_fp16.safetensors", "cpu", False)
+    y, x = np.mgrid[:40, :40]
+    disc = np.zeros((40, 40, 4), np.uint8)
+    disc[np.hypot(y - 19.5, x - 19.5) < 14] = (*colour, 128)
+    out = upscaled(disc, net, True)[..., 3:].astype(int)
+    lowest, highest = neighbourhood(disc[..., 3:])
+    assert (out >= lowest).all()
+    assert (out <= highest).all(), f"alpha {out.max()} of 128 at most"
+
+
+def test_what_is_not_finite_is_said_of_transparent_pictures_too() -> None:
     pixels = np.full((8, 9, 4), 100, np.uint8)
     pixels[0, 0] = 0
     with pytest.raises(ValueError, match="not finite"):
-        upscaled(pixels, Double(lambda image: image.fill_(value)), True)
+        upscaled(pixels, Double(lambda image: image.fill_(float("inf"))), True)
 
 
 def test_an_edge_of_what_is_cut_out_is_clean_through_any_network() -> None:
@@ -184,37 +199,25 @@ def test_a_network_for_grey_takes_colours_too() -> None:
 # --------------------------------------------------------------------------------------------------- textures
 
 
-@pytest.mark.parametrize(("wrap", "rows", "columns"), [("xy", 3, 3), ("x", 1, 3), ("y", 3, 1)])
-@pytest.mark.parametrize("transparent", [False, True])
-def test_a_wrapped_texture_is_the_middle_of_its_tiling(
-    wrap: str, rows: int, columns: int, transparent: bool
-) -> None:
-    net = TorchNetwork(
-        small_net(2, embed_dim=8, depths=(1,), lk_kernel=3, use_channel_attn=False).float().fused()
-    )
+def test_a_wrapped_texture_with_holes_is_the_middle_of_its_tiling() -> None:
+    options: Any = {"embed_dim": 8, "depths": (1,), "lk_kernel": 3, "use_channel_attn": False}
+    net = TorchNetwork(small_net(2, **options).float().fused())
     texture = np.array(Image.open(CASES / "tile_texture.png").convert("RGB"))
-    if transparent:
-        alpha = np.where(np.roll(texture[..., :1], 7, 0) > 128, 255, 0).astype(np.uint8)
-        texture = np.concatenate([texture * (alpha > 0), alpha], 2)
-    out = upscaled(texture, net, transparent, wrap=wrap).astype(int)
-    many = upscaled(np.tile(texture, (rows, columns, 1)), net, transparent)
-    top, left = out.shape[0] * (rows // 2), out.shape[1] * (columns // 2)
-    off = np.abs(out - many[top : top + out.shape[0], left : left + out.shape[1]]).max()
-    assert off <= 1, f"{off} steps off"
+    alpha = np.where(np.roll(texture[..., :1], 7, 0) > 128, 255, 0).astype(np.uint8)
+    texture = np.concatenate([texture * (alpha > 0), alpha], 2)
+    out = upscaled(texture, net, True, wrap="xy").astype(int)
+    many = upscaled(np.tile(texture, (3, 3, 1)), net, True)
+    height, width = out.shape[:2]
+    assert np.abs(out - many[height : 2 * height, width : 2 * width]).max() <= 1
 
 
 # ----------------------------------------------------------------------------------------------------- memory
 
 
-@pytest.mark.parametrize(
-    "error",
-    [MemoryError(), torch.cuda.OutOfMemoryError("CUDA out of memory."),
-     RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate")],
-)  # fmt: skip
-def test_the_tile_is_halved_when_memory_runs_out(tmp_path: Path, error: Exception) -> None:
+def test_the_tile_is_halved_when_memory_runs_out(tmp_path: Path) -> None:
     def limit(image: Tensor) -> None:
         if image.shape[-1] > 70:
-            raise error
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to")
 
     said: List[str] = []
     jobs = [job(tmp_path, f"{k}.png", 200, 150, 3) for k in range(3)]
@@ -228,18 +231,16 @@ def test_the_tile_is_halved_when_memory_runs_out(tmp_path: Path, error: Exceptio
 
 
 def test_too_little_memory_for_any_tile_is_said_and_other_faults_are_raised(tmp_path: Path) -> None:
-    def broken(error: Exception) -> Any:
-        def fail(image: Tensor) -> None:
-            raise error
-
-        return fail
+    def fail(image: Tensor) -> None:
+        raise errors.pop()
 
     one = job(tmp_path, "a.png", 99, 99, 3)
-    (result,) = Upscaler(Double(broken(MemoryError())), 512, 3, say=lambda line: None).run([one])
+    errors: List[Exception] = [MemoryError()] * 9
+    (result,) = Upscaler(Double(fail), 512, 3, say=lambda line: None).run([one])
     assert "not enough memory" in result.problem
-    for words in ("CUDA error: an illegal memory access was encountered", "unsupported memory format option"):
-        with pytest.raises(RuntimeError, match=words):
-            list(Upscaler(Double(broken(RuntimeError(words))), 512, 3).run([one]))
+    errors = [RuntimeError("unsupported memory format option")]
+    with pytest.raises(RuntimeError, match="memory format"):
+        list(Upscaler(Double(fail), 512, 3).run([one]))
     assert not one.target.exists()
 
 
@@ -250,9 +251,8 @@ def test_names_that_differ_in_their_ends_alone_do_not_meet(tmp_path: Path) -> No
     names = [f"{'x' * 60}{number}{ending}" for number in range(6) for ending in (".png", ".bmp")]
     jobs = [job(tmp_path, name, 5, 6 + number, 3) for number, name in enumerate(names)]
     assert not any(result.problem for result in Upscaler(Double(), 512, 3).run(jobs))
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(names)
-    for number, name in enumerate(names):
-        assert Image.open(tmp_path / "out" / name).size == (12 + 2 * number, 10)
+    sizes = {path.name: Image.open(path).size for path in (tmp_path / "out").iterdir()}
+    assert sizes == {name: (12 + 2 * number, 10) for number, name in enumerate(names)}
 
 
 def test_a_folder_that_changes_while_it_is_read(tmp_path: Path) -> None:
@@ -273,44 +273,29 @@ def test_a_folder_that_changes_while_it_is_read(tmp_path: Path) -> None:
     assert written == sorted(f"{k}.png" for k in range(12) if k not in (8, 9))
 
 
-def test_reading_network_and_writing_overlap(tmp_path: Path, monkeypatch: Any) -> None:
-    """Each sleeps, so that a slow machine does not matter: 12 pictures one after another would take 4 s."""
-    monkeypatch.setattr(
-        upscaling.Picture, "read", lambda path: time.sleep(0.1) or Picture(np.zeros((4, 4, 3), np.uint8))
-    )
-    monkeypatch.setattr(upscaling, "_write", lambda *arguments: time.sleep(0.1))
+def test_a_slow_disk_keeps_neither_reading_nor_the_network_waiting(tmp_path: Path, monkeypatch: Any) -> None:
+    asked: List[int] = []
+    seen: List[int] = []
     busy = threading.Lock()
 
     def work(image: Tensor) -> None:
         assert busy.acquire(blocking=False), "the network is asked twice at once"
-        time.sleep(0.12)
+        asked.append(1)
+        time.sleep(0.01)
         busy.release()
 
-    begin = time.monotonic()
-    results = list(
-        Upscaler(Double(work), 512, 3).run([Job(Path(f"{k}"), Path(f"{k}.png")) for k in range(12)])
-    )
-    seconds = time.monotonic() - begin
-    assert [result.job.source.name for result in results] == [str(k) for k in range(12)]
-    assert seconds < 3, f"{seconds:.2f} s"
-
-
-def test_one_slow_disk_keeps_nobody_waiting(tmp_path: Path, monkeypatch: Any) -> None:
-    asked: List[int] = []
-    seen: List[int] = []
-
     def write(job: Job, *arguments: Any) -> None:
-        if job.source.name == "0":
-            until = time.monotonic() + 20
-            while len(asked) < 7 and time.monotonic() < until:
-                time.sleep(0.01)
-            seen.append(len(asked))
+        until = time.monotonic() + 20
+        while job.source.name == "0" and len(asked) < 7 and time.monotonic() < until:
+            time.sleep(0.01)
+        seen.append(len(asked))
 
     monkeypatch.setattr(upscaling.Picture, "read", lambda path: Picture(np.zeros((4, 4, 3), np.uint8)))
     monkeypatch.setattr(upscaling, "_write", write)
     jobs = [Job(Path(f"{k}"), Path(f"{k}.png")) for k in range(12)]
-    assert len(list(Upscaler(Double(lambda image: asked.append(1)), 512, 3).run(jobs))) == 12
-    assert seen[0] >= 7, f"{seen} pictures were upscaled while the first one was written"
+    results = list(Upscaler(Double(work), 512, 3).run(jobs))
+    assert [result.job for result in results] == jobs
+    assert max(seen[:5]) >= 7, f"{seen} pictures were upscaled while the first one was written"
 
 
 def test_an_interruption_ends_threads_and_leaves_no_temporary_file(tmp_path: Path) -> None:

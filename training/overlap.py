@@ -26,7 +26,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "archs")]
 
 from aethersr.commands import exit_code  # noqa: E402
 from aethersr.errors import UserError  # noqa: E402
-from aethersr.upscalers import find_pictures, read_rgb  # noqa: E402
+from aethersr.quality import find_pictures, read_rgb  # noqa: E402
 
 LEAST = 12  # of 3855 cuts and 95 test pictures, chance gave none more than 4
 DISTINCT = 0.8  # Lowe's ratio: the nearest keypoint must be so much nearer than the second
@@ -85,17 +85,16 @@ class Folder:
 
 
 def overlap(args: argparse.Namespace) -> int:
-    folders = {folder: Folder(folder) for folder in args.tests}
-    best = {folder: Pair(0, Path(), Path()) for folder in folders}
+    folders = [Folder(folder) for folder in args.tests]
+    best = [Pair(0, Path(), Path()) for _ in folders]
     cuts = find_pictures(args.cuts, "CUTS")
     for path in tqdm(cuts, unit="cut", disable=None):
         of = keypoints(path, "CUTS")
-        for folder, test in folders.items():
-            best[folder] = max(best[folder], test.nearest(path, of))
-    for folder, pair in best.items():
+        best = [max(pair, test.nearest(path, of)) for pair, test in zip(best, folders)]
+    for name, folder, pair in zip(args.tests, folders, best):
         text = f"{pair.shared} keypoints of {pair.cut.name} in {pair.picture.name}" if pair.shared else "none"
-        print(f"{folder}: {len(folders[folder].files)} pictures, {len(cuts)} cuts; most in common: {text}")
-    return int(max(pair.shared for pair in best.values()) >= args.least)
+        print(f"{name}: {len(folder.files)} pictures, {len(cuts)} cuts; most in common: {text}")
+    return int(max(best).shared >= args.least)
 
 
 def main(argv: Optional[List[str]] = None) -> int:

@@ -1,9 +1,7 @@
-"""Write scikit-image's photographs to a folder, to validate on; no training here uses them.
+"""Write scikit-image's photographs to a folder, to validate on: python training/photographs.py FOLDER
 
-    python training/photographs.py FOLDER
-
-Writes a PNG for each. Choose recipes and compare weights on these, or on your own pictures; keep Set5, Set14
-and the like for the final measurement.
+No training here uses them. Choose recipes and compare weights on these, or on your own pictures; keep Set5,
+Set14 and the like for the final measurement.
 """
 
 from __future__ import annotations
@@ -26,11 +24,11 @@ NAMES = ("astronaut", "camera", "chelsea", "coffee", "coins", "grass", "gravel",
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     parser.add_argument("folder", type=Path)
-    args = parser.parse_args()
-    args.folder.mkdir(parents=True, exist_ok=True)
+    folder: Path = parser.parse_args().folder
+    folder.mkdir(parents=True, exist_ok=True)
     for name in NAMES:
-        Image.fromarray(getattr(data, name)()).convert("RGB").save(args.folder / f"{name}.png")
-    print(f"Wrote {len(NAMES)} photographs to {args.folder}")
+        Image.fromarray(getattr(data, name)()).convert("RGB").save(folder / f"{name}.png")
+    print(f"Wrote {len(NAMES)} photographs to {folder}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ bicubic PSNR-Y of every pair) and, for the packages, FOLDER/copyright (their aut
 licences require attribution). The packages need Debian or Ubuntu: apt-get downloads them into FOLDER/packages
 and dpkg-deb unpacks them; nothing is installed. ``--packages`` names a folder that already has them.
 ``--pictures`` uses your own folder instead, with its subfolders; transparent pictures stand on white, and
-pictures that can't be read are left out and named.
+pictures that can't be read are left out and named. Nothing that exists is changed or deleted.
 
 ===========================  ============================================  ==========================
 package                      authors                                       licence
@@ -23,13 +23,10 @@ supertuxkart-data            authors named in copyright/supertuxkart-data  CC-BY
 ufoai-textures               authors named in copyright/ufoai-textures     GPL-2+, CC-BY-SA, CC0
 ===========================  ============================================  ==========================
 
-Wallpapers are large and soft, and a soft crop teaches nothing, because bicubic reproduces it. So pictures are
-first reduced to 1/2, 1/3, 1/4 and 1/6 (``--reductions``; 1 leaves sharp pictures as they are), and only crops
-on which bicubic interpolation reaches 20 to 37 dB are kept. Low-resolution pictures are Pillow's bicubic
-reductions of whole pictures, cropped afterwards, so that crops have no borders of their own.
-
-``--textures`` adds the last two packages, textures of games (1 GB): photographed surfaces, drawn signs and
-figures. They are smaller and sharper, and reduced to 1/2 and 1/3.
+A soft crop teaches nothing, because bicubic reproduces it. So pictures are first reduced to 1/2, 1/3, 1/4 and
+1/6 (``--reductions``; 1 leaves them as they are), and only crops on which bicubic interpolation reaches 20 to
+37 dB are kept. Low-resolution pictures are Pillow's bicubic reductions of whole pictures, cropped afterwards.
+``--textures`` adds the last two packages, textures of games (1 GB), reduced to 1/2 and 1/3.
 """
 
 from __future__ import annotations
@@ -40,6 +37,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -51,7 +49,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from aethersr.commands import exit_code
 from aethersr.errors import UserError
 from aethersr.picture import opaque, readable
-from aethersr.upscalers import KINDS
+from aethersr.quality import KINDS
 
 WALLPAPERS = (
     "gnome-backgrounds",
@@ -80,7 +78,8 @@ class Cut(NamedTuple):
 
 def unpack(names: Sequence[str], packages: Path, folder: Path) -> None:
     """Unpack each from ``packages`` into ``folder``/NAME; download those that are missing."""
-    packages.mkdir(parents=True, exist_ok=True)
+    for each in (packages, folder):
+        each.mkdir(parents=True, exist_ok=True)
     missing = [name for name in names if not list(packages.glob(f"{name}_*.deb"))]
     if missing:
         if not shutil.which("apt-get"):
@@ -161,38 +160,50 @@ def main(argv: Optional[List[str]] = None) -> int:
     parser.add_argument("--pictures", type=Path, help="folder with your own pictures, instead of packages")
     parser.add_argument("--textures", action="store_true", help="also textures of games, 1 GB to download")
     text = f"reduce pictures to 1/N before cropping (default: {' '.join(map(str, REDUCTIONS))})"
-    parser.add_argument("--reductions", type=int, nargs="+", metavar="N", help=text)
+    parser.add_argument("--reductions", type=int, choices=range(1, 13), nargs="+", metavar="N", help=text)
     args = parser.parse_args(argv)
     return exit_code("prepare_pictures.py", lambda: prepare(args), f"{args.folder} is not complete.")
 
 
 def prepare(args: argparse.Namespace) -> None:
-    if (args.folder / "gt").exists():
-        raise UserError(f"{args.folder / 'gt'} exists; remove it or name another folder (FOLDER).")
-    if min(args.reductions or REDUCTIONS) < 1:
-        raise UserError(f"there is no reduction to 1/{min(args.reductions)}; pass 1 or more (--reductions).")
+    for name in ("gt", "lq", "sources.csv", "copyright"):
+        if (args.folder / name).exists():
+            raise UserError(f"{args.folder / name} exists; name another folder, or remove it (FOLDER).")
     if args.pictures and (args.textures or args.packages):
         flag = "--textures" if args.textures else "--packages"
         raise UserError(f"{flag} is about the packages, which --pictures replaces; leave one of them out.")
     if args.pictures and not args.pictures.is_dir():
         raise UserError(f"there is no folder {args.pictures}; pass one with pictures (--pictures).")
-    unpacked = args.folder / "unpacked"
-    unpacked.mkdir(parents=True, exist_ok=True)
+    try:
+        args.folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="unfinished-", dir=args.folder) as unfinished:
+            rows = write_pairs(args, Path(unfinished))
+            written = sorted(Path(unfinished, "pairs").iterdir(), key=lambda path: path.name == "gt")
+            for path in written:  # gt last: once it exists, all is complete
+                path.rename(args.folder / path.name)
+    except OSError as error:
+        text = f"{error.filename or args.folder}: {error.strerror}"
+        raise UserError(f"{text}; pass another folder (FOLDER).") from None
+    print(f"{len(rows)} pairs from {len({row[1] for row in rows})} pictures in {args.folder}")
+    print(f"bicubic x{args.scale}: median {np.median([float(row[3]) for row in rows]):.1f} dB")
+
+
+def write_pairs(args: argparse.Namespace, unfinished: Path) -> List[Tuple[str, str, int, str]]:
+    """Write ``unfinished``/pairs, what belongs in FOLDER, and return the rows of its sources.csv."""
+    pairs, unpacked = unfinished / "pairs", unfinished / "unpacked"
+    for sub in ("gt", "lq"):
+        (pairs / sub).mkdir(parents=True)
     if args.pictures:
         kinds = {args.pictures: (SIZE, args.reductions or REDUCTIONS)}
     else:
         kinds = {unpacked / name: (SHORTEST, args.reductions or REDUCTIONS) for name in WALLPAPERS}
         kinds.update({unpacked / name: (2 * SIZE, OF_TEXTURES) for name in TEXTURES if args.textures})
         unpack([folder.name for folder in kinds], args.packages or args.folder / "packages", unpacked)
-        (args.folder / "copyright").mkdir(exist_ok=True)
+        (pairs / "copyright").mkdir()
         for folder in kinds:
             documents = folder / "usr/share/doc" / folder.name
-            shutil.copy(documents / "copyright", args.folder / "copyright" / folder.name)
+            shutil.copy(documents / "copyright", pairs / "copyright" / folder.name)
     source = args.pictures or unpacked
-    rows: List[Tuple[str, str, int, str]] = []
-    for sub in ("gt", "lq"):
-        shutil.rmtree(args.folder / f"{sub}.partial", ignore_errors=True)
-        (args.folder / f"{sub}.partial").mkdir()
     unreadable: Dict[Path, str] = {}
     found = {
         path: reductions
@@ -202,7 +213,8 @@ def prepare(args: argparse.Namespace) -> None:
     if not found and not unreadable:
         needed = f"pictures of {SIZE} pixels or more a side ({', '.join(KINDS)})"
         raise UserError(f"{source} holds none; expected {needed} (--pictures).")
-    for path, reductions in tqdm(found.items(), unit="picture"):
+    rows: List[Tuple[str, str, int, str]] = []
+    for path, reductions in tqdm(found.items(), unit="picture", disable=None):
         try:
             chosen = cuts(path, args.scale, reductions)
         except UserError as error:
@@ -210,8 +222,8 @@ def prepare(args: argparse.Namespace) -> None:
             continue
         for cut in chosen:
             name = f"{len(rows):05d}.png"
-            cut.gt.save(args.folder / "gt.partial" / name, compress_level=1)
-            cut.lq.save(args.folder / "lq.partial" / name, compress_level=1)
+            cut.gt.save(pairs / "gt" / name, compress_level=1)
+            cut.lq.save(pairs / "lq" / name, compress_level=1)
             rows.append((name, str(path.relative_to(source)), cut.reduction, f"{cut.bicubic_db:.2f}"))
     for text in unreadable.values():
         print(f"left out: {text}", file=sys.stderr)
@@ -219,13 +231,9 @@ def prepare(args: argparse.Namespace) -> None:
         raise UserError(f"no picture of {source} can be read; pass another folder (--pictures).")
     if not rows:
         raise UserError(f"no crop of {source} is sharp enough; try others (--reductions).")
-    with open(args.folder / "sources.csv", "w", newline="", encoding="utf-8") as file:
+    with open(pairs / "sources.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("cut", "picture", "reduction", "bicubic_db"), *rows])
-    for sub in ("lq", "gt"):  # gt last: once it exists, all is complete
-        (args.folder / f"{sub}.partial").rename(args.folder / sub)
-    shutil.rmtree(unpacked)
-    print(f"{len(rows)} pairs from {len({row[1] for row in rows})} pictures in {args.folder}")
-    print(f"bicubic x{args.scale}: median {np.median([float(row[3]) for row in rows]):.1f} dB")
+    return rows
 
 
 if __name__ == "__main__":

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 import os
+import re
 import signal
 import sys
 import threading
 import warnings
 from pathlib import Path
-from typing import Callable
+from typing import Any, Callable, Dict, List, NoReturn, Optional
 
 from aethersr.errors import UserError, is_out_of_memory
 
 # PyTorch's warning when numpy is not installed, which no user of a command needs to see.
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+DEVICES = ("cuda", "mps", "cpu")
 
 
 def program_name(installed: str, script: str) -> str:
@@ -21,18 +24,70 @@ def program_name(installed: str, script: str) -> str:
     return installed if Path(sys.argv[0]).stem == installed else script
 
 
+class Parser(argparse.ArgumentParser):
+    """Answers --version, and raises UserError where argparse would print its usage.
+
+    Args:
+        document: the command's docstring; its first line is shown.
+        hints: answers to options that don't exist but are typed.
+    """
+
+    def __init__(self, program: str, document: Optional[str], hints: Optional[Dict[str, str]] = None) -> None:
+        super().__init__(prog=program, description=(document or "").split("\n", 1)[0])
+        self.hints = hints or {}
+        from aether_arch import __version__
+
+        self.add_argument("--version", action="version", version=f"{program} {__version__}")
+
+    def parse(self, argv: Optional[List[str]] = None) -> argparse.Namespace:
+        for word in sys.argv[1:] if argv is None else argv:
+            option = word.split("=")[0]
+            if option in self.hints:
+                self.error(f"{option} is not an option: {self.hints[option]}")
+        return self.parse_args(argv)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (--help lists the options).")
+
+
+def local_path(text: str) -> Path:
+    """An argument's type: a path, no web address."""
+    if re.match(r"\w+://", text):
+        raise argparse.ArgumentTypeError(f"{text} is a web address; download the file and pass its path")
+    return Path(text)
+
+
 def check_device(device: str) -> None:
-    """Raises UserError if there is no such device ("cpu" or "cuda")."""
+    """Raises UserError if there is no such device, one of DEVICES."""
     import torch
 
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda was given, but PyTorch finds no CUDA device; pass --device cpu.")
+    mps = getattr(torch.backends, "mps", None)  # PyTorch for an Apple GPU
+    found = {"cuda": torch.cuda.is_available(), "mps": mps is not None and mps.is_available(), "cpu": True}
+    if not found[device]:
+        name = "CUDA device" if device == "cuda" else "Apple GPU"
+        raise UserError(f"--device {device} was given, but PyTorch finds no {name}; pass --device cpu.")
+
+
+def print_error(program: str, message: object) -> None:
+    """A line for each problem, without what a terminal can't print."""
+    for line in str(message).split(f"\n{program}: error: "):
+        printable = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+        print(f"{program}: error: {printable}", file=sys.stderr)
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which must not leave temporary files either."""
+
+
+def _terminate(*_: Any) -> None:
+    raise _Terminated
 
 
 def exit_code(program: str, action: Callable[[], None], stopped: str) -> int:
-    """Run a command and return 0, 2 after a line about what the user can fix, or 130 if the user stopped it.
+    """Run a command and return 0, or 2 after a line about what the user can fix.
 
-    Return 141 if whatever reads the output (such as ``head``) has ended.
+    Return 130 or 143 if Ctrl-C or SIGTERM stopped it, 141 if whatever reads the output (such as ``head``) has
+    ended.
 
     Args:
         program: the name before each line.
@@ -53,28 +108,22 @@ def _code(program: str, action: Callable[[], None], stopped: str) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # don't fail on names that the terminal's encoding lacks
             stream.reconfigure(errors="backslashreplace")
-
-    def error_line(message: object) -> int:
-        for line in str(message).split(f"\n{program}: error: "):
-            printable = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
-            print(f"{program}: error: {printable}", file=sys.stderr)
-        return 2
-
     old = None
     if threading.current_thread() is threading.main_thread():  # signal handlers work only there
-        # SIGTERM must not leave temporary files either.
-        old = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        old = signal.signal(signal.SIGTERM, _terminate)
     try:
         action()
     except UserError as error:
-        return error_line(error)
-    except KeyboardInterrupt:
+        print_error(program, error)
+        return 2
+    except KeyboardInterrupt as error:
         print(f"{program}: stopped; {stopped}", file=sys.stderr)
-        return 130
+        return 143 if isinstance(error, _Terminated) else 130
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        return error_line("there is not enough memory; close other programs, or pass --device cpu.")
+        print_error(program, "there is not enough memory; close other programs, or pass --device cpu.")
+        return 2
     finally:
         if old is not None:
             signal.signal(signal.SIGTERM, old)

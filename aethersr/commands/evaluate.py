@@ -17,13 +17,16 @@ import argparse
 import glob
 import sys
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
-from aethersr.commands import check_device, exit_code
+from aethersr.commands import DEVICES, Parser, check_device, exit_code, local_path
 from aethersr.errors import UserError, missing_package
-from aethersr.upscalers import Upscaler, find_pictures, open_upscaler, read_rgb
+from aethersr.identify import add_img_range
 
 Table = Dict[str, Dict[str, List[Tuple[float, float]]]]  # [row][folder] -> (PSNR, SSIM) of each picture
+TILE = 1024  # larger low-resolution pictures are cut into tiles; the result is the same without attention
+NETWORKS = (".safetensors", ".pth", ".pt", ".ckpt", ".onnx", ".param")
+HINTS = {"--model": "pass the networks without an option", "--input": "pass --hr", "--gt": "pass --hr"}
 
 
 class Pair(NamedTuple):
@@ -34,6 +37,8 @@ class Pair(NamedTuple):
 
 def find_pairs(folder: Path, low: Optional[Path], scale: int) -> List[Pair]:
     """A folder's pictures, each with its low-resolution version: the same name or, as in DIV2K, NAMEx2."""
+    from aethersr.quality import find_pictures
+
     found = find_pictures(folder, "--hr")
     if low is None:
         return [Pair(path.name, path, None) for path in found]
@@ -46,25 +51,36 @@ def find_pairs(folder: Path, low: Optional[Path], scale: int) -> List[Pair]:
     return pairs
 
 
+def upscaler(network: Any) -> Callable[[Any], Any]:
+    """A function from pixels (H, W, 3) to upscaled ones, as aether-upscale computes them."""
+    from aethersr.picture import Picture
+    from aethersr.upscaling import upscale_picture
+
+    overlap = network.reach if network.size is None else min(network.reach, min(network.size) // 4)
+    return lambda pixels: upscale_picture(Picture(pixels), network, TILE, overlap).pixels
+
+
 def measure(
-    upscalers: Dict[str, Upscaler], pairs: List[Pair], scale: int, jpeg: Optional[int] = None
+    networks: Dict[str, Any], pairs: List[Pair], scale: int, jpeg: Optional[int] = None
 ) -> Dict[str, List[Tuple[float, float]]]:
     """PSNR and SSIM of each picture, by row of the table; bicubic comes first."""
+    from aethersr.picture import Picture
     from aethersr.quality import compressed, crop_to_multiple, quality, resize
 
-    found: Dict[str, List[Tuple[float, float]]] = {name: [] for name in ("bicubic", *upscalers)}
+    rows = {"bicubic": lambda x: resize(x, x.shape[0] * scale, x.shape[1] * scale)}
+    rows.update({name: upscaler(network) for name, network in networks.items()})
+    found: Dict[str, List[Tuple[float, float]]] = {name: [] for name in rows}
     for pair in pairs:
-        truth = crop_to_multiple(read_rgb(pair.hr, "--hr"), scale)
+        truth = crop_to_multiple(Picture.read(pair.hr, "--hr").rgb_on_white(), scale)
         height, width = (side // scale for side in truth.shape[:2])
         if pair.lr is None:
             low = resize(truth, height, width)
         else:
-            low = read_rgb(pair.lr, "--lr")
+            low = Picture.read(pair.lr, "--lr").rgb_on_white()
             if low.shape[:2] != (height, width):
                 sizes = f"{low.shape[1]}x{low.shape[0]}; expected {width}x{height}, {pair.hr} by {scale}"
                 raise UserError(f"{pair.lr} has {sizes} (--lr).")
         low = compressed(low, jpeg)
-        rows = {"bicubic": lambda x: resize(x, x.shape[0] * scale, x.shape[1] * scale), **upscalers}
         for name, upscale in rows.items():
             try:
                 found[name].append(quality(truth, upscale(low), scale))
@@ -111,14 +127,22 @@ def names(paths: List[Path]) -> Dict[str, Path]:
 
 def evaluate(args: argparse.Namespace) -> None:
     try:
-        import numpy  # noqa: F401
-        import PIL  # noqa: F401
+        from aethersr.network import load_network
+        from aethersr.quality import find_pictures  # noqa: F401
     except ImportError as error:
         raise missing_package(error, "aether-evaluate", "upscale") from None
     check_device(args.device)
+    for folders in (args.hr, args.lr):  # an option takes all words that follow it
+        args.files += [path for path in folders or () if path.suffix.lower() in NETWORKS]
+    args.hr, lows = ([p for p in each or () if p not in args.files] for each in (args.hr, args.lr))
+    if not args.hr:
+        raise UserError("no folder with the ground truth was given; pass one (--hr).")
     files = [path for pattern in args.files for path in matching(pattern)]
-    networks = {name: open_upscaler(path, args.device, "FILE") for name, path in names(files).items()}
-    scales = {name: scale for name, (_, scale) in networks.items()}
+    networks = {
+        name: load_network(path, args.device, img_range=args.img_range, flag="FILE")
+        for name, path in names(files).items()
+    }
+    scales = {name: network.scale for name, network in networks.items()}
     if args.scale:
         scales["--scale"] = args.scale
     if not scales:
@@ -132,47 +156,39 @@ def evaluate(args: argparse.Namespace) -> None:
     for path in args.hr:
         if [each.resolve() for each in args.hr].count(path.resolve()) > 1:
             raise UserError(f"{path} was given twice; pass each folder once (--hr).")
-    if args.lr and len(args.lr) != len(args.hr):
-        raise UserError(f"--lr has {len(args.lr)} folders and --hr {len(args.hr)}; pass one for each (--lr).")
-    lows = args.lr or [None] * len(args.hr)
-    folders = {name: find_pairs(path, low, scale) for (name, path), low in zip(names(args.hr).items(), lows)}
+    if lows and len(lows) != len(args.hr):
+        raise UserError(f"--lr has {len(lows)} folders and --hr {len(args.hr)}; pass one for each (--lr).")
+    found = {
+        name: find_pairs(path, low, scale)
+        for (name, path), low in zip(names(args.hr).items(), lows or [None] * len(args.hr))
+    }
     table: Table = {name: {} for name in ("bicubic", *networks)}
-    upscalers = {name: upscale for name, (upscale, _) in networks.items()}
-    for folder, pairs in folders.items():
-        for name, values in measure(upscalers, pairs, scale, args.jpeg).items():
+    for folder, pairs in found.items():
+        for name, values in measure(networks, pairs, scale, args.jpeg).items():
             table[name][folder] = values
-    print(markdown(table, folders, args.each))
+    print(markdown(table, found, args.each))
 
 
 def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="aether-evaluate", description=(__doc__ or "").split("\n", 1)[0], allow_abbrev=False
-    )
-    parser.add_argument(
-        "files", nargs="*", type=Path, metavar="FILE", help="networks: .safetensors, .pth, .onnx or .param"
-    )
-    parser.add_argument(
-        "--hr", nargs="+", type=Path, required=True, metavar="FOLDER", help="folders with the ground truth"
-    )
-    parser.add_argument(
-        "--lr",
-        nargs="+",
-        type=Path,
-        metavar="FOLDER",
-        help="low-resolution versions with the same names (default: made from --hr, bicubic)",
-    )
-    text = "scale for bicubic alone, without FILE"
-    parser.add_argument("--scale", type=int, choices=(1, 2, 3, 4, 8), help=text)
+    parser = Parser("aether-evaluate", __doc__, HINTS)
+    add = parser.add_argument
+    text = "networks: .safetensors, .pth, .onnx or .param"
+    add("files", nargs="*", type=local_path, metavar="FILE", help=text)
+    several: Any = {"nargs": "+", "type": local_path, "metavar": "FOLDER"}
+    add("--hr", required=True, help="folders with the ground truth", **several)
+    text = "low-resolution versions with the same names (default: made from --hr, bicubic)"
+    add("--lr", help=text, **several)
+    add("--scale", type=int, choices=(1, 2, 3, 4, 8), help="scale for bicubic alone, without FILE")
     text = "compress the low-resolution pictures first: quality 1 to 100"
-    parser.add_argument("--jpeg", type=int, metavar="QUALITY", help=text)
-    parser.add_argument("--each", action="store_true", help="also print a row for each picture")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default: cpu")
-    return parser.parse_args(argv)
+    add("--jpeg", type=int, metavar="QUALITY", help=text)
+    add("--each", action="store_true", help="also print a row for each picture")
+    add_img_range(parser)
+    add("--device", default="cpu", choices=DEVICES, help="default: cpu")
+    return parser.parse(argv)
 
 
 def main(argv: Optional[List[str]] = None) -> int:
-    args = parse_args(argv)
-    return exit_code("aether-evaluate", lambda: evaluate(args), "nothing was written.")
+    return exit_code("aether-evaluate", lambda: evaluate(parse_args(argv)), "nothing was written.")
 
 
 if __name__ == "__main__":

@@ -1,21 +1,10 @@
-"""Turn a training checkpoint of AetherNet into fused release weights, and into ONNX files.
+"""Turn a training checkpoint of AetherNet into fused release weights, and into files for other runtimes.
 
     python fuse_aether.py --model_path net_g_latest.pth --output_path 2x_MyModel_fused.safetensors
 
 Reads checkpoints of neosr, traiNNer-redux, BasicSR and others (EMA weights preferred), fuses in float64,
-writes float32, reads the file back and compares it with the unfused network. Needs only PyTorch, and
-safetensors for .safetensors files.
-
-``--onnx fp32,fp16,int8`` writes ONNX files beside the weights (needs onnx, onnxruntime and onnxslim). int8
-needs a checkpoint from quantisation-aware training, or ``--calibration FOLDER`` (pictures at the resolution
-of the network's output; needs Pillow). ``--ncnn`` writes NCNN's .param and .bin (needs ncnn and pnnx). With
-these, --model_path can also be fused weights.
-
-Values that half precision can't hold are rescaled inside the network, exactly. ``--check-fp16`` prints every
-layer's headroom, and compares fp16 and bf16 with fp32. Without --output_path it writes nothing, and takes
-fused weights too:
-
-    python fuse_aether.py --model_path 2x_MyModel_fused.safetensors --check-fp16
+reads back what it wrote and compares. Needs only PyTorch, and safetensors for .safetensors files; --onnx and
+--ncnn need what runs their files. The options: docs/fuse.md.
 """
 
 from __future__ import annotations
@@ -23,39 +12,33 @@ from __future__ import annotations
 import argparse
 import copy
 from pathlib import Path
-from typing import Callable, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Callable, Dict, List, Mapping, Optional, Tuple
 
+import torch
 from aether_arch import AetherBase, FusedAetherNet
-from aether_quant import PLACEMENTS, QuantAetherNet
+from aether_quant import QuantAetherNet
 from torch import Tensor
 
-from aethersr import calibration, ncnn, verify
+from aethersr import calibration, half_precision, ncnn, verify
 from aethersr.checkpoint import read_checkpoint, write_state
 from aethersr.commands import exit_code
 from aethersr.commands.fuse_options import (
     PROGRAM,
     check_ending,
-    check_numbers,
-    exports,
+    check_options,
     ncnn_paths,
     onnx_metadata,
     onnx_path,
     parse_args,
-    precisions,
     static_shape,
 )
 from aethersr.errors import UserError, first_line, is_out_of_memory
 from aethersr.files import Together, check_output
-from aethersr.half_precision import changed_by_bound, fit_half_precision_, with_ranges_of
 from aethersr.identify import aether_from_state_dict, bounded, form_name, variant_name
 from aethersr.onnx import export_onnx
 
 OTHER_CHECKPOINT = "pass another checkpoint (--model_path)"
-
 Say = Callable[[str], None]
-
-
-# ---------------------------------------------------------------------------------------------------- network
 
 
 def build(path: Path, state: Mapping[str, Tensor], args: argparse.Namespace) -> AetherBase:
@@ -64,9 +47,9 @@ def build(path: Path, state: Mapping[str, Tensor], args: argparse.Namespace) -> 
     if form == "int8":
         found = f"{path} holds int8 weights already, expected a training checkpoint"
         raise UserError(f"{found}; export it, or pass another (--model_path).")
-    nothing_to_do = args.output_path and args.bound is None and not exports(args)
+    nothing_to_do = not (args.onnx or args.ncnn or args.half or args.bound)
     if (form == "fused" and nothing_to_do) or (form == "older fused" and not args.accept_older_fused):
-        remedy = "it can be used as it is, and --onnx or --ncnn exports it"
+        remedy = "it can be used as it is; --half writes it in half precision, --onnx or --ncnn exports it"
         if form == "older fused":
             remedy = "pass --accept_older_fused to fuse the rest of it"
         found = f"{path} is fused already ({form} form), expected a training checkpoint"
@@ -74,7 +57,7 @@ def build(path: Path, state: Mapping[str, Tensor], args: argparse.Namespace) -> 
     try:
         if args.bound is not None:
             state = bounded(state, args.bound)
-        net = aether_from_state_dict(state, img_range=args.img_range)
+        net = aether_from_state_dict(state, args.img_range)
     except ValueError as error:
         raise UserError(f"{path}: {error} Pass a training checkpoint of AetherNet (--model_path).") from None
     name = variant_name(net.options)
@@ -85,64 +68,14 @@ def build(path: Path, state: Mapping[str, Tensor], args: argparse.Namespace) -> 
     if args.upscale and args.upscale != net.scale:
         found = f"{path} holds a x{net.scale} network, but --upscale {args.upscale} was given"
         raise UserError(f"{found}; pass --upscale {net.scale} or leave it out.")
-    negative = [
-        key for key, value in state.items() if key.endswith("running_var") and bool((value < 0).any())
-    ]
-    if negative:
-        found = f"{path}: tensor {negative[0]!r} holds a negative variance"
-        raise UserError(f"{found}; the file is damaged, so pass another (--model_path).")
+    for key, value in state.items():
+        if key.endswith("running_var") and bool((value < 0).any()):
+            found = f"{path}: tensor {key!r} holds a negative variance"
+            raise UserError(f"{found}; the file is damaged, so pass another (--model_path).")
     return net.double()
 
 
-def fit(net: FusedAetherNet, source: Path, args: argparse.Namespace, say: Say, asked: bool) -> Dict[str, int]:
-    """Rescale the fused network where half precision needs it, report that, and return the powers of two."""
-    fitted = fit_half_precision_(net, args.device)
-    for line in fitted.notes() + (fitted.table() if args.check_fp16 else []):
-        say(line)
-    if fitted.problem and asked:
-        raise UserError(f"{source}: {fitted.problem}; leave fp16 out, or {OTHER_CHECKPOINT}.")
-    if fitted.problem and fitted.pictures:
-        say(f"Note: {fitted.problem}; use these weights in float32 or bfloat16")
-    return fitted.powers
-
-
-def report_bound(
-    state: Mapping[str, Tensor], net: FusedAetherNet, args: argparse.Namespace, say: Say
-) -> None:
-    unbounded = {name: value for name, value in state.items() if name != "bound"}
-    free = aether_from_state_dict(unbounded, args.img_range).fused()
-    changed, lost, count = changed_by_bound(net, free)
-    found = f"changes the output for {changed} of {count} hard pictures"
-    say(f"Bound {net.options['bound']:g}: {found}; without it {lost} of them are not finite")
-
-
-def quantise(
-    unfused: AetherBase,
-    net: FusedAetherNet,
-    powers: Mapping[str, int],
-    source: Path,
-    args: argparse.Namespace,
-    say: Say,
-) -> QuantAetherNet:
-    """The fused network with int8 weights, its ranges from training or calibrated on pictures."""
-    trained = unfused.placement if isinstance(unfused, QuantAetherNet) else None
-    if args.calibration is None:
-        assert isinstance(unfused, QuantAetherNet)  # check_int8
-        if powers:
-            unfused = with_ranges_of(net, unfused, powers)
-        return copy.deepcopy(unfused).cpu().float().convert_to_quantized()
-    pairs = calibration.calibration_pairs(Path(args.calibration), net)
-    say(
-        f"Calibrating on {len(pairs)} pictures"
-        + (", in place of the ranges that training found" if trained else "")
-    )
-    placement = args.placement or trained or PLACEMENTS[0]
-    found = calibration.calibrated(net, placement, pairs, args.target, args.reduce_range)
-    for note in found.notes:
-        say(f"Note: {note}")
-    loss = f"PSNR {found.mean:+.3f} dB in the mean, {found.worst:+.3f} dB at worst"
-    say(f"int8 against float, on these pictures: {loss}")
-    return found.net
+# ----------------------------------------------------------------------------------------------------- export
 
 
 def check_int8(unfused: AetherBase, source: Path, args: argparse.Namespace) -> None:
@@ -156,12 +89,26 @@ def check_int8(unfused: AetherBase, source: Path, args: argparse.Namespace) -> N
     if any(bool(quantizer.watched == 0) for quantizer in unfused.quantizers().values()):
         found = f"{source} was saved before its first training step, so its ranges are unknown"
         raise UserError(f"{found}; {remedy}.")
-    if args.placement not in (None, unfused.placement):
-        found = f"{source} was trained with placement {unfused.placement}"
-        raise UserError(f"{found}; leave --placement out, or {remedy} too.")
 
 
-# ---------------------------------------------------------------------------------------------------- writing
+def quantise(
+    unfused: AetherBase, net: FusedAetherNet, powers: Mapping[str, int], args: argparse.Namespace, say: Say
+) -> QuantAetherNet:
+    """The fused network with int8 weights, its ranges from training or calibrated on pictures."""
+    if args.calibration is None:
+        assert isinstance(unfused, QuantAetherNet)  # check_int8
+        if powers:
+            unfused = half_precision.with_ranges_of(net, unfused, powers)
+        return copy.deepcopy(unfused).cpu().float().convert_to_quantized()
+    pairs = calibration.calibration_pairs(Path(args.calibration), net)
+    instead = ", in place of the ranges that training found" if isinstance(unfused, QuantAetherNet) else ""
+    say(f"Calibrating on {len(pairs)} pictures{instead}")
+    found = calibration.calibrated(net, pairs, args.target, args.reduce_range)
+    for note in found.notes:
+        say(f"Note: {note}")
+    loss = f"PSNR {found.mean:+.3f} dB in the mean, {found.worst:+.3f} dB at worst"
+    say(f"int8 against float, on these pictures: {loss}")
+    return found.net
 
 
 def write_onnx(
@@ -195,129 +142,133 @@ def write_onnx(
             raise UserError(f"{found} Pass other weights, or leave --onnx out.") from None
 
 
-def read_back(part: Path, target: Path) -> AetherBase:
-    """The network in the file just written; ``part`` is its name until it is known to be right."""
+# ---------------------------------------------------------------------------------------------------- weights
+
+
+def write_weights(net: FusedAetherNet, part: Path, target: Path, half: bool) -> AetherBase:
+    """Write ``part`` and return the network in it. Raises UserError if that is another than ``net``."""
+    name = variant_name(net.options)
+    architecture = name if name.startswith("aether") else "AetherNet"
+    described = {"format": "pt", "architecture": architecture, "scale": str(net.scale), "form": "fused"}
+    state = {name: value.cpu().float() for name, value in net.state_dict().items()}
+    if half:  # biases are few, and rounding them would shift the whole picture
+        state = {name: value.half() if value.dim() > 1 else value for name, value in state.items()}
+    write_state(state, part, described)
     try:
-        return aether_from_state_dict(read_checkpoint(part, "--output_path").state)
+        written = read_checkpoint(part, "--output_path").state
+        fused = aether_from_state_dict(written)
+        wrong = [name for name, value in state.items() if not torch.equal(written[name], value)]
+        if wrong:
+            raise ValueError(f"{wrong[0]!r} has other values.")
     except (UserError, ValueError) as error:
-        reason = str(error).replace(str(part), "it")
-        raise UserError(f"{target} was not written: reading it back failed, {reason}") from None
+        reason = str(error).replace(str(part), "it").replace(" (--output_path).", ".")
+        found = f"{target} was not written: reading it back failed, {reason}"
+        raise UserError(f"{found} Is the disk sound? Pass another --output_path.") from None
+    return fused
 
 
-def check_finite(net: FusedAetherNet, source: Path) -> None:
-    if not all(bool(value.float().isfinite().all()) for value in net.state_dict().values()):
+def check_difference(unfused: AetherBase, net: FusedAetherNet, source: Path, device: str) -> float:
+    """Largest difference of the fused network in float32, in steps of 1/255. UserError: it is too large."""
+    rounded = copy.deepcopy(net).float()
+    if not all(bool(value.isfinite().all()) for value in rounded.state_dict().values()):
         found = f"{source}: the fused weights are not finite in float32, because the weights are too extreme"
         raise UserError(f"{found}. Nothing was written; {OTHER_CHECKPOINT}.")
+    # The fused weights have no rounding, so compare them with the trained weights without rounding.
+    like = unfused.fused() if isinstance(unfused, QuantAetherNet) else unfused
+    difference = verify.largest_difference(like, rounded, device)
+    if not difference <= verify.ALLOWED_DIFFERENCE:
+        found = f"{source}: the fused network differs by {difference:.2g} steps of 1/255"
+        why = f"allowed {verify.ALLOWED_DIFFERENCE:g}; these weights are too extreme for float32"
+        raise UserError(f"{found}, {why}. Nothing was written; {OTHER_CHECKPOINT}.")
+    return difference
 
 
-def measure(unfused: AetherBase, fused: AetherBase, sizes: Tuple[int, int], device: str) -> List[str]:
-    """A table of what fusing gained. Afterwards both networks are in float32."""
-    before, after = (verify.count_operations(net.cpu()) for net in (unfused, fused))
-    counts = [verify.count_parameters(net) for net in (unfused, fused)]
-    times = verify.compare_times({"unfused": unfused, "fused": fused}, device)
-    rows = (
-        ("parameters", "{:>12,}", counts),
-        ("convolutions", "{:>12}", (before[0], after[0])),
-        ("other operations", "{:>12}", (before[1], after[1])),
-        ("file, MiB", "{:>12.2f}", [size / 2**20 for size in sizes]),
-        (f"ms, 64x64, {device}", "{:>12.1f}", [times.median(name) for name in ("unfused", "fused")]),
-    )
-    lines = [f"{'':<20}{'unfused':>12}{'fused':>12}"]
-    lines += [f"{label:<20}" + "".join(map(form.format, values)) for label, form, values in rows]
-    return [*lines, times.ratio("unfused", "fused").words("times as fast")]
+def table(nets: Dict[str, AetherBase], sizes: List[int], args: argparse.Namespace) -> List[str]:
+    """Sizes and, on request, times of the unfused and the fused network."""
+    rows = [
+        ("parameters", [f"{sum(value.numel() for value in net.parameters()):,}" for net in nets.values()]),
+        ("file, MiB", [f"{size / 2**20:.2f}" for size in sizes]),
+    ]
+    lines = []
+    if args.measure:
+        times = verify.compare_times(nets, args.device)
+        rows.append((f"ms, 64x64, {args.device}", [f"{times.median(name):.1f}" for name in nets]))
+        lines.append(times.ratio("unfused", "fused").words("times as fast"))
+    return [
+        f"{label:<20}" + "".join(f"{cell:>12}" for cell in cells) for label, cells in [("", nets), *rows]
+    ] + lines
+
+
+# ------------------------------------------------------------------------------------------------ the command
 
 
 def fuse(args: argparse.Namespace, say: Say = print) -> None:
     """What the command does. Raises UserError, and then writes nothing."""
-    source = Path(args.model_path)
-    check_numbers(args)
-    wanted = precisions(args)
+    source, target = Path(args.model_path), Path(args.output_path)
+    check_options(args)
+    check_ending(target)
     say(f"Reading {source}")
     state, chosen = read_checkpoint(source)
-    if args.output_path is None:
-        net = build(source, state, args).fused()
-        say(f"Weights: {chosen}")
-        fit(net, source, args, say, asked=True)
-        return
-    target = Path(args.output_path)
-    check_ending(target)
     check_output(target, [source], args.overwrite, "--output_path")
     unfused = build(source, state, args)
     static = static_shape(args, unfused)
-    targets = {onnx_path(target, precision, static): precision for precision in wanted}
+    targets = {onnx_path(target, precision, static): precision for precision in args.onnx}
     ncnn_files = ncnn_paths(target, unfused.scale) if args.ncnn else ()
     written = (target, *targets, *ncnn_files)
     for path in written[1:]:
         check_output(path, [source], args.overwrite, "--output_path")
-    metadata = onnx_metadata(source, args) if wanted else {}
+    metadata = onnx_metadata(source, args) if args.onnx else {}
     say(f"Weights: {chosen}")
-    if "int8" in wanted:
+    if "int8" in args.onnx:
         check_int8(unfused, source, args)
-    say("Fusing in float64")
+    say("Fusing in float64, and comparing with the unfused network")
     net = unfused.fused()
-    if args.bound is not None:
-        report_bound(state, net, args, say)
-    powers = fit(net, source, args, say, args.check_fp16 or args.ncnn or "fp16" in wanted)
-    check_finite(net, source)
+    fit = half_precision.fit_half_precision_(net, args.device)
+    for note in fit.notes(net.options["bound"] is not None):
+        say(note)
+    if fit.problem and (args.half or args.ncnn or "fp16" in args.onnx):
+        raise UserError(f"{source}: {fit.problem}; leave --half, fp16 and --ncnn out, or {OTHER_CHECKPOINT}.")
+    difference = check_difference(unfused, net, source, args.device)
     int8 = None
-    if "int8" in wanted:
+    if "int8" in args.onnx:
         try:
-            int8 = quantise(unfused, net, powers, source, args, say)
+            int8 = quantise(unfused, net, fit.powers, args, say)
         except ValueError as error:
             found = f"{source} as int8: {first_line(error)}"
             raise UserError(f"{found} Pass other weights or pictures, or leave int8 out.") from None
-    name, scale = variant_name(unfused.options), unfused.scale
-    described = {
-        "format": "pt",
-        "architecture": name if name.startswith("aether") else "AetherNet",
-        "scale": str(scale),
-        "form": "fused",
-    }
     try:
         with Together() as files:
             part = files.part(target)
-            write_state(net.state_dict(), part, described)
-            say("Verifying: the written file against the unfused network, in float64")
-            fused = read_back(part, target)
-            # The float file has no rounding, so compare it with the trained weights without rounding.
-            like = unfused.fused() if isinstance(unfused, QuantAetherNet) else unfused
-            difference = verify.largest_difference(like, fused, args.device)
-            if not difference <= verify.ALLOWED_DIFFERENCE:
-                found = f"{source}: the fused network differs by {difference:.2g} steps of 1/255"
-                why = f"allowed {verify.ALLOWED_DIFFERENCE:g}; these weights are too extreme for float32"
-                raise UserError(f"{found}, {why}. Nothing was written; {OTHER_CHECKPOINT}.")
-            say("Measuring")
-            table = measure(unfused, fused, (source.stat().st_size, part.stat().st_size), args.device)
-            if wanted:
-                say(f"Exporting {', '.join(wanted)}")
-            plain = fused.cpu().float()
+            fused = write_weights(net, part, target, args.half)
+            sizes = [path.stat().st_size for path in (source, part)]
+            if args.onnx:
+                say(f"Exporting {', '.join(args.onnx)}")
             nets = {
-                path: (kind, int8 or plain if kind == "int8" else plain) for path, kind in targets.items()
+                path: (kind, int8 if int8 and kind == "int8" else fused) for path, kind in targets.items()
             }
             write_onnx(files, nets, args, static, metadata)
             if args.ncnn:
                 say("Converting for NCNN")
-                for path, content in zip(ncnn_files, ncnn.convert(plain)):
+                for path, content in zip(ncnn_files, ncnn.convert(fused)):
                     files.part(path).write_bytes(content)
+            rows = table({"unfused": unfused, "fused": fused}, sizes, args)
             for path in written:  # again, since another program may have written them by now
                 check_output(path, [source], args.overwrite, "--output_path")
             files.commit()
     except OSError as error:
         reason = error.strerror or error
-        raise UserError(
-            f"{target} can't be written: {reason}; free space or pass another --output_path."
-        ) from None
-    say("")
-    say(f"{name} x{scale}")
-    *rows, speed = table
+        remedy = "free space or pass another --output_path"
+        raise UserError(f"{target} can't be written: {reason}; {remedy}.") from None
+    say(f"\n{variant_name(unfused.options)} x{unfused.scale}")
     for row in rows:
         say(row)
-    say(
-        f"{speed}; largest difference {difference:.1e} steps of 1/255 (allowed {verify.ALLOWED_DIFFERENCE:g})"
-    )
+    limit = f"{verify.ALLOWED_DIFFERENCE:g} allowed"
+    say(f"Fused: within {difference:.1e} steps of 1/255 of the unfused network ({limit})")
+    half = f"{fit.decibels:.1f} dB from float32, within {fit.steps:.2g} steps of 1/255"
+    say(f"Half precision: {half if not fit.problem else f'{fit.problem}; use float32'}")
     for path in written:
         say(f"Wrote {path}")
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Optional[List[str]] = None) -> int:
     return exit_code(PROGRAM, lambda: fuse(parse_args(argv)), "nothing was written.")

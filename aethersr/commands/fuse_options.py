@@ -5,118 +5,111 @@ from __future__ import annotations
 import argparse
 import datetime
 import hashlib
-import math
 import os
 import re
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Dict, List, Optional, Tuple
 
 import torch
-from aether_arch import SCALES, VARIANTS, AetherBase, __version__
-from aether_quant import PLACEMENTS, TARGETS
+from aether_arch import SCALES, VARIANTS, AetherBase
+from aether_quant import TARGETS
 
 from aethersr import ncnn
 from aethersr.checkpoint import ENDINGS
-from aethersr.commands import check_device, program_name
+from aethersr.commands import Parser, check_device, program_name
 from aethersr.errors import UserError, missing_package
+from aethersr.identify import add_img_range
 from aethersr.onnx import OPSETS, PRECISIONS
 
 PROGRAM = program_name("aether-fuse", "fuse_aether.py")
 LARGEST_STATIC = 16384  # largest side of a picture in pixels
+# What people type who know another command, or version 0.2 of this one.
+HINTS = {
+    "--scale": "the scale is read from the weights, and --upscale fails if it is another",
+    "--model": "the checkpoint is --model_path",
+    "--input": "the checkpoint is --model_path",
+    "--int8": "it is --onnx int8",
+    "--placement": "there is one placement, so leave it out",
+    "--fp16": "--half writes the weights in half precision, --onnx fp16 an ONNX file",
+    "--check-fp16": "what half precision costs is always printed, so leave it out",
+}
 
 
-def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    description = "Turn a training checkpoint of AetherNet into fused release weights."
-    parser = argparse.ArgumentParser(prog=PROGRAM, description=description)
+def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
+    parser = Parser(PROGRAM, "Turn a training checkpoint of AetherNet into fused release weights.", HINTS)
     add = parser.add_argument
-    add("--model_path", required=True, help="the checkpoint, .pth or .safetensors")
-    add("--output_path", help="the fused weights to write, .pth or .safetensors")
+    add("--model_path", required=True, metavar="FILE", help="the checkpoint, .pth or .safetensors")
+    add("--output_path", required=True, metavar="FILE", help="the weights to write, .pth or .safetensors")
     names = [variant.__name__ for variant in VARIANTS]
     text = "fail unless the weights are of this variant (default: read from the weights)"
     add("--model_type", choices=names, help=text)
     text = "fail unless the weights have this scale (default: read from the weights)"
     add("--upscale", type=int, choices=SCALES, help=text)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    text = "where to verify and measure (default: %(default)s)"
-    add("--device", choices=("cuda", "cpu"), default=device, help=text)
-    text = "the training option of this name, which checkpoints don't record (default: 1.0)"
-    add("--img_range", type=float, default=1.0, help=text)
-    text = "limit each block's norm to -B..B, for instance 1, if the weights run away on some pictures; "
-    add("--bound", type=float, metavar="B", help=text + "takes a training checkpoint")
+    add("--device", choices=("cuda", "cpu"), default=device, help="where to verify (default: %(default)s)")
+    add_img_range(parser)
+    text = "limit each block's norm to -B..B, for instance 1, if the weights run away on some pictures"
+    add("--bound", type=float, metavar="B", help=f"{text}; takes a training checkpoint")
+    add("--half", action="store_true", help="write the weights in half precision, half the size")
     text = "ONNX files to write beside --output_path: fp32, fp16, int8, separated by commas"
-    add("--onnx", metavar="LIST", help=text)
-    add("--int8", action="store_true", help="the same as int8 in --onnx")
+    add("--onnx", type=precisions, default=[], metavar="LIST", help=text)
     add("--calibration", metavar="FOLDER", help="pictures for int8 without quantisation-aware training")
-    text = f"what --calibration quantises (default: as trained, otherwise {PLACEMENTS[0]})"
-    add("--placement", choices=PLACEMENTS, help=text)
     text = "runtime to optimise the int8 file for (default: %(default)s)"
     add("--target", choices=TARGETS, default=TARGETS[0], help=text)
     text = "7-bit weights in the int8 file, for CPUs without VNNI, which overflow with 8 bits"
     add("--reduce_range", action="store_true", help=text)
     text = "write NCNN files beside --output_path, .param and .bin, for Upscayl, chaiNNer and others"
     add("--ncnn", action="store_true", help=text)
-    text = "print each layer's headroom in half precision; works without --output_path"
-    add("--check-fp16", action="store_true", help=text)
     text = "ONNX files for pictures of one size only, for instance 3,256,256 (default: any size)"
     add("--static", metavar="C,H,W", help=text)
     text = "ONNX opset; 17 works in every runtime (default: %(default)s)"
     add("--opset", type=int, default=17, help=text)
     add("--license", metavar="NAME", help="licence to write into the ONNX files, for instance CC-BY-4.0")
     add("--author", metavar="NAME", help="author to write into the ONNX files")
+    add("--measure", action="store_true", help="also measure how much faster the fused network is")
     add("--overwrite", action="store_true", help="replace existing files")
-    add("--version", action="version", version=f"AetherNet {__version__}")
     text = "take a file whose kernels an older tool already merged"
     add("--accept_older_fused", action="store_true", help=text)
-    args = parser.parse_args(argv)
-    if args.output_path is None and (exports(args) or not args.check_fp16):
-        parser.error("the following arguments are required: --output_path")
-    return args
+    return parser.parse(argv)
 
 
-def exports(args: argparse.Namespace) -> bool:
-    """Whether files for other runtimes are asked for."""
-    return bool(args.onnx or args.int8 or args.ncnn)
-
-
-def check_numbers(args: argparse.Namespace) -> None:
-    check_device(args.device)
-    if not (math.isfinite(args.img_range) and args.img_range > 0):
-        expected = "expected a number above 0, 1.0 unless the network was trained with another"
-        raise UserError(f"--img_range {args.img_range} is not possible; {expected}.")
-    if args.bound is not None and not 1e-3 <= args.bound < 1e6:
-        expected = "expected a number from 1e-3 to 1e6, such as 1"
-        raise UserError(f"--bound {args.bound:g} is not possible; {expected}.")
-
-
-def precisions(args: argparse.Namespace) -> List[str]:
-    """Precisions of the requested ONNX files, after all checks that need no weights."""
-    wanted = [name.strip() for name in args.onnx.split(",")] if args.onnx else []
+def precisions(text: str) -> List[str]:
+    """--onnx as a list."""
+    wanted = [name.strip() for name in text.split(",")]
     unknown = [name for name in wanted if name not in PRECISIONS]
     if unknown:
         allowed = f"allowed, separated by commas: {', '.join(PRECISIONS)}"
-        raise UserError(f"--onnx {unknown[0]!r} is not known; {allowed}.")
-    wanted += ["int8"] if args.int8 and "int8" not in wanted else []
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not known; {allowed}")
+    return list(dict.fromkeys(wanted))
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """All checks that need no weights. Raises UserError."""
+    check_device(args.device)
+    if args.bound is not None and not 1e-3 <= args.bound < 1e6:
+        expected = "expected a number from 1e-3 to 1e6, such as 1"
+        raise UserError(f"--bound {args.bound:g} is not possible; {expected}.")
     if args.ncnn:
         ncnn.require()
-    if wanted:
-        try:
-            import onnx  # noqa: F401
-            import onnxruntime  # noqa: F401
-            import onnxslim  # noqa: F401
-        except ImportError as error:
-            raise missing_package(error, "--onnx", "onnx") from None
-    elif args.static is not None:
-        raise UserError("--static needs --onnx; pass both, or leave it out.")
-    for name in wanted:
+    for option in ("calibration", "reduce_range"):
+        if getattr(args, option) and "int8" not in args.onnx:
+            raise UserError(f"--{option} needs --onnx int8; pass both, or leave it out.")
+    if not args.onnx:
+        if args.static is not None:
+            raise UserError("--static needs --onnx; pass both, or leave it out.")
+        return
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxslim  # noqa: F401
+    except ImportError as error:
+        raise missing_package(error, "--onnx", "onnx") from None
+    for name in args.onnx:
         key = f"{name} {args.target}" if f"{name} {args.target}" in OPSETS else name
         first, last = OPSETS[key]
         if not first <= args.opset <= last:
             found = f"--opset {args.opset} is not possible for {key}"
             raise UserError(f"{found}; pass one from {first} to {last}.")
-    for option in ("calibration", "placement", "reduce_range"):
-        if getattr(args, option) and "int8" not in wanted:
-            raise UserError(f"--{option} needs --int8; pass both, or leave it out.")
-    return list(dict.fromkeys(wanted))
 
 
 def static_shape(args: argparse.Namespace, net: AetherBase) -> Optional[List[int]]:
@@ -158,7 +151,7 @@ def ncnn_paths(target: Path, scale: int) -> Tuple[Path, Path]:
 
 
 def _stem(target: Path) -> str:
-    return target.stem[: -len("_fused")] if target.stem.endswith("_fused") else target.stem
+    return re.sub("_(fused|fp16)$", "", target.stem)
 
 
 def onnx_metadata(source: Path, args: argparse.Namespace) -> Dict[str, str]:

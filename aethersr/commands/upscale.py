@@ -1,76 +1,74 @@
 """Upscale pictures of any size with an AetherNet: a file, or every picture in a folder.
 
     python upscale.py --model 4x_MyModel_fused.safetensors --input photo.png --output photo_4x.png
-    python upscale.py --model 4x_MyModel_fp16.onnx --input folder --output upscaled
+    python upscale.py --model 4x_MyModel_fp16.onnx --input folder --output upscaled --format png
 
 Takes weights of every form (.pth, .safetensors) and every ONNX file that fuse_aether.py writes, also those of
-fixed size. Reads and writes PNG, JPEG, WebP, TIFF, BMP, AVIF and still GIF, and keeps 16 bits, transparency,
-greyscale, colour profile, EXIF, XMP and dpi. The network sees one tile at a time, so its memory doesn't grow
-with the picture. From Python: ``aethersr.upscale_tiled(net, image)``.
+fixed size. Reads and writes PNG, JPEG, WebP, TIFF, BMP, AVIF and still GIF, and keeps what they hold. The
+network sees one tile at a time, so its memory doesn't grow with the picture. From Python:
+``aethersr.upscale_tiled(net, image)``.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
-import warnings
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, Iterator, List, Optional, Tuple, Union
+from typing import Any, List, Optional, Union
 
 import torch
 
-from aethersr.commands import check_device, exit_code, program_name
+from aethersr.commands import DEVICES, Parser, check_device, exit_code, local_path, program_name
 from aethersr.errors import UserError, missing_package
+from aethersr.identify import add_img_range
 
 PROGRAM = program_name("aether-upscale", "upscale.py")
+ENDINGS = ("png", "jpg", "webp", "tif", "bmp", "gif", "avif")
+_SCALE = "the scale comes from the model, so pass another --model"
+HINTS = {"--scale": _SCALE, "--upscale": _SCALE, "-s": _SCALE, "-x": _SCALE, "-i": "pass --input",
+         "-o": "pass --output", "-m": "pass --model", "--half": "pass --fp16"}  # fmt: skip
 
 
 class Progress:
-    """Shows pictures, megapixels a second and the time left, if the standard error is a terminal."""
-
-    FORMAT = "{percentage:3.0f}% |{bar}| {desc}{remaining} left"
+    """Shows what is done and the time left, if the standard error is a terminal: of one picture its tiles,
+    of several the pictures."""
 
     def __init__(self, count: int) -> None:
         from tqdm import tqdm
 
         self.count, self.done, self.pixels, self.begin = count, 0, 0, time.monotonic()
+        form = "{percentage:3.0f}% |{bar}| {desc}{remaining} left"
         quiet = None if sys.stderr else True  # None: unless it is a terminal
-        self.bar: Any = tqdm(total=count, bar_format=self.FORMAT, disable=quiet, miniters=0)
-        self.tick(0)
+        self.bar: Any = tqdm(total=count, bar_format=form, disable=quiet, miniters=0, leave=False)
 
-    def tick(self, part: float) -> None:
-        """Another ``part`` of a picture is done."""
-        speed = self.pixels / 1e6 / max(time.monotonic() - self.begin, 1e-3)
-        words = f"{self.done} of {self.count} pictures, {speed:.2f} megapixels/s, "
+    def tick(self, tiles: int, count: int) -> None:
+        """``tiles`` more of a picture's tiles are done, of ``count``."""
+        if self.count == 1:
+            self.bar.total, part = count, float(tiles)
+            words = f"{self.bar.n + tiles:.0f} of {count} tiles, "
+        else:
+            part = tiles / count
+            speed = self.pixels / 1e6 / max(time.monotonic() - self.begin, 1e-3)
+            words = f"{self.done} of {self.count} pictures, {speed:.2f} megapixels/s, "
         self.bar.set_description_str(words, refresh=False)
-        self.bar.n = min(self.count, max(self.done, self.bar.n + part))
-        self.bar.update(0)
+        self.bar.update(part)
 
-    def finish(self, size: Tuple[int, int]) -> None:
-        """A picture of this size was written or skipped."""
+    def finish(self, line: str, pixels: int) -> None:
+        """A picture is written or skipped; ``line`` says so, or is empty."""
         self.done += 1
-        self.pixels += size[0] * size[1]
-        self.tick(0)
+        self.pixels += pixels
+        if self.done == self.count:
+            self.bar.close()  # else it would be drawn again below the line
+        else:
+            self.bar.n = max(self.bar.n, self.done)  # skipped pictures had no tiles
+            self.tick(0, 1)
+        self.say(line)
 
     def say(self, line: str) -> None:
         """Print a line to the standard output without breaking the bar."""
-        print(line) if self.bar.disable else self.bar.write(line)
-
-
-@contextmanager
-def large_pictures_allowed() -> Iterator[None]:
-    """Lift Pillow's limit, which is for untrusted pictures, and hide its warnings about harmless defects."""
-    from PIL import Image
-
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, 2**29  # it refuses twice as many
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
+        if line:
+            print(line) if self.bar.disable or self.done == self.count else self.bar.write(line)
 
 
 def choose_overlap(network: Any, wanted: Union[int, str, None]) -> int:
@@ -88,16 +86,25 @@ def choose_overlap(network: Any, wanted: Union[int, str, None]) -> int:
     return overlap
 
 
+def device_of(network: Any) -> str:
+    """Where it runs, in words."""
+    if hasattr(network, "session"):
+        return f"{network.session.get_providers()[0].replace('ExecutionProvider', '')} (ONNX Runtime)"
+    like = getattr(network, "like", None)
+    if like is None:
+        return "CPU"
+    half = " in half precision" if like.dtype == torch.float16 else ""
+    return {"cuda": "GPU", "mps": "Apple GPU"}.get(like.device.type, like.device.type.upper()) + half
+
+
 def upscale(args: argparse.Namespace) -> None:
     """What the command does; raises UserError."""
     if args.device:
         check_device(args.device)
-    if args.fp16 and (args.device == "cpu" or not torch.cuda.is_available()):
+    if args.fp16 and (args.device or ("cuda" if torch.cuda.is_available() else "cpu")) == "cpu":
         raise UserError("--fp16 is slower than float32 on a CPU; pass --device cuda, or leave --fp16 out.")
     if args.tile < 1:
         raise UserError(f"--tile {args.tile} is not possible; expected 1 or more pixels.")
-    if isinstance(args.overlap, int) and args.overlap < 0:
-        raise UserError(f"--overlap {args.overlap} is not possible; expected 0 or more pixels, or 'exact'.")
     try:
         import tqdm  # noqa: F401
 
@@ -106,60 +113,63 @@ def upscale(args: argparse.Namespace) -> None:
         from aethersr.upscaling import Upscaler
     except ImportError as error:
         raise missing_package(error, PROGRAM, "upscale") from None
-    source, target = Path(args.input), Path(args.output)
-    jobs, problems = find_jobs(source, target, args.recursive, args.overwrite, args.skip_existing)
-    network = load_network(Path(args.model), args.device, args.fp16)
+    ending = f".{args.format}" if args.format else ""
+    jobs, problems, others = find_jobs(
+        args.input, args.output, args.recursive, args.overwrite, args.skip_existing, ending
+    )
+    network = load_network(args.model, args.device, args.fp16, args.img_range)
     overlap = choose_overlap(network, args.overlap)
-    if source.is_dir():
-        try:
-            target.mkdir(exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{target} can't be made: {error.strerror}; pass another --output.") from None
+    if others:
+        print(f"Left out: {', '.join(f'{name}: {count}' for name, count in others.items())}.")
+    count = f"{len(jobs)} picture{'s' * (len(jobs) != 1)}"
+    if jobs:
+        print(f"{args.model.name} upscales {count} x{network.scale} on the {device_of(network)}.", flush=True)
+    elif not problems:
+        print(f"Nothing to do: every picture of {args.input} is in {args.output} (--skip-existing).")
     written = 0
     progress = Progress(len(jobs))
     work = Upscaler(network, args.tile, overlap, args.wrap, args.overwrite, progress.say)
     try:
-        with large_pictures_allowed():
-            for result in work.run(jobs, progress.tick):
-                progress.finish(result.size)
-                if result.problem:
-                    problems.append(result.problem)
-                else:
-                    written += 1
-                    progress.say(f"Wrote {result.job.target} ({result.size[0]}x{result.size[1]})")
+        for job, (width, height), lost, problem in work.run(jobs, progress.tick):
+            without = f" without {', '.join(lost)}: {job.target.suffix} can't hold it" if lost else ""
+            line = "" if problem else f"Wrote {job.target} ({width}x{height}){without}"
+            progress.finish(line, width * height)
+            problems += [problem] if problem else []
+            written += not problem
     finally:
         progress.bar.close()
     if problems:
-        if source.is_dir():
-            count = len(problems)
-            problems.append(
-                f"{count} of {count + written} files were skipped, for the reasons above; "
-                f"the others are written. Fix them and pass --skip-existing."
-            )
+        if os.path.isdir(args.input):
+            number = len(problems)
+            problems.append(f"{number} of {number + written} pictures were skipped, for the reasons above; "
+                            "the others are written. Mend them and pass --skip-existing.")  # fmt: skip
         raise UserError(f"\n{PROGRAM}: error: ".join(problems))
-    if not jobs:
-        print(f"Nothing to do: every picture of {source} is in {target} (--skip-existing).")
 
 
 def _overlap(text: str) -> Union[int, str]:
-    return text if text == "exact" else int(text)
+    if text == "exact":
+        return text
+    try:
+        pixels = int(text)
+    except ValueError:
+        pixels = -1
+    if pixels < 0:
+        raise argparse.ArgumentTypeError(f"{text} is not possible; expected 0 or more pixels, or 'exact'")
+    return pixels
 
 
 def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog=PROGRAM, description=(__doc__ or "").split("\n", 1)[0])
+    parser = Parser(PROGRAM, __doc__, HINTS)
     add = parser.add_argument
-    add(
-        "--model",
-        required=True,
-        help="weights (.pth, .safetensors; fused or not) or an exported network (.onnx)",
-    )
-    add("--input", required=True, help="a picture, or a folder of pictures")
-    add("--output", required=True, help="the picture to write, or a folder (names and formats stay the same)")
+    add("--model", type=local_path, required=True, help="weights (.pth, .safetensors; fused or not) or an "
+        "exported network (.onnx)")  # fmt: skip
+    add("--input", type=local_path, required=True, help="a picture, or a folder of pictures")
+    add("--output", required=True, help="the picture to write, or a folder (names stay the same)")
+    add("--format", choices=ENDINGS, help="of the pictures to write (default: as --output ends, in a folder "
+        "as each is)")  # fmt: skip
     add("--recursive", action="store_true", help="also upscale the pictures in subfolders")
     add(
-        "--skip-existing",
-        action="store_true",
-        help="skip pictures whose output exists, to continue a folder",
+        "--skip-existing", action="store_true", help="skip pictures whose output exists, to continue a folder"
     )
     add("--overwrite", action="store_true", help="replace existing files")
     add("--wrap", nargs="?", choices=("x", "y", "xy"), const="xy", default="",
@@ -170,9 +180,10 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     add("--overlap", type=_overlap, metavar="PIXELS", help="margin round each tile that the network also "
         "sees; 'exact' makes tiles equal to the whole picture (default: less, and within half a step of "
         "1/255)")  # fmt: skip
-    add("--device", choices=("cuda", "cpu"), help="default: the GPU, if there is one that can run the file")
-    add("--fp16", action="store_true", help="half precision, on CUDA only")
-    args = parser.parse_args(argv)
+    add("--device", choices=DEVICES, help="default: the GPU, if there is one that can run the file")
+    add("--fp16", action="store_true", help="half precision, on a GPU only")
+    add_img_range(parser)
+    args = parser.parse(argv)
     if args.overwrite and args.skip_existing:
         parser.error("--overwrite and --skip-existing exclude each other; pass one of them")
     return args

@@ -1,49 +1,47 @@
 // The page: takes a picture, hands its tiles to worker.js one by one, shows what comes back.
-const SHIPPED = "2x_AetherNet_small_wallpapers_fp32.onnx"; // serve_web.py writes it
 const TILE = 192;
 const OVERLAP = 28; // as in aethersr/tiling.py: trained networks stay within a step of the whole picture
+const ZOOM = 6; // how large a pixel of the given picture is in the enlarged view
 
 const $ = (id) => document.getElementById(id);
-const size = (width, height) => `${width}x${height}`;
-let worker, current; // current: the picture that may show something; the next one ends its run
-const calls = []; // what the worker has not answered yet, in order
-let network = load(SHIPPED, new URL(`files/${SHIPPED}`, import.meta.url).href);
+// Started from a blob: so the page's Content-Security-Policy holds for it, too.
+const code = `import ${JSON.stringify(new URL("worker.js", import.meta.url).href)}`;
+const worker = new Worker(URL.createObjectURL(new Blob([code], { type: "text/javascript" })), { type: "module" });
+let current; // the picture that may show something; the next one ends its run
+let network; // the chosen one or its promise: place in the list, scale and engine
+let working; // the last one that could be loaded
 
-function ask(request, transfer) {
-  if (!worker) {
-    // Started from a blob: so the page's Content-Security-Policy holds for it, too.
-    const code = [`import ${JSON.stringify(new URL("worker.js", import.meta.url).href)}`];
-    const blob = new Blob(code, { type: "text/javascript" });
-    worker = new Worker(URL.createObjectURL(blob), { type: "module" });
-    worker.onmessage = ({ data: { problem, ...answer } }) => {
-      const { resolve, reject } = calls.shift();
-      problem ? reject(new Error(problem)) : resolve(answer);
-    };
-    worker.onerror = () => calls.splice(0).forEach((call) => call.reject(new Error("worker.js fails")));
-  }
-  worker.postMessage(request, transfer);
-  return new Promise((resolve, reject) => calls.push({ resolve, reject }));
+function ask(request, transfer = []) {
+  const { port1: port, port2 } = new MessageChannel();
+  worker.postMessage({ ...request, port: port2 }, [port2, ...transfer]);
+  return new Promise((resolve, reject) => {
+    port.onmessage = ({ data }) => (data.problem ? reject(new Error(data.problem)) : resolve(data));
+    worker.addEventListener("error", () => reject(new Error("worker.js fails")));
+  });
 }
 
-/** The network of an ONNX file, or nothing after saying why. */
-async function load(name, url) {
+/** Load the chosen network; the one before stays if that fails. A picture on the page is upscaled again. */
+async function choose() {
+  const { selectedIndex: index, selectedOptions: [{ text, value }] } = $("networks");
+  const picture = current;
+  const mine = (network = ask({ network: value }).then((answer) => ({ index, ...answer })));
+  current = null;
+  say(`Loading ${text} …`);
   try {
-    const { scale, engine } = await ask({ network: url });
-    $("network").textContent = `${name} (${scale} times larger, ${engine})`;
-    if (!current) say("Ready.");
-    return { scale };
+    working = await mine;
+    $("engine").textContent = working.engine;
+    if (!current) picture ? upscale(picture.file) : say("Ready.");
   } catch (error) {
-    say(`${name} can't be used: ${error.message}; choose an ONNX file below.`, true);
+    if (network !== mine) return; // another was chosen meanwhile
+    network = working;
+    $("networks").selectedIndex = working?.index ?? -1;
+    say(`${text} can't be used: ${error.message}; choose another ONNX file below.`, "wrong");
   }
 }
 
-function say(text, wrong = false) {
+/** Say something in a state of the page: "" (no picture to see), "wrong" (none, either), "working", "done". */
+function say(text, state = "") {
   $("status").textContent = text;
-  $("status").classList.toggle("wrong", wrong);
-}
-
-/** What is on the page: "" (nothing yet), "working" or "done". */
-function show(state) {
   document.body.dataset.state = state;
   split();
 }
@@ -64,87 +62,89 @@ function surface(id, width, height) {
   const last = [width - 1, height - 1, 1, 1];
   context.fillRect(...last);
   if (!context.getImageData(...last).data[3]) {
-    throw new Error(`${size(width, height)} is more than this browser can hold; choose a smaller picture`);
+    throw new Error(`${width}x${height} is more than this browser can hold; choose a smaller picture`);
   }
   context.clearRect(...last);
   return context;
 }
 
+/** The picture of a file. An animation is refused, as aether-upscale does, where the browser knows it. */
+async function read(file) {
+  const bitmap = await createImageBitmap(file).catch(() => {
+    throw new Error("this browser can't open it as a picture; choose a PNG, JPEG, WebP or AVIF file");
+  });
+  if (await globalThis.ImageDecoder?.isTypeSupported(file.type)) {
+    const decoder = new ImageDecoder({ data: file.stream(), type: file.type });
+    await decoder.completed;
+    const { frameCount } = decoder.tracks.selectedTrack;
+    decoder.close();
+    if (frameCount > 1) throw new Error(`it holds ${frameCount} frames of an animation; choose one picture`);
+  }
+  return bitmap;
+}
+
 async function upscale(file) {
-  const run = (current = { name: file.name });
+  const run = (current = { file });
   const stale = () => run !== current;
-  show("");
+  say(`Opening ${file.name} …`);
   try {
-    const { scale } = (await network) ?? {};
-    if (!scale || stale()) return;
-    const bitmap = await createImageBitmap(file).catch(() => {
-      throw new Error("this browser can't open it as a picture; choose a PNG, JPEG, WebP or AVIF file");
-    });
+    if (!network) throw new Error("there is no network yet; choose an ONNX file below");
+    const { scale } = await network;
+    const bitmap = await read(file);
     if (stale()) return;
     const { width, height } = bitmap;
     const after = surface("after", width * scale, height * scale);
     const before = surface("before", width, height);
     before.drawImage(bitmap, 0, 0);
-    bitmap.close();
-    await tiles(before, after, scale, stale);
+    const detail = await tiles(before, after, scale, stale);
     if (stale()) return;
-    say(`Done: ${size(width, height)} became ${size(width * scale, height * scale)}.`);
-    const { id } = document.activeElement;
-    show("done");
-    if (id === "cancel") $("save").focus(); // that button has gone
+    say(`Done: ${width}x${height} became ${width * scale}x${height * scale}.`, "done");
+    const [left, top] = detail.map((place) => (place * $("after").clientWidth) / width);
+    $("frame").scrollTo(left - $("frame").clientWidth / 2, top - $("frame").clientHeight / 2);
   } catch (error) {
-    if (stale()) return;
-    show("");
-    say(`${file.name}: ${error.message}.`, true);
+    if (!stale()) say(`${file.name}: ${error.message}.`, "wrong");
   }
 }
 
+/** Upscale tile by tile. Returns the middle of the one with the most detail. */
 async function tiles(before, after, scale, stale) {
   const { width, height } = before.canvas;
   const all = cuts(height).flatMap((row) => cuts(width).map((column) => [...row, ...column]));
   const start = performance.now();
-  $("progress").removeAttribute("value"); // until there is a first tile
+  let most = [-1];
   $("progress").max = all.length;
-  show("working");
+  say("Upscaling …", "working");
   for (const [done, [top, bottom, y0, y1, left, right, x0, x1]] of all.entries()) {
     const seconds = Math.ceil(((performance.now() - start) / 1000 / done) * (all.length - done));
     $("count").textContent = `${done} of ${all.length} tiles${done ? `, about ${seconds} s left` : ""}`;
-    if (done) $("progress").value = done;
-    // Read aloud, so not at every tile.
-    if (done % Math.ceil(all.length / 4) === 0) say(`Upscaling, ${Math.round((100 * done) / all.length)} %`);
+    $("progress").value = done;
     const { data } = before.getImageData(x0, y0, x1 - x0, y1 - y0);
+    const detail = data.reduce((sum, value, k) => sum + (k > 3 ? Math.abs(value - data[k - 4]) : 0), 0);
+    if (detail > most[0]) most = [detail, (left + right) / 2, (top + bottom) / 2];
     const { pixels } = await ask({ pixels: data, width: x1 - x0, height: y1 - y0 }, [data.buffer]);
-    if (stale()) return;
+    if (stale()) break;
     const part = [left - x0, top - y0, right - left, bottom - top].map((value) => value * scale);
     after.putImageData(new ImageData(pixels, (x1 - x0) * scale), x0 * scale, y0 * scale, ...part);
   }
+  return most.slice(1);
 }
 
 /** Cut both pictures where the divider stands; tiles that arrive cover the picture before. */
 function split() {
   const done = document.body.dataset.state === "done";
-  const actual = document.body.classList.contains("actual");
-  $("after").style.width = actual ? `${$("after").width / devicePixelRatio}px` : "";
+  const enlarged = document.body.classList.toggle("enlarged", done && $("zoom").checked);
+  $("after").style.width = enlarged ? `${$("before").width * ZOOM}px` : "";
   const x = done ? $("frame").scrollLeft + ($("frame").clientWidth * $("split").value) / 100 : 0;
+  $("bar").style.left = `${$("split").value}%`;
   $("before").style.clipPath = done ? `inset(0 calc(100% - ${x}px) 0 0)` : "";
   $("after").style.clipPath = `inset(0 0 0 ${x}px)`;
-  $("split").setAttribute("aria-valuetext", `${Math.round($("split").value)} %`);
 }
 
 function take(file) {
   if (file?.name.toLowerCase().endsWith(".onnx")) {
-    const earlier = network;
-    stop(`Loading ${file.name} …`);
-    network = load(file.name, URL.createObjectURL(file)).then((found) => found ?? earlier);
-  } else if (file) {
-    upscale(file);
-  }
-}
-
-function stop(text) {
-  current = null;
-  show("");
-  say(text);
+    $("networks").add(new Option(file.name, URL.createObjectURL(file), false, true));
+    choose();
+  } else if (file) upscale(file);
 }
 
 for (const input of [$("file"), $("onnx")]) {
@@ -153,35 +153,26 @@ for (const input of [$("file"), $("onnx")]) {
     input.value = ""; // the same file may be chosen again
   };
 }
-for (const kind of ["dragover", "dragleave", "drop"]) {
-  document.addEventListener(kind, (event) => {
-    event.preventDefault();
-    document.body.classList.toggle("over", kind === "dragover");
-    if (kind === "drop") take(event.dataTransfer.files[0]);
-  });
-}
+document.ondragover = (event) => event.preventDefault();
+document.ondrop = (event) => {
+  event.preventDefault();
+  take(event.dataTransfer.files[0]);
+};
 document.onpaste = (event) => take(event.clipboardData.files[0]);
 $("cancel").onclick = () => {
-  stop("Cancelled.");
+  current = null;
+  say("Cancelled.");
   $("file").focus();
 };
 $("save").onclick = () =>
   $("after").toBlob((blob) => {
-    const link = document.createElement("a");
-    link.download = `${current.name.replace(/\.[^.]*$/, "")}_${$("after").width / $("before").width}x.png`;
-    link.href = URL.createObjectURL(blob);
-    link.click();
-    setTimeout(() => URL.revokeObjectURL(link.href), 60000);
+    const scale = $("after").width / $("before").width;
+    const download = `${current.file.name.replace(/\.[^.]*$/, "")}_${scale}x.png`;
+    Object.assign(document.createElement("a"), { download, href: URL.createObjectURL(blob) }).click();
   });
-$("actual").onclick = () => {
-  $("actual").setAttribute("aria-pressed", document.body.classList.toggle("actual"));
-  split();
-};
-$("frame").onpointermove = (event) => {
-  if (!event.buttons) return;
-  const { left, width } = $("frame").getBoundingClientRect();
-  if (!document.body.classList.contains("actual")) $("split").value = (100 * (event.clientX - left)) / width;
-  else if (event.pointerType === "mouse") $("frame").scrollBy(-event.movementX, -event.movementY);
-  split();
-};
-$("frame").onscroll = $("split").oninput = window.onresize = split;
+$("networks").onchange = choose;
+$("zoom").onchange = $("frame").onscroll = $("split").oninput = window.onresize = split;
+
+const names = await fetch("files/networks.json").then((answer) => answer.json()).catch(() => []);
+for (const name of names) $("networks").add(new Option(name, new URL(`files/${name}`, import.meta.url).href));
+names.length ? choose() : say("No network lies beside this page; choose an ONNX file below.", "wrong");

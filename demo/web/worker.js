@@ -1,23 +1,15 @@
 // The network: a tile in, a larger tile out. It runs beside the page, so that the page answers meanwhile.
 const VERSION = "1.30.0"; // serve_web.py reads it, too
-const CDN = `https://cdn.jsdelivr.net/npm/onnxruntime-web@${VERSION}/dist/`;
+const FOLDERS = ["./files/", `https://cdn.jsdelivr.net/npm/onnxruntime-web@${VERSION}/dist/`];
 let ort, session;
 let queue = Promise.resolve(); // a session takes one tile after the other
 
-onmessage = ({ data }) => {
+onmessage = ({ data: { port, ...data } }) => {
   queue = queue
     .then(() => (data.network ? open(data.network) : upscale(data)))
-    .then((answer) => postMessage(answer, answer.pixels ? [answer.pixels.buffer] : []))
-    .catch((error) => postMessage({ problem: String(error?.message ?? error).split("\n")[0].slice(0, 200) }));
+    .catch((error) => ({ problem: String(error?.message ?? error).split("\n")[0].slice(0, 200) }))
+    .then((answer) => port.postMessage(answer, answer.pixels ? [answer.pixels.buffer] : []));
 };
-
-async function runtime(engine) {
-  for (const folder of [new URL("files/", import.meta.url), CDN]) {
-    const found = await import(`${folder}ort.${engine}.min.mjs`).catch(() => null);
-    if (found) return found;
-  }
-  throw new Error("ONNX Runtime Web is not in the folder files, and its CDN is out of reach");
-}
 
 /** Take the network of an ONNX file (its URL). The one before stays if this one does not run. */
 async function open(url) {
@@ -25,7 +17,10 @@ async function open(url) {
   const gpu = await navigator.gpu?.requestAdapter().catch(() => null);
   for (const engine of gpu ? ["webgpu", "wasm"] : ["wasm"]) {
     try {
-      ort = await runtime(engine);
+      const [beside, cdn] = FOLDERS.map((folder) => `${folder}ort.${engine}.min.mjs`);
+      ort = await import(beside).catch(() => import(cdn)).catch(() => {
+        throw new Error("ONNX Runtime Web is not in the folder files, and its CDN is out of reach");
+      });
       ort.env.logLevel = "error";
       session = await ort.InferenceSession.create(url, { executionProviders: [engine] });
       const { shape } = session.inputMetadata[0];
@@ -33,7 +28,6 @@ async function open(url) {
         throw new Error(`it takes [${shape}], expected RGB of any size (aether-fuse without --static)`);
       }
       const scale = (await run(new Float32Array(3 * 64 * 64), 64, 64)).width / 64;
-      if (!Number.isInteger(scale)) throw new Error(`it makes pictures ${scale} times as wide`);
       await before.session?.release();
       return { scale, engine: engine === "webgpu" ? "WebGPU" : "WebAssembly" };
     } catch (error) {
@@ -66,26 +60,24 @@ function around(values, width, pick) {
 async function upscale({ pixels, width, height }) {
   const area = width * height;
   const over = (shade) => {
-    const planes = new Float32Array(3 * area);
-    for (let k = 0; k < 3 * area; k++) {
-      const place = 4 * (k % area);
-      const alpha = pixels[place + 3] / 255;
-      planes[k] = (pixels[place + Math.floor(k / area)] / 255) * alpha + shade * (1 - alpha);
-    }
+    const planes = Float32Array.from({ length: 3 * area }, (_, k) => {
+      const [value, alpha] = [Math.floor(k / area), 3].map((c) => pixels[4 * (k % area) + c] / 255);
+      return value * alpha + shade * (1 - alpha);
+    });
     return run(planes, width, height);
   };
   const channels = [0, 1, 2, 3].map((c) => pixels.filter((_, k) => k % 4 === c));
   const opaque = channels[3].every((value) => value === 255);
   const [black, white] = opaque ? Array(2).fill(await over(0)) : [await over(0), await over(1)];
   const [low, high] = [Math.min, Math.max].map((pick) =>
-    channels.map((c) => (opaque ? new Uint8Array(area).fill(pick(0, 255)) : around(c, width, pick))));
+    channels.map((c) => (opaque ? new Uint8Array(area).fill(255) : around(c, width, pick))));
   const [scale, out] = [black.width / width, new Uint8ClampedArray((4 / 3) * black.data.length)];
   for (let k = 0; k < out.length / 4; k++) {
     const place = Math.floor(k / black.width / scale) * width + Math.floor((k % black.width) / scale);
     const [b, w] = [black, white].map(({ data }) => [0, 1, 2].map((c) => data[k + (c * out.length) / 4]));
     const [least, most] = [Math.min, Math.max].map((pick) => pick(...b.map((value, c) => w[c] - value)));
     const fit = (2 * Math.max(...b, ...w.map((value) => 1 - value)) + 1 - most) / 3;
-    const alpha = Math.min(high[3][place] && 1, Math.max(low[3][place] === 255, 1 - (least + most) / 2, fit));
+    const alpha = Math.min(high[3][place] / 255, Math.max(low[3][place] / 255, 1 - (least + most) / 2, fit));
     for (let c = 0; c < 3; c++) {
       const [given, spare] = [(255 * (b[c] + w[c] - 1 + alpha)) / Math.max(2 * alpha, 1e-4), low[3][place]];
       out[4 * k + c] = Math.min(high[c][place] + spare, Math.max(low[c][place] - spare, given));

@@ -10,14 +10,17 @@ from typing import Any, List, Optional
 
 import torch
 
-sys.path.append(str(Path(__file__).resolve().parents[2] / "demo"))
-from basicsr_train import import_torchvision, register_aether
+ROOT = Path(__file__).resolve().parents[2]
+sys.path += [str(ROOT / "training"), str(ROOT / "demo")]
+from basicsr_train import register_aether  # noqa: E402
+from trainner_redux_cpu import Torch, contiguous_filter2d, import_torchvision, load, no_cuda  # noqa: E402
 
 __all__ = [
     "Torch",
     "contiguous_filter2d",
     "dump",
     "import_torchvision",
+    "load",
     "no_cuda",
     "option",
     "register_aether",
@@ -25,46 +28,6 @@ __all__ = [
     "use_gloo",
     "without_downloads",
 ]
-
-
-class Cuda:
-    """torch.cuda as the training scripts see it: they refuse to start without."""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch.cuda, name)
-
-    @staticmethod
-    def is_available() -> bool:
-        return True
-
-    @staticmethod
-    def set_per_process_memory_fraction(*args: Any, **kwargs: Any) -> None:
-        pass
-
-
-class Torch:
-    """torch as the training scripts see it."""
-
-    cuda = Cuda()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch, name)
-
-    @staticmethod
-    def randn(*args: Any, device: Any = None, **kwargs: Any) -> torch.Tensor:
-        return torch.randn(*args, **kwargs)
-
-    @staticmethod
-    def autocast(device_type: str = "cpu", **kwargs: Any) -> Any:
-        return torch.autocast("cpu", **kwargs)
-
-
-def no_cuda() -> None:
-    """``x.cuda()`` leaves x where it is, and the current device is 0."""
-    setattr(torch.Tensor, "cuda", lambda self, *args, **kwargs: self)  # noqa: B010
-    setattr(torch.nn.Module, "cuda", lambda self, *args, **kwargs: self)  # noqa: B010
-    torch.cuda.current_device = lambda: 0
-    setattr(torch.cuda, "is_bf16_supported", lambda *args: True)  # noqa: B010  else traiNNer-redux takes fp16, which a CPU has no fast kernels for
 
 
 def use_gloo() -> None:
@@ -102,13 +65,6 @@ def without_downloads() -> None:
         return models.get_model(weights.url.split("/")[-1].split("-")[0]).state_dict()
 
     models._api.WeightsEnum.get_state_dict = random_weights
-
-
-def contiguous_filter2d(*modules: str, function: str = "filter2D") -> None:
-    """Make what ``filter2D`` gets contiguous: it calls ``view``, and on a CPU some is channels_last."""
-    for module in map(importlib.import_module, modules):
-        plain: Any = getattr(module, function)
-        setattr(module, function, lambda image, kernel, plain=plain: plain(image.contiguous(), kernel))
 
 
 def option(name: str) -> Optional[str]:

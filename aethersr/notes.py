@@ -1,0 +1,222 @@
+"""What a picture's file says beside its pixels: which notes there are, and what libvips drops of them.
+
+libvips keeps colour profile, EXIF, XMP, IPTC and dpi. Added here: PNG chunks about colours and with text, a
+JPEG's comment, EXIF in TIFF; and the names of what a format can't hold.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import struct
+import zlib
+from typing import Any, BinaryIO, Dict, Iterator, List, Optional, Tuple
+
+from PIL import Image, TiffImagePlugin
+
+# By the names that a user is shown: "dpi" (across, down), "chunks" of a PNG, all others as bytes.
+Notes = Dict[str, Any]
+Chunk = Tuple[bytes, bytes]  # name and content
+Extra = Tuple[int, bytes]  # what to put into a file that libvips writes, and after how many bytes
+
+FIELDS = {  # libvips' names
+    "colour profile": "icc-profile-data",
+    "EXIF": "exif-data",
+    "XMP": "xmp-data",
+    "IPTC": "iptc-data",
+}
+_HELD = {
+    "PNG": ("colour profile", "EXIF", "XMP", "dpi", "comment", "chunks"),
+    "JPEG": ("colour profile", "EXIF", "XMP", "IPTC", "dpi", "comment"),
+    "TIFF": ("colour profile", "EXIF", "XMP", "IPTC", "dpi"),
+    "WEBP": ("colour profile", "EXIF", "XMP", "dpi"),
+    "AVIF": ("colour profile", "EXIF", "XMP", "dpi"),
+    "BMP": ("dpi",),
+    "GIF": (),
+}
+_SEGMENT = 65000  # bytes that a JPEG's segment holds at most, with a margin for its name
+_COLOURS, _TEXTS = (b"gAMA", b"cHRM", b"cICP", b"mDCV", b"cLLI"), (b"tEXt", b"zTXt", b"iTXt")
+_OF_SRGB = {  # what a file without them means too
+    (b"gAMA", struct.pack(">I", 45455)),
+    (b"cHRM", struct.pack(">8I", 31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000)),
+    (b"cICP", bytes([1, 13, 0, 1])),
+}
+_PNG, _TIFF = b"\x89PNG\r\n\x1a\n", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_JPEG, _COM, _SOS = b"\xff\xd8", b"\xff\xfe", b"\xff\xda"
+_PHOTOSHOP = b"Photoshop 3.0\0"  # a JPEG's IPTC begins with it, a TIFF's does not
+_SUB_IFDS = (0x8769, 0x8825, 0xA005)
+# In a TIFF, EXIF tags are mixed with those about its pixels: size, bits, strips, resolution, XMP, profile.
+_OF_PIXELS = {*range(254, 260), 262, 266, *range(273, 280), 282, 283, 284, 296, 317,
+              *range(318, 348), *range(512, 533), 700, 33723, 34377, 34675}  # fmt: skip
+
+
+def read(content: bytes, found: Notes, orientation: Optional[int]) -> Tuple[Notes, int, bool]:
+    """All notes of a file, the EXIF orientation of its pixels, and whether its last channel is no alpha.
+
+    Args:
+        content: the file's.
+        found: what libvips read of it; values may be None.
+    """
+    xmp = found["XMP"]
+    if xmp:
+        pattern = rb'(tiff:Orientation(?:="|>))([1-8])'
+        written = re.search(pattern, xmp)
+        orientation = orientation or (int(written.group(2)) if written else None)
+        xmp = re.sub(pattern, rb"\g<1>1", xmp)
+    turn = orientation or 1
+    tiff = content.startswith(_TIFF)
+    tags = _tags(content if tiff else found["EXIF"] or b"")
+    dpi = found["dpi"]
+    if _is_unknown(dpi):
+        unit = 2.54 if tags.get(296) == 3 else 1
+        dpi = _number(tags.get(282)) * unit, _number(tags.get(283)) * unit
+    if tiff:
+        records, resources = tags.get(33723), tags.get(34377)
+        if isinstance(records, bytes) and not resources:
+            resources = b"8BIM\x04\x04\0\0" + struct.pack(">I", len(records)) + records
+        found["IPTC"] = _PHOTOSHOP + resources if isinstance(resources, bytes) else None
+    segments = list(_segments(content))
+    chunks = [(name, data) for name, data in segments if name in _COLOURS or name in _TEXTS]
+    more = {
+        "EXIF": _clean(tags),
+        "XMP": xmp,
+        "dpi": None if _is_unknown(dpi) else dpi if turn < 5 else dpi[::-1],
+        "comment": b"".join(data for name, data in segments if name == _COM),
+        "chunks": [chunk for chunk in chunks if not chunk[1].startswith(b"XML:com.adobe.xmp")],
+    }
+    notes = {name: value for name, value in {**found, **more}.items() if value}
+    return notes, turn, tiff and tags.get(338) in (0, (0,))
+
+
+def for_file(notes: Notes, kind: str, big: bool) -> Tuple[Dict[str, bytes], Extra, List[str]]:
+    """For a file of this ``kind``: fields that libvips writes, what to put in, names of what it can't hold.
+
+    ``big``: a TIFF may need more than 4 GiB, where nothing is put in.
+    """
+    lost = {name for name in notes if name not in _HELD[kind]}
+    if kind == "JPEG":
+        lost |= {n for n in ("EXIF", "XMP", "IPTC", "comment") if len(notes.get(n, b"")) > _SEGMENT}
+    if kind == "TIFF" and big:
+        lost |= {"EXIF", "IPTC"} & set(notes)
+    fields = {field: notes[name] for name, field in FIELDS.items() if name in notes and name not in lost}
+    if kind == "TIFF":  # libvips writes no EXIF there, and IPTC so that nobody can read it
+        fields = {
+            field: value for field, value in fields.items() if field in ("icc-profile-data", "xmp-data")
+        }
+    chunks, comment, extra = notes.get("chunks", []), b"", b""
+    if "comment" in notes and "comment" not in lost:
+        comment = notes["comment"]
+    if kind == "PNG":
+        for name, data in [*chunks, *([_text_chunk(comment)] if comment else [])]:
+            extra += struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+    elif comment:
+        extra = _COM + struct.pack(">H", len(comment) + 2) + comment
+    words = sorted(lost - {"chunks"})
+    if "chunks" in lost:
+        words += [name.decode() for name, data in chunks if name in _COLOURS and (name, data) not in _OF_SRGB]
+        texts = (data.split(b"\0")[0] for name, data in chunks if name in _TEXTS)
+        words += [f"text {keyword.decode('latin-1')!r}" for keyword in texts]
+    return fields, (len(_PNG) + 25 if kind == "PNG" else len(_JPEG), extra), words
+
+
+def _text_chunk(comment: bytes) -> Chunk:
+    try:
+        comment.decode()
+    except UnicodeDecodeError:
+        return b"tEXt", b"Comment\0" + comment
+    return b"iTXt", b"Comment" + bytes(5) + comment
+
+
+def animated_png(content: bytes) -> int:
+    """The number of frames, 0 for other files."""
+    return next((int.from_bytes(data[:4], "big") for name, data in _segments(content) if name == b"acTL"), 0)
+
+
+def _segments(content: bytes) -> Iterator[Chunk]:
+    """A PNG's chunks, or a JPEG's segments before its pixels: name and content."""
+    place = len(_PNG) if content.startswith(_PNG) else len(_JPEG)
+    with contextlib.suppress(struct.error):  # at the end
+        while content.startswith(_PNG):
+            size, name = struct.unpack_from(">I4s", content, place)
+            if name != b"IDAT":
+                yield name, content[place + 8 : place + 8 + size]
+            place += size + 12
+        while content.startswith(_JPEG):
+            name, size = struct.unpack_from(">2sH", content, place)
+            if name == _SOS or name[:1] != b"\xff":
+                return
+            yield name, content[place + 4 : place + 2 + size]
+            place += size + 2
+
+
+def _tags(block: bytes) -> Image.Exif:
+    tags = Image.Exif()
+    with contextlib.suppress(Exception):  # some broken EXIF is too broken for Pillow
+        tags.load(block)
+    return tags
+
+
+def _is_unknown(dpi: Tuple[float, float]) -> bool:
+    """Whether it is impossible, or what libvips says where it finds none."""
+    return {round(value) for value in dpi} <= {25, 72} or not all(0 < value < 1e6 for value in dpi)
+
+
+def _number(value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, ArithmeticError):
+        return 0
+
+
+def _clean(tags: Image.Exif) -> bytes:
+    """EXIF without orientation, thumbnail and tags that can't be written."""
+
+    def writable(tag: int, value: Any) -> bool:
+        try:
+            directory = TiffImagePlugin.ImageFileDirectory_v2()
+            directory[tag] = value
+            directory.tobytes()
+        except Exception:
+            return False
+        return True
+
+    kept = Image.Exif()
+    with contextlib.suppress(Exception):
+        for tag, value in tags.items():
+            if tag in _SUB_IFDS:
+                value = {key: inner for key, inner in tags.get_ifd(tag).items() if writable(key, inner)}
+            if tag not in _OF_PIXELS and writable(tag, value):
+                kept[tag] = value
+    return kept.tobytes() if len(kept) else b""
+
+
+def add_to_tiff(file: BinaryIO, notes: Notes) -> None:
+    """Write a second directory at the end of a TIFF: the tags of the first, EXIF's and IPTC."""
+
+    def append(data: bytes) -> int:
+        place = file.seek(0, io.SEEK_END) + 1 & ~1
+        file.seek(place)
+        file.write(data)
+        return place
+
+    def entries(place: int) -> Dict[bytes, bytes]:
+        file.seek(place)
+        (count,) = struct.unpack("<H", file.read(2))
+        found = (file.read(12) for _ in range(count))
+        return {entry[1::-1]: entry for entry in found}
+
+    source, tags = _tags(notes.get("EXIF", b"")), TiffImagePlugin.ImageFileDirectory_v2()
+    for tag, value in source.items():
+        tags[tag] = source.get_ifd(tag) if tag in _SUB_IFDS else value
+    if notes.get("IPTC", b"").startswith(_PHOTOSHOP):
+        tags[34377] = notes["IPTC"][len(_PHOTOSHOP) :]
+    if not tags:
+        return
+    merged = entries(append(tags.tobytes(append(b""))))
+    file.seek(4)
+    merged.update(entries(*struct.unpack("<I", file.read(4))))
+    directory = b"".join(merged[tag] for tag in sorted(merged))
+    place = append(struct.pack("<H", len(merged)) + directory + bytes(4))
+    file.seek(4)
+    file.write(struct.pack("<I", place))

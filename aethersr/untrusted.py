@@ -1,0 +1,162 @@
+"""Between a stranger's file and PyTorch: what kind of file it is, and how much memory its pickles ask for."""
+
+from __future__ import annotations
+
+import io
+import pickletools
+import re
+import sys
+import warnings
+import zipfile
+from typing import Any, BinaryIO, Dict, List
+
+import torch
+
+ROOM = 2**25  # bytes that a file may take beyond what its size accounts for
+_OBJECTS = 24  # Python's objects take up to so many bytes for one in a pickle
+
+_KINDS = {
+    rb"version https://git-lfs": "a git-lfs pointer, not the file itself; git lfs pull, or download it again",
+    rb"\s*<(!doctype|html|\?xml|!--)": "a web page; download the file itself (on GitHub with its Raw link)",
+    rb"\x1f\x8b|7z\xbc\xaf|Rar!|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd|.{257}ustar": "an archive; unpack it first",
+    rb"\x08[\x01-\x20][\x12\x1a\x22\x3a\x42]": "an ONNX file; expected the weights that it was made from",
+    rb"\x89PNG|\xff\xd8\xff|RIFF|GIF8": "a picture; expected weights",
+}
+_ALONE = "torch.save(model.state_dict(), 'weights.pth')"
+
+
+class Refused(Exception):
+    """Why a file isn't opened, and what to do: words that follow its name."""
+
+
+def check_kind(head: bytes, weights: bool = True) -> None:
+    """Raise Refused if a file that begins with ``head`` is known to be no weights, or at least no network."""
+    if not head:
+        raise Refused("is empty; copy it again")
+    for pattern, kind in list(_KINDS.items())[: None if weights else 2]:
+        if re.match(pattern, head, re.IGNORECASE | re.DOTALL):
+            raise Refused(f"is {kind}")
+    text = head.decode("utf-8", "ignore").strip() if weights else ""
+    if text and all(character.isprintable() or character.isspace() for character in text):
+        raise Refused(f"is text that begins with {text.splitlines()[0][:60]!r}; download the file again")
+
+
+def load_pickled(content: bytes) -> Any:
+    """What torch.save wrote, without running code. Raises Refused, or MemoryError."""
+    try:
+        if content.startswith(b"PK\x03\x04"):
+            for pickled in _pickles(content):
+                _follow(io.BytesIO(pickled), len(content))
+        else:  # before PyTorch 1.6: five pickles, of which the first is a number, and then the raw weights
+            stream = io.BytesIO(content)
+            if _follow(stream, len(content)) != torch.serialization.MAGIC_NUMBER:
+                raise Refused(f"is a pickle that torch.save didn't write; write it with {_ALONE}")
+            for _ in range(4):
+                _follow(stream, len(content))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except (Refused, MemoryError):
+        raise
+    except Exception as error:
+        # Not PyTorch's own message, which is about its internals and advises running the code.
+        asked = re.search(r"(?:GLOBAL|class) ([\w.]+)", str(error))
+        if asked and b"_modules" in content:
+            raise Refused(f"holds a whole module ({asked[1][:80]}), not its weights; {_ALONE}") from None
+        if asked:
+            found = f"asks to run code on loading ({asked[1][:80]!r}), which is refused"
+            raise Refused(f"{found}; save the weights alone, {_ALONE}") from None
+        if "Unsupported operand" in str(error):
+            raise Refused(
+                "has a pickle of another protocol than torch.save's own, 2; save it with that"
+            ) from None
+        raise Refused(
+            "is not a readable checkpoint: it is damaged, or something else; copy it again"
+        ) from None
+
+
+def _pickles(content: bytes) -> List[bytes]:
+    """The pickles in torch.save's archive."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        entries = archive.infolist()
+        names = [entry.filename for entry in entries]
+        if any(name.endswith("/constants.pkl") for name in names):
+            raise Refused(f"is TorchScript, a program; expected weights, {_ALONE}")
+        if not any(name.endswith("/data.pkl") for name in names):
+            raise Refused(f"is a zip archive of {names[0][:60]!r}; unpack it first")
+        if sum(max(entry.file_size, entry.compress_size) for entry in entries) > len(content) + ROOM:
+            raise Refused("is a compressed archive of far more bytes; expected what torch.save writes")
+        return [archive.read(entry) for entry in entries if entry.filename.endswith(".pkl")]
+
+
+def _follow(stream: BinaryIO, file_size: int) -> Any:
+    """Follow a pickle with sizes in place of objects and return its object. Refused if they are too large.
+
+    Without running any code, PyTorch still makes what a pickle asks for: bytearray(2**40), a set of 216 bytes
+    for each byte, a copy of a long dictionary for every few.
+    """
+    room = ROOM + _OBJECTS * file_size
+    stack: List[Any] = []  # texts, numbers, tuples; of every other object a list of one number, its size
+    marks: List[int] = []
+    memo: Dict[Any, Any] = {}
+    made: Any = None
+    for opcode, made, _ in pickletools.genops(stream):
+        name, before = opcode.name, opcode.stack_before
+        marked = pickletools.markobject in before
+        begin = marks.pop() - before.index(pickletools.markobject) if marked else len(stack) - len(before)
+        taken = stack[begin:]
+        del stack[begin:]
+        cost = 16 if name == "BININT1" else sys.getsizeof(made)
+        if name == "MARK":
+            marks.append(len(stack))
+            cost = 64
+        elif name.endswith("GET"):
+            made, cost = memo[made], 8
+        elif name.endswith("PUT"):
+            memo[made], cost = stack[-1], 96
+        elif name.startswith("EMPTY_"):
+            made, cost = () if name == "EMPTY_TUPLE" else [64], 216 if name == "EMPTY_SET" else 96
+        elif name.startswith("TUPLE"):
+            made = tuple(taken)
+            cost = sys.getsizeof(made)
+        elif name in ("REDUCE", "NEWOBJ"):
+            made = [_size_of_call(*taken)]
+            cost = made[0]
+        elif name.startswith(("APPEND", "SETITEM", "BUILD")):
+            made = taken[0]
+            made[0] += 64 * len(taken)
+            cost = (
+                _size(taken[-1]) if name == "BUILD" else len(taken) * (8 if name.startswith("APPEND") else 64)
+            )
+        elif name == "PROTO" and made > 3:
+            raise Refused(f"was saved with pickle_protocol={made}, which PyTorch loads only with code; use 2")
+        elif name == "STOP":
+            made = taken[0]
+        room -= cost
+        if room < 0:
+            raise Refused("asks for far more memory than it has bytes; pass a plain checkpoint")
+        if name != "MARK":
+            stack += [made] * len(opcode.stack_after)
+    return made
+
+
+def _size(value: Any) -> int:
+    """The bytes of a copy."""
+    if isinstance(value, list):
+        return int(value[0])
+    return (
+        64 * len(value) if isinstance(value, tuple) else len(value) if isinstance(value, (str, bytes)) else 0
+    )
+
+
+def _size_of_call(function: Any, arguments: Any) -> int:
+    """The bytes of what a call makes at most. Refused for what no torch.save writes: it could be any size."""
+    kind, size = str(function).split()[-1], sum(map(_size, arguments))
+    if kind == "_rebuild_from_type_v2":  # calls its first argument with its third
+        return size + _size_of_call(arguments[0], arguments[2])
+    if kind == "bytearray" and arguments and isinstance(arguments[0], int):
+        return int(arguments[0])
+    allocates = kind.endswith(("Tensor", "Storage")) and arguments
+    if allocates or (kind == "encode" and arguments[1:] not in (("latin1",), ("latin-1",))):
+        raise Refused(f"asks for memory by calling {kind}; pass a plain checkpoint")
+    return size

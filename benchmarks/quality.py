@@ -1,0 +1,395 @@
+"""What networks learn from the same cuts in the same time; their quality against their time for a picture.
+
+    python training/prepare_pictures.py datasets/wallpapers_textures --textures
+    python training/photographs.py datasets/photographs
+    python benchmarks/quality.py train benchmarks/results/peers.json --seconds 1800 --bf16 \\
+        --data datasets/wallpapers_textures --validation datasets/photographs --traiNNer-redux CHECKOUT \\
+        --run aether_small,optimizer=SOAP --run compact,rate=2e-3,optimizer=SOAP
+    python benchmarks/quality.py table benchmarks/results/peers.json
+    python benchmarks/quality.py draw benchmarks/results/peers.json --output benchmarks/results/quality \\
+        --validation datasets/photographs --traiNNer-redux CHECKOUT --weights weights/2x*training*.safetensors
+
+A run is a network and its options, NAME[,OPTION=VALUE]...: one of this project or of traiNNer-redux. Options
+of the training are rate=1e-3 (a short warm-up, then cosine down to a fiftieth), optimizer=AdamW (or one of
+pytorch-optimizer, such as SOAP), batch=8, patch=32 (low-resolution pixels) and skip=1 (adds a bicubic
+enlargement of the input); the others go to the network. The loss is Charbonnier's. What is measured is the
+moving average of the weights: PSNR-Y, the mean over the pictures' centres. Seconds count only the training
+steps, on a CPU their computing time. Runs that the file holds are not repeated.
+
+``draw`` writes OUTPUT.md and OUTPUT.png: those runs and finished weights, each with its computing time in
+ONNX Runtime, all measured in turns. A line joins the weights, which are ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import copy
+import json
+import math
+import re
+import sys
+import time
+from pathlib import Path
+from statistics import mean
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import networks
+from networks import OURS, positive, table
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from aethersr.commands import check_device, exit_code
+from aethersr.errors import UserError, first_line
+from aethersr.files import Together
+from aethersr.quality import crop_to_multiple, find_pictures, psnr, read_rgb, resize
+from aethersr.timing import interleaved
+
+POINTS = 6  # measurements of a run
+DEFAULTS: Dict[str, Any] = {"rate": 1e-3, "optimizer": "AdamW", "batch": 8, "patch": 32, "skip": 0}
+KINDS = ("AetherNet, all from one training", "AetherNet, from scratch", "others, from scratch")
+
+
+def as_images(pictures: List[Any]) -> Tensor:
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
+
+
+class Cuts:
+    """Random crops of a folder's pairs, rotated and flipped, the same for the same seed."""
+
+    def __init__(self, folder: Path) -> None:
+        names = sorted(path.name for path in (folder / "gt").glob("*.png"))
+        if not names:
+            raise UserError(f"{folder}/gt holds no .png; training/prepare_pictures.py writes pairs (--data).")
+        self.pairs = [[read_rgb(folder / sub / name, "--data") for sub in ("lq", "gt")] for name in names]
+        self.side = min(min(low.shape[:2]) for low, _ in self.pairs)  # of the smallest cut, low resolution
+        self.scale = self.pairs[0][1].shape[0] // self.pairs[0][0].shape[0]
+
+    def batch(self, count: int, patch: int, random: np.random.Generator) -> Tuple[Tensor, Tensor]:
+        crops: Dict[int, List[Any]] = {1: [], self.scale: []}
+        for _ in range(count):
+            low, high = self.pairs[random.integers(len(self.pairs))]
+            y, x = (int(random.integers(side - patch + 1)) for side in low.shape[:2])
+            turns, mirrored = int(random.integers(4)), bool(random.integers(2))
+            for picture, scale in ((low, 1), (high, self.scale)):
+                crop = picture[y * scale : (y + patch) * scale, x * scale : (x + patch) * scale]
+                crops[scale].append(np.rot90(crop[:, ::-1] if mirrored else crop, turns))
+        return as_images(crops[1]), as_images(crops[self.scale])
+
+
+class Validation:
+    """The centres of a folder's pictures, and their reductions, made as in MATLAB."""
+
+    def __init__(self, folder: Path, side: int, scale: int) -> None:
+        self.pairs, self.scale = [], scale
+        for path in find_pictures(folder, "--validation"):
+            picture = read_rgb(path, "--validation")
+            top, left = (max(0, length - side) // 2 for length in picture.shape[:2])
+            truth = crop_to_multiple(picture[top : top + side, left : left + side], scale)
+            self.pairs.append((truth, resize(truth, truth.shape[0] // scale, truth.shape[1] // scale)))
+
+    def bicubic(self) -> float:
+        return mean(psnr(truth, resize(low, *truth.shape[:2]), self.scale) for truth, low in self.pairs)
+
+    @torch.no_grad()
+    def measure(self, net: nn.Module, device: str) -> float:
+        """The mean PSNR-Y, in dB."""
+        found = []
+        for truth, low in self.pairs:
+            out = net(as_images([low]).to(device))[0].permute(1, 2, 0).float()
+            out = (out.nan_to_num().clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
+            found.append(psnr(truth, out, self.scale))
+        return mean(found)
+
+
+# -------------------------------------------------------------------------------------------------- training
+
+
+class Run(NamedTuple):
+    text: str
+    network: str
+    training: Dict[str, Any]
+    options: Dict[str, Any]
+
+
+def parse_run(text: str) -> Run:
+    network, *pairs = re.split(r",(?![^()]*\))", text)  # not inside (2, 2)
+    training, options = dict(DEFAULTS), {}
+    for name, equals, value in (pair.partition("=") for pair in pairs):
+        if not equals:
+            raise UserError(f"{text!r}: expected NAME,OPTION=VALUE,..., not {name!r} (--run).")
+        try:
+            if name in DEFAULTS:
+                training[name] = type(DEFAULTS[name])(value)
+            else:
+                options[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            raise UserError(f"{text!r}: {name} can't be {value!r}; pass another value (--run).") from None
+    if min(training["rate"], training["batch"], training["patch"]) <= 0:
+        raise UserError(f"{text!r}: rate, batch and patch must be above 0 (--run).")
+    return Run(text, network, training, options)
+
+
+class WithSkip(nn.Module):
+    def __init__(self, net: nn.Module, scale: int) -> None:
+        super().__init__()
+        self.net, self.scale = net, scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x) + F.interpolate(x, scale_factor=self.scale, mode="bicubic")
+
+
+def build(run: Run, scale: int, checkout: Optional[Path]) -> nn.Module:
+    ours = run.network in OURS
+    builder = getattr(networks.aether_arch, run.network) if ours else networks.peer(run.network, checkout)
+    try:
+        net = builder(scale=scale, **run.options)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{run.text!r}: {first_line(error)} (--run)") from None
+    return WithSkip(net, scale) if run.training["skip"] else net
+
+
+def build_optimizer(net: nn.Module, name: str, rate: float) -> torch.optim.Optimizer:
+    if name == "AdamW":
+        return torch.optim.AdamW(net.parameters(), rate, betas=(0.9, 0.99), weight_decay=0)
+    import pytorch_optimizer
+
+    if not isinstance(getattr(pytorch_optimizer, name, None), type):
+        raise UserError(f"pytorch-optimizer has no {name}; pass another optimizer (--run).")
+    return getattr(pytorch_optimizer, name)(net.parameters(), lr=rate, weight_decay=0)
+
+
+@torch.no_grad()
+def average(averaged: nn.Module, net: nn.Module, iteration: int) -> None:
+    """Exponential moving average of 0.999, shorter at the start, as in traiNNer-redux."""
+    kept = min(0.999, 1 - (1 + iteration) ** -0.75)
+    for value, new in zip(averaged.state_dict().values(), net.state_dict().values()):
+        if value.is_floating_point():
+            value.lerp_(new, 1 - kept)
+
+
+def clock(device: str) -> float:
+    if device == "cpu":
+        return time.process_time() / torch.get_num_threads()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def train_one(run: Run, seed: int, cuts: Cuts, validation: Validation, args: Any) -> Dict[str, Any]:
+    torch.manual_seed(seed)
+    random, options, device = np.random.default_rng(seed), run.training, args.device
+    net: Any = build(run, cuts.scale, args.checkout).train()
+    net = net.to(device, memory_format=torch.channels_last)
+    averaged = copy.deepcopy(net).eval()
+    optimizer = build_optimizer(net, options["optimizer"], options["rate"])
+    points: List[List[float]] = []
+    iteration, seconds, done = 0, 0.0, 0.0  # done: of the budget
+    while done < 1:
+        begin = clock(device)
+        rate = options["rate"] * min(1, (iteration + 1) / 50) * (0.51 + 0.49 * math.cos(math.pi * done))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        low, high = (x.to(device) for x in cuts.batch(options["batch"], options["patch"], random))
+        with torch.autocast(device, torch.bfloat16, enabled=args.bf16):
+            out = net(low.contiguous(memory_format=torch.channels_last))
+        loss = ((out.float() - high).square() + 1e-12).sqrt().mean()  # Charbonnier's
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        average(averaged, net, iteration)
+        seconds += clock(device) - begin
+        iteration += 1
+        done = seconds / args.seconds if args.seconds else iteration / args.iterations
+        if done >= (len(points) + 1) / POINTS:
+            points.append([iteration, round(seconds, 1), round(validation.measure(averaged, device), 5)])
+            told = f"{iteration} iterations, {seconds:.0f} s, {points[-1][2]:.2f} dB"
+            print(f"{run.text}, seed {seed}: {told}", flush=True)
+    return {"run": run.text, "seed": seed, "machine": networks.machine(device), "points": points}
+
+
+def train(args: argparse.Namespace) -> None:
+    runs = [parse_run(text) for text in args.run]
+    check_device(args.device)
+    from cpu_speed import speed_up_on_cpu
+
+    speed_up_on_cpu()
+    cuts = Cuts(args.data)
+    for run in runs:
+        if run.training["patch"] > cuts.side:
+            raise UserError(
+                f"{run.text!r}: a cut has {cuts.side} pixels a side; pass a smaller patch (--run)."
+            )
+    validation = Validation(args.validation, args.side, cuts.scale)
+    title = f"x{cuts.scale}, {len(cuts.pairs)} cuts; measured on {len(validation.pairs)} pictures of "
+    title += f"{args.side} pixels a side, bicubic {validation.bicubic():.2f} dB"
+    budget = f"--seconds {args.seconds:g}" if args.seconds else f"--iterations {args.iterations}"
+    setting = [*budget.split(), *["--bf16"] * args.bf16]
+    result: Any = read_results(args.file) if args.file.exists() else {"rows": []}
+    if result.setdefault("title", title) != title or result.setdefault("setting", setting) != setting:
+        held = f"{result['title']}, {' '.join(result['setting'])}"
+        raise UserError(f"{args.file} holds another comparison ({held}); name another FILE.")
+    print(f"{args.file} holds {len(result['rows'])} runs, which are not repeated")
+    for run, seed in [(run, seed) for seed in args.seeds for run in runs]:
+        if not any((row["run"], row["seed"]) == (run.text, seed) for row in result["rows"]):
+            result["rows"].append(train_one(run, seed, cuts, validation, args))
+            with Together() as files:
+                text = json.dumps(result, indent=1) + "\n"
+                files.part(args.file).write_text(text, encoding="utf-8")
+                files.commit()
+    show(args)
+
+
+def read_results(path: Path) -> Dict[str, Any]:
+    """A comparison: its title, its setting in words of the command line, and its rows."""
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        return {name: result[name] for name in ("title", "setting", "rows")}
+    except (OSError, ValueError, TypeError, KeyError):
+        raise UserError(f"{path} holds no runs; quality.py train writes such a file (FILE).") from None
+
+
+def show(args: argparse.Namespace) -> None:
+    """A row for each run, the mean of its seeds."""
+    result = read_results(args.file)
+    of_run: Dict[str, Any] = {}
+    for row in result["rows"]:
+        of_run.setdefault(row["run"], []).append(row)
+    lines = []
+    for text, rows in of_run.items():
+        iterations, seconds, decibels = zip(*(row["points"][-1] for row in rows))
+        half = mean(row["points"][len(row["points"]) // 2 - 1][2] for row in rows)
+        each = ", ".join(f"{value:.2f}" for value in decibels)
+        means = f"{mean(iterations):.0f}", f"{mean(seconds):.0f}", f"{half:.2f}", f"{mean(decibels):.2f}"
+        lines.append([text, *means, each])
+    words = ["train", "FILE", "--data", "CUTS", "--validation", "PICTURES", *result["setting"], "--seeds"]
+    words += sorted({str(row["seed"]) for row in result["rows"]})
+    words += [word for text in of_run for word in ("--run", text)]
+    head = ["run", "iterations", "seconds", "dB halfway", "dB at the end", "each seed"]
+    machines = dict.fromkeys(f"Measured {row['machine']}." for row in result["rows"])
+    command = f"`{networks.typed('quality.py', words, {})}`"
+    print("\n".join([result["title"], "", command, "", *table(head, lines), "", *machines]))
+
+
+# -------------------------------------------------------------------------------------------------- picture
+
+
+class Point(NamedTuple):
+    name: str
+    kind: str
+    decibels: float
+    call: Any  # what upscales a picture in ONNX Runtime
+
+
+def points_of(result: Dict[str, Any], args: argparse.Namespace) -> List[Point]:
+    scale = int(result["title"].split(",")[0].lstrip("x"))
+    validation, image = Validation(args.validation, args.side, scale), torch.rand(1, 3, 128, 128)
+
+    def point(name: str, kind: str, decibels: float, net: nn.Module) -> Point:
+        file = networks.onnx_bytes(networks.deployed(net.eval()), image, False)
+        run = networks.onnx_runtime(file, args.threads)
+        return Point(name, kind, decibels, lambda: run(image.numpy()))
+
+    found = []
+    for path in args.weights:
+        net = networks.opened(path, "--weights")
+        if net.scale != scale:
+            raise UserError(f"{path} is x{net.scale}; expected x{scale}, as in {args.file} (--weights).")
+        found.append(point(path.stem, KINDS[0], validation.measure(net, "cpu"), net))
+    for text in dict.fromkeys(row["run"] for row in result["rows"]):
+        run = parse_run(text)
+        decibels = mean(row["points"][-1][2] for row in result["rows"] if row["run"] == text)
+        kind = KINDS[1] if run.network in OURS else KINDS[2]
+        found.append(point(text, kind, decibels, build(run, scale, args.checkout)))
+    return found
+
+
+def draw(args: argparse.Namespace) -> None:
+    result = read_results(args.file)
+    points = points_of(result, args)
+    calls = {point.name: point.call for point in points}
+    times = interleaved(calls, rounds=15, seconds=120, clock=lambda: clock("cpu"))
+    first, ms = points[0].name, {point.name: times.median(point.name) for point in points}
+    rows = [
+        [point.name, point.kind, networks.short(ms[point.name]),
+         f"{times.ratio(point.name, first).value:.2f}", f"{point.decibels:.2f}"]
+        for point in sorted(points, key=lambda point: ms[point.name])
+    ]  # fmt: skip
+    head = ["network", "what", "ms", f"of {first}'s time", "PSNR-Y, dB"]
+    budget = f"from scratch: {' '.join(result['setting']).replace('--', '')} each"
+    told = f"{result['title']}; {budget}. Time: 128x128 in ONNX Runtime, {args.threads} thread(s)."
+    text = "\n".join([f"{networks.machine()}.", "", f"`{args.typed}`", "", told, "", *table(head, rows)])
+    print(text)
+    with Together() as files:
+        files.part(args.output.with_suffix(".md")).write_text(text + "\n", encoding="utf-8")
+        try:
+            figure = scatter(points, ms, budget)
+            figure.savefig(files.part(args.output.with_suffix(".png")), dpi=110, format="png")
+        except ImportError:
+            print("no picture without matplotlib: pip install matplotlib", file=sys.stderr)
+        files.commit()
+
+
+def scatter(points: List[Point], ms: Dict[str, float], budget: str) -> Any:
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
+    for kind, style in zip(KINDS, ("C3o-", "C3s", "C0o")):
+        shown = [point for point in points if point.kind == kind]
+        axis.plot([ms[point.name] for point in shown], [point.decibels for point in shown], style, label=kind)
+        for point in shown:
+            place: Any = (ms[point.name], point.decibels)
+            axis.annotate(point.name.split(",")[0], place, (6, 4), textcoords="offset points", fontsize=9)
+    axis.set(xscale="log", xlabel="time for a picture, ms (ONNX Runtime, CPU)", ylabel="quality: PSNR-Y, dB")
+    axis.set_title(f"Quality against time: up and left is better\n{budget}", fontsize=11)
+    axis.margins(x=0.2)
+    axis.grid(which="both", alpha=0.3)
+    axis.legend()
+    return figure
+
+
+def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    commands = parser.add_subparsers(required=True, metavar="train, table or draw")
+    parsers = {name: commands.add_parser(name, allow_abbrev=False) for name in ("train", "table", "draw")}
+    for name, action in (("train", train), ("table", show), ("draw", draw)):
+        parsers[name].set_defaults(action=action, checkout=None, validation=None, threads=1)
+        parsers[name].add_argument("file", type=Path, metavar="FILE", help="of the runs: train writes it")
+    for name in ("train", "draw"):
+        add = parsers[name].add_argument
+        add("--validation", type=Path, required=True, help="folder of pictures")
+        add("--side", type=positive, default=192, help="validation pixels a side")
+        add("--traiNNer-redux", dest="checkout", type=Path, help="a checkout, for other networks")
+        add("--threads", type=positive)
+    add("--weights", type=Path, nargs="+", default=[], help="AetherNets in any form")
+    add("--output", type=Path, required=True, help="of OUTPUT.md and OUTPUT.png")
+    add = parsers["train"].add_argument
+    add("--data", type=Path, required=True, help="what training/prepare_pictures.py wrote")
+    add("--run", action="append", required=True, metavar="NAME,OPTION=VALUE,...")
+    add("--seeds", type=int, nargs="+", default=[0])
+    add("--bf16", action="store_true", help="bfloat16 autocast")
+    add("--device", choices=("cpu", "cuda"), default="cpu")
+    budget = parsers["train"].add_mutually_exclusive_group(required=True)
+    budget.add_argument("--iterations", type=positive, help="budget of each run")
+    budget.add_argument("--seconds", type=positive, help="budget of each run")
+    args = parser.parse_args(argv)
+    args.typed = networks.typed("quality.py", argv, {"CHECKOUT": args.checkout, "PICTURES": args.validation})
+    torch.set_num_threads(args.threads)
+    return args
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    args = parse_args(argv)
+    return exit_code("quality.py", lambda: args.action(args), "finished runs are kept.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

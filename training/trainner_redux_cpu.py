@@ -1,0 +1,128 @@
+"""Run an unmodified traiNNer-redux without CUDA: its own train.py or test.py, in its folder.
+
+    python AetherNet/training/trainner_redux_cpu.py train --auto_resume -opt X.yml
+
+traiNNer-redux refuses to start without CUDA, although its steps run on a CPU. This replaces what asks for a
+card, and makes the steps faster (cpu_speed.py). Nothing in the folder is edited or copied: AetherNet and
+SOAP32 come from archs/, unless the folder has copies of its own.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+TASKS = ("train", "test")
+_declared: list = []  # a torch.library.Library removes its operators when it is garbage-collected
+
+
+def import_torchvision() -> types.ModuleType:
+    """Import torchvision, even a build for CUDA beside a PyTorch for CPU.
+
+    The operators of such a build don't load, and the import stops at the first one that is missing. Trainings
+    don't call them, so declaring their names is enough.
+    """
+    try:
+        return importlib.import_module("torchvision")
+    except RuntimeError as error:
+        if "operator torchvision::" not in str(error):
+            raise
+    for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+        del sys.modules[name]
+    library = torch.library.Library("torchvision", "DEF")
+    for operator in ("nms", "qnms"):
+        library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _declared.append(library)
+    return importlib.import_module("torchvision")
+
+
+class Cuda:
+    """torch.cuda as the training scripts see it: they refuse to start without."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.cuda, name)
+
+    @staticmethod
+    def is_available() -> bool:
+        return True
+
+    @staticmethod
+    def set_per_process_memory_fraction(*args: Any, **kwargs: Any) -> None:
+        pass
+
+
+class Torch:
+    """torch as the training scripts see it."""
+
+    cuda = Cuda()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+def no_cuda() -> None:
+    """``x.cuda()`` leaves x where it is, the current device is 0, and loss scaling works on the CPU."""
+    scaler = importlib.import_module("torch.amp.grad_scaler")
+    plain: Any = scaler.GradScaler
+
+    class OnCpu(plain):  # type: ignore[misc]
+        """With the device "cuda" it would switch itself off, and fp16 would train without loss scaling."""
+
+        def __init__(self, device: str = "cpu", *args: Any, **kwargs: Any) -> None:
+            super().__init__("cpu", *args, **kwargs)
+
+    for owner, name, value in (
+        (torch.Tensor, "cuda", lambda self, *args, **kwargs: self),
+        (torch.nn.Module, "cuda", lambda self, *args, **kwargs: self),
+        (torch.cuda, "current_device", lambda: 0),
+        # Else traiNNer-redux takes fp16 for bf16, which a CPU has no fast kernels for.
+        (torch.cuda, "is_bf16_supported", lambda *args: True),
+        (scaler, "GradScaler", OnCpu),
+        (torch.amp, "GradScaler", OnCpu),
+    ):
+        setattr(owner, name, value)
+
+
+def contiguous_filter2d(*modules: str, function: str = "filter2D") -> None:
+    """Make what ``filter2D`` gets contiguous: it calls ``view``, and on a CPU some is channels_last."""
+    for module in map(importlib.import_module, modules):
+        plain: Any = getattr(module, function)
+        setattr(module, function, lambda image, kernel, plain=plain: plain(image.contiguous(), kernel))
+
+
+def load(task: str) -> Any:
+    """A script of the traiNNer-redux in the current folder, ready to run on the CPU."""
+    sys.path.insert(0, os.getcwd())
+    import_torchvision()
+    no_cuda()
+    script: Any = importlib.import_module(task)
+    for module in ("archs.aether_arch", "optimizers.soap32_optim"):
+        package, name = f"traiNNer.{module}".rsplit(".", 1)
+        importlib.import_module(package).__path__.append(str(HERE.parent / "archs"))  # a copy comes first
+        importlib.import_module(f"{package}.{name}")
+    contiguous_filter2d("traiNNer.models.realesrgan_model", function="filter2d")
+    sys.path.append(str(HERE))
+    importlib.import_module("cpu_speed").speed_up_on_cpu()
+    script.torch = Torch()
+    script.get_env_info = lambda: f"CPU, torch {torch.__version__}"
+    return script
+
+
+def main() -> None:
+    task = sys.argv.pop(1) if len(sys.argv) > 1 else ""
+    if task not in TASKS:
+        sys.exit(f"trainner_redux_cpu.py: error: expected {' or '.join(TASKS)} before -opt, found {task!r}.")
+    if not os.path.isdir("traiNNer"):
+        sys.exit(f"trainner_redux_cpu.py: error: {os.getcwd()} is no traiNNer-redux; run this in its folder.")
+    getattr(load(task), f"{task}_pipeline")(os.getcwd())
+
+
+if __name__ == "__main__":
+    main()
