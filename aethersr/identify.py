@@ -135,7 +135,7 @@ def read_options(state: Mapping[str, Tensor]) -> Dict[str, Any]:
     embed_dim, in_chans = shape(f"{head}.weight")[:2]
     hidden, lk_kernel = shape(f"stages.0.0.{gate}.weight")[0], shape(f"stages.0.0.{kernel}.weight")[2]
     for name in state:
-        if name in ("tail.weight", "tail.conv.weight") or re.match(r"upsample\..*\.weight$", name):
+        if name == "tail.weight" or re.match(r"upsample\..*\.weight$", name):
             shape(name)
     scale = scale_of(state)
     if scale is None:
@@ -162,7 +162,7 @@ def read_options(state: Mapping[str, Tensor]) -> Dict[str, Any]:
 
 
 def _refuse_other_versions(state: Mapping[str, Tensor]) -> None:
-    empty = [name for name, value in state.items() if value.numel() == 0]
+    empty = [name for name, value in state.items() if 0 in value.shape]
     if empty:
         raise ValueError(
             f"tensor {empty[0][:80]!r} holds no value; its shape is {tuple(state[empty[0]].shape)}."

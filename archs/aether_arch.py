@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 SCALES = (1, 2, 3, 4, 8)
 RECORDED = {"bound": None, "img_range": 1.0}  # options that a file holds where they aren't these
 TAIL = ("upsample.", "conv_last.")  # the training form's layers that another scale has others of
@@ -683,11 +683,11 @@ def form_of(names: Iterable[str]) -> Any:
 def scale_of(state: Mapping[str, Tensor]) -> Optional[int]:
     """The scale that a state dict's tensors upsample by; None if it is not in SCALES."""
     convs = [name for name in state if name.startswith("upsample.blocks.") and name.endswith(".weight")]
-    tail = [name for name in ("tail.weight", "tail.conv.weight") if name in state]
-    scale, shuffled = 2 ** len(convs), state.get("head.weight" if tail else "conv_last.weight")
-    if len(tail or convs) == 1 and shuffled is not None and shuffled.dim() == 4:  # one pixel shuffle
-        scale = math.isqrt(state[(tail or convs)[0]].shape[0] // max(1, shuffled.shape[1]))
-    return scale if scale in SCALES and (tail or convs) else None
+    convs = ["tail.weight"] if "tail.weight" in state else convs
+    scale, shuffled = 2 ** len(convs), state.get("conv_last.weight", state.get("head.weight"))
+    if len(convs) == 1 and shuffled is not None and shuffled.dim() == 4:  # one pixel shuffle
+        scale = math.isqrt(state[convs[0]].shape[0] // max(1, shuffled.shape[1]))
+    return scale if scale in SCALES and convs else None
 
 
 def differences(net: nn.Module, state: Mapping[str, Any], allowed: Sequence[str] = ()) -> str:

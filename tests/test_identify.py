@@ -205,8 +205,8 @@ def test_missing_renamed_or_misshapen_tensors_raise_a_value_error_at_most(
         value = state.pop(name)
         if isinstance(change, str):
             state[re.sub(r"\d+", change, name, count=1)] = value
-        elif isinstance(change, list) and math.prod(change) < 2**62:  # terabytes that take no memory
-            state[name] = torch.zeros(1).new_zeros([min(side, 1) for side in change]).expand(change)
+        elif isinstance(change, list) and math.prod(side or 1 for side in change) < 2**62:
+            state[name] = torch.zeros([min(side, 1) for side in change]).expand(change)  # takes no memory
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
