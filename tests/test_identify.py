@@ -121,7 +121,7 @@ def test_img_range_is_read_where_it_is_recorded_and_given_for_older_training_fil
     assert not torch.allclose(aether_from_state_dict(older)(X), net(X), atol=0.01)
     for state, value, words in (
         (recorded, 1.0, "trained with img_range 255, which it records; leave --img_range 1 out"),
-        (older, 0.0, "--img_range 0.0 is not possible"),
+        (older, 0.0, "--img_range 0 is not possible"),
         (older, float("nan"), "--img_range nan is not possible"),
         ({**older, "img_range": torch.zeros(1)}, None, "'img_range' is not one number from 1e-06 to 1e6"),
     ):
