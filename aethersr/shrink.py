@@ -10,6 +10,7 @@ import functools
 import inspect
 import re
 import statistics
+import time
 from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Tuple
 
 import torch
@@ -160,11 +161,20 @@ def steps(state: State, pairs: Pairs, left: Size, img_range: Optional[float] = N
         yield Step(what, state, decibels(fused(state, img_range), pairs))
 
 
-def times(nets: Mapping[str, FusedAetherNet]) -> Comparison:
-    """Times of fused networks, in turns, for a picture of SIDE x SIDE."""
+def times(nets: Mapping[str, Any]) -> Comparison:
+    """Times of fused networks for a picture of SIDE x SIDE: computing time of one thread, in turns."""
     image = torch.rand(1, next(iter(nets.values())).options["in_chans"], SIDE, SIDE)
-    with torch.no_grad():
-        return interleaved({name: functools.partial(net.eval(), image) for name, net in nets.items()})
+    image, threads = image.contiguous(memory_format=torch.channels_last), torch.get_num_threads()
+    ready: Dict[str, Any] = {
+        name: net.eval().to(memory_format=torch.channels_last) for name, net in nets.items()
+    }
+    torch.set_num_threads(1)  # so that other work hardly counts
+    try:
+        with torch.no_grad():
+            calls = {name: functools.partial(net, image) for name, net in ready.items()}
+            return interleaved(calls, clock=time.process_time)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def size_within(share: float, options: Mapping[str, Any], most: Size, least: Size) -> Size:

@@ -12,7 +12,6 @@ import argparse
 from pathlib import Path
 from typing import Any, List, Mapping, Optional, Sequence, Tuple
 
-import torch
 from aether_arch import AetherBase, __version__
 from torch import Tensor
 
@@ -117,7 +116,7 @@ def run(args: argparse.Namespace) -> None:
     ratio = shrink.times({"before": before, "after": shrink.fused(step.state, args.img_range)}).ratio(
         "after", "before"
     )
-    measured = f"{shrink.SIDE}x{shrink.SIDE} pixels, {torch.get_num_threads()} threads, both fused"
+    measured = f"{shrink.SIDE}x{shrink.SIDE} pixels in PyTorch, one thread"
     print(f"\nTime: {ratio.value:.2f} of the network's ({ratio.low:.2f} to {ratio.high:.2f}; {measured})")
     name, metadata = variant_name(options), {"format": "pt", "form": "training", "scale": str(before.scale)}
     metadata["architecture"] = name if name.startswith("aether") else "AetherNet"
