@@ -67,7 +67,7 @@ def test_smaller_weights_compute_what_the_network_does_without_the_parts(kind: s
             name = f"stages.{stage}.{int(block) - (stage == '0')}."
             channels[name] = torch.arange(1, module.conv_out.in_channels, 2)
             module.conv_out.weight[:, ::2] = 0
-    smaller = aether_from_state_dict(shrink.with_hidden(state, channels), KINDS[kind].get("img_range", 1.0))
+    smaller = aether_from_state_dict(shrink.with_hidden(state, channels))
     assert shrink.Size.of(smaller.options) == (
         sum(net.options["depths"]) - 1,
         5,
@@ -87,6 +87,14 @@ def test_with_nothing_taken_out_every_tensor_is_equal(tmp_path: Path, pictures: 
         assert sorted(found) == sorted(state)
         assert all(found[name].dtype == torch.half for name in state)
         assert all(torch.equal(found[name], value) for name, value in state.items())
+
+
+def test_img_range_of_an_older_file_is_recorded(tmp_path: Path, pictures: Path, capsys: Any) -> None:
+    state = network(img_range=255.0, **PLAIN).state_dict()
+    torch.save({name: value for name, value in state.items() if name != "img_range"}, tmp_path / "net.pth")
+    assert run(tmp_path, "--img_range", 255) == 0
+    assert torch.load(tmp_path / "small.pth", weights_only=True)["img_range"].equal(state["img_range"])
+    assert "img_range: 255.0" in capsys.readouterr().out
 
 
 @torch.no_grad()
