@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import re
 from collections import OrderedDict
@@ -239,8 +240,8 @@ def _check_tensors(state: Mapping[str, Tensor], size: int) -> None:
         if kind or not (int8 or value.dtype in DTYPES):
             wrong = f"holds tensor {name[:80]!r}, which is {kind or value.dtype}"
             raise Refused(f"{wrong}; expected dense floating-point weights")
-        storage, claimed = getattr(value, "untyped_storage", value.storage)().data_ptr(), value.numel()
-        claimed *= value.element_size()
+        storage = getattr(value, "untyped_storage", value.storage)().data_ptr()
+        claimed = math.prod(value.shape) * value.element_size()
         room -= max(0, claimed - stored.get(storage, 0))
         room_if_tied -= claimed
         if min(room, room_if_tied) < 0:

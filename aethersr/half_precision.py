@@ -83,23 +83,24 @@ class _Rounding(TorchFunctionMode):
 
 
 @torch.no_grad()
-def in_half_precision(net: AetherBase, picture: Tensor) -> Tensor:
-    """The output of a network whose weights and values are rounded to half precision, in float32.
+def in_half_precision(net: AetherBase, pictures: Iterable[Tensor]) -> List[Tensor]:
+    """The outputs of a network whose weights and values are rounded to half precision, in float32.
 
     Computed in float32: PyTorch's own half precision is slow on a CPU, and older versions lack it.
     """
     low = copy.deepcopy(net).half().float()
     with _Rounding():
-        return low(picture.half().float())
+        return [low(picture.half().float()) for picture in pictures]
 
 
 @torch.no_grad()
-def loss(net: AetherBase, pictures: Iterable[Tensor]) -> Tuple[float, float]:
+def loss(net: AetherBase, pictures: List[Tensor]) -> Tuple[float, float]:
     """What half precision loses: PSNR against float32 in dB (peak 1), and the largest difference in steps.
 
     NaN if a value is not finite.
     """
-    errors = [(in_half_precision(net, picture) - net(picture)).abs() for picture in pictures]
+    outputs = in_half_precision(net, pictures)
+    errors = [(output - net(picture)).abs() for output, picture in zip(outputs, pictures)]
     mean = statistics.mean(float(error.pow(2).mean()) for error in errors)
     if not math.isfinite(mean):
         return math.nan, math.nan

@@ -67,7 +67,7 @@ def aether_from_state_dict(state_dict: Mapping[str, Any], img_range: Optional[fl
     if img_range is not None:
         if not 1e-6 <= img_range < 1e6:
             expected = "expected a number from 1e-6 to 1e6, the training option of this name"
-            raise ValueError(f"--img_range {img_range} is not possible; {expected}.")
+            raise ValueError(f"--img_range {img_range:g} is not possible; {expected}.")
         if "img_range" in state and img_range != options["img_range"]:
             found = f"it was trained with img_range {options['img_range']:g}, which it records"
             raise ValueError(f"{found}; leave --img_range {img_range:g} out.")
@@ -162,7 +162,7 @@ def read_options(state: Mapping[str, Tensor]) -> Dict[str, Any]:
 
 
 def _refuse_other_versions(state: Mapping[str, Tensor]) -> None:
-    empty = [name for name, value in state.items() if value.numel() == 0]
+    empty = [name for name, value in state.items() if 0 in value.shape]
     if empty:
         raise ValueError(
             f"tensor {empty[0][:80]!r} holds no value; its shape is {tuple(state[empty[0]].shape)}."

@@ -9,7 +9,7 @@ from typing import Any, Callable, Dict, Iterator, Sequence, Tuple
 import networks as others
 import torch
 from networks import as_trained, deployed, opened, peer, published_fusion, short
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 Case = Tuple[Callable[[], Any], Callable[[float], str]]
@@ -177,36 +177,11 @@ def compiled(bench: Any) -> None:
 
 
 def memory(bench: Any) -> None:
-    """The memory of a training step with AMP: on a GPU measured, otherwise calculated."""
+    """The memory of a GPU that a training step with AMP takes."""
     for variant in bench.args.sizes:
-        fixed, pixel = (0.0, 0.0) if bench.cuda else training_bytes(bench.build(variant, 2).train())
         for batch, crop in [(batch, crop) for crop in (32, 48, 64) for batch in (4, 8, 16, 32)]:
-            what, case = f"training memory, {variant} x2", f"{batch} crops of {crop}x{crop}"
-            if bench.cuda:
-                bench.group(
-                    what, {case: (training_step, variant, batch, crop, "AMP", "channels_last", "memory")}
-                )
-            else:
-                least = (fixed + batch * crop**2 * pixel) / 2**30
-                bench.row(what, case, "-", "-", f"at least {least:.1f} GiB, by calculation")
-
-
-def training_bytes(net: Any) -> Tuple[float, float]:
-    """Bytes of weights, EMA, gradients and AdamW's two averages; and what autograd keeps for each pixel."""
-    kept: Dict[int, int] = {}
-    weights = {value.untyped_storage().data_ptr() for value in net.parameters()}
-
-    def pack(value: Tensor) -> Tensor:
-        storage = value.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return value
-
-    x = torch.rand(1, 3, 32, 32).to(memory_format=torch.channels_last)
-    with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        out = net(x)  # as long as it lives, no address is used twice
-    pixels = sum(size for pointer, size in kept.items() if pointer not in weights)
-    del out
-    return 5.0 * sum(4 * value.numel() for value in net.parameters()), pixels / 32**2
+            step = (training_step, variant, batch, crop, "AMP", "channels_last", "memory")
+            bench.group(f"training memory, {variant} x2", {f"{batch} crops of {crop}x{crop}": step})
 
 
 # ------------------------------------------------------------------------------------ the large kernel alone

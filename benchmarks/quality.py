@@ -319,7 +319,9 @@ def draw(args: argparse.Namespace) -> None:
         for point in sorted(points, key=lambda point: ms[point.name])
     ]  # fmt: skip
     head = ["network", "what", "ms", f"of {first}'s time", "PSNR-Y, dB"]
-    budget = f"from scratch: {' '.join(result['setting']).replace('--', '')} each"
+    what, amount = result["setting"][:2]
+    each = f"{float(amount) / 60:g} minutes" if what == "--seconds" else f"{amount} iterations"
+    budget = f"from scratch: {each} of training each"
     told = f"{result['title']}; {budget}. Time: 128x128 in ONNX Runtime, {args.threads} thread(s)."
     text = "\n".join([f"{networks.machine()}.", "", f"`{args.typed}`", "", told, "", *table(head, rows)])
     print(text)
@@ -341,14 +343,17 @@ def scatter(points: List[Point], ms: Dict[str, float], budget: str) -> Any:
 
     figure, axis = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
     for kind, style in zip(KINDS, ("C3o-", "C3s", "C0o")):
-        shown = [point for point in points if point.kind == kind]
+        shown = sorted((p for p in points if p.kind == kind), key=lambda point: ms[point.name])
         axis.plot([ms[point.name] for point in shown], [point.decibels for point in shown], style, label=kind)
         for point in shown:
             place: Any = (ms[point.name], point.decibels)
-            axis.annotate(point.name.split(",")[0], place, (6, 4), textcoords="offset points", fontsize=9)
+            name = point.name.split(",")[0].replace("_training_fp16", "")
+            axis.annotate(name, place, (6, 4), textcoords="offset points", fontsize=9)
     axis.set(xscale="log", xlabel="time for a picture, ms (ONNX Runtime, CPU)", ylabel="quality: PSNR-Y, dB")
     axis.set_title(f"Quality against time: up and left is better\n{budget}", fontsize=11)
-    axis.margins(x=0.2)
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter("{x:g}")
+    axis.margins(x=0.3)
     axis.grid(which="both", alpha=0.3)
     axis.legend()
     return figure

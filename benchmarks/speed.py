@@ -36,7 +36,7 @@ HEAD = ["what", "case", "ms", "times as fast as the first", "more"]
 SLOWEST = 1.0  # seconds of a step on a GPU: one that takes longer would use up the minutes
 IMPOSSIBLE = "not possible here"
 PARTS = {  # functions of cases.py, the most important first
-    "cpu": ("sizes", "peers", "runtimes", "memory", "training", "depthwise"),
+    "cpu": ("sizes", "peers", "runtimes", "training", "depthwise"),
     "cuda": ("networks", "training", "depthwise", "memory", "peers", "compiled"),
 }
 

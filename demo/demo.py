@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Callable, Dict, List, NamedTuple, Optional, Sequence
 
@@ -36,7 +37,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "archs")]
 from sheet import side_by_side  # noqa: E402
 
 from aethersr.checkpoint import read_checkpoint  # noqa: E402
-from aethersr.commands import exit_code  # noqa: E402
+from aethersr.commands import exit_code, fuse  # noqa: E402
 from aethersr.errors import UserError  # noqa: E402
 from aethersr.identify import aether_from_state_dict  # noqa: E402
 from aethersr.quality import quality  # noqa: E402
@@ -44,6 +45,7 @@ from aethersr.timing import interleaved  # noqa: E402
 
 SCALE = 2
 OPTIONS = ROOT / "options" / "basicsr" / "demo_aether_small_x2.yml"
+TRAINER = ROOT / "demo" / "basicsr_train.py"
 EXPERIMENT = "demo_aether_small_x2"
 MARKER = ".aether_demo"  # only folders with this file are ever emptied
 HELD_OUT = "astronaut"
@@ -53,7 +55,11 @@ TRAINING = (
     *("camera", "coins", "brick", "grass", "gravel"),
 )
 AGREEMENT = 0.01  # dB between the networks: more than rounding can do, less than an eye could see
+TIMED = 64  # side of the low-resolution picture on which times are measured
 MOST_THREADS = 4  # crops are too small for more
+
+
+Way = Callable[[Image.Image], Image.Image]  # low-resolution picture -> upscaled
 
 
 class Result(NamedTuple):
@@ -104,17 +110,18 @@ def free_cores() -> int:
     return max(1, min(MOST_THREADS, round(cores - busy)))
 
 
-def run(command: Sequence[str], shown: Callable[[str], Optional[str]] = lambda line: line) -> None:
-    """Run a Python script of this repository and print what ``shown`` makes of its lines.
-
-    Raises UserError with its last lines if it fails.
-    """
+def train(root: Path, iterations: Optional[int]) -> Path:
+    """Train with BasicSR in a process of its own, print its progress, and return the checkpoint."""
+    values = {"num_gpu": int(torch.cuda.is_available())}  # "auto" would multiply the batch by several GPUs
+    if iterations:
+        values.update({"train:total_iter": iterations, "logger:print_freq": 1})
+    total = iterations or yaml.safe_load(OPTIONS.read_text(encoding="utf-8"))["train"]["total_iter"]
+    command = [sys.executable, str(TRAINER), "--root", str(root), "-opt", str(OPTIONS), "--force_yml"]
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads()), "OMP_WAIT_POLICY": "PASSIVE"}
     process = subprocess.Popen(
-        [sys.executable, *command],
+        [*command, *(f"{name}={value}" for name, value in values.items())],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
         encoding="utf-8",
         errors="replace",
         env={**os.environ, **threads, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"},
@@ -124,34 +131,16 @@ def run(command: Sequence[str], shown: Callable[[str], Optional[str]] = lambda l
     try:
         for line in process.stdout:
             lines.append(line)
-            text = shown(line.rstrip())
-            if text:
-                print(f"  {text}", flush=True)
+            found = re.search(r"iter: *([\d,]*\d).* l_pix: (\S+)", line)
+            if found:
+                print(f"  iteration {found[1]} of {total}, loss {float(found[2]):.4f}", flush=True)
         code = process.wait()
     finally:
         process.kill()  # after Ctrl-C
-    if code:
-        print("".join(lines[-30:]), file=sys.stderr)
-        raise UserError(f"{Path(command[0]).name} ended with exit code {code}; its last lines stand above.")
-
-
-def train(root: Path, iterations: Optional[int]) -> Path:
-    """Train with BasicSR and return the checkpoint."""
-    values = {"num_gpu": int(torch.cuda.is_available())}  # "auto" would multiply the batch by several GPUs
-    if iterations:
-        values.update({"train:total_iter": iterations, "logger:print_freq": 1})
-    total = iterations or yaml.safe_load(OPTIONS.read_text(encoding="utf-8"))["train"]["total_iter"]
-
-    def progress(line: str) -> Optional[str]:  # BasicSR also prints every layer; its log file has everything
-        found = re.search(r"iter: *([\d,]*\d).* l_pix: (\S+)", line)
-        return f"iteration {found[1]} of {total}, loss {float(found[2]):.4f}" if found else None
-
-    flags = ["--force_yml", *(f"{name}={value}" for name, value in values.items())]
-    script = str(ROOT / "demo" / "basicsr_train.py")
-    run([script, "--root", str(root), "-opt", str(OPTIONS), *flags], progress)
     checkpoint = root / "experiments" / EXPERIMENT / "models" / "net_g_latest.pth"
-    if not checkpoint.is_file():
-        raise UserError(f"BasicSR ended without {checkpoint}; the reason is in its log, {root}/experiments.")
+    if code or not checkpoint.is_file():
+        print("".join(lines[-30:]), file=sys.stderr)
+        raise UserError(f"{TRAINER.name} ended with exit code {code}; its last lines stand above.")
     return checkpoint
 
 
@@ -165,43 +154,38 @@ def to_image(array: np.ndarray) -> Image.Image:
 
 
 def compare(unfused: Path, fused: Path, onnx: Path, truth: Image.Image) -> List[Result]:
-    """Picture, quality and median time of each way to upscale ``truth`` from its low-resolution version."""
+    """Picture and quality of each way to upscale ``truth`` from its low-resolution version, and its time."""
     import onnxruntime
 
-    lq = reduced(truth)
-    array = to_array(lq)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(str(onnx), options, providers=["CPUExecutionProvider"])
 
-    def torch_upscaler(path: Path) -> Callable[[], Image.Image]:
-        net = aether_from_state_dict(read_checkpoint(path).state)
+    def with_torch(path: Path) -> Way:
+        net = torch.no_grad()(aether_from_state_dict(read_checkpoint(path).state))
+        return lambda lq: to_image(net(torch.from_numpy(to_array(lq))).numpy())
 
-        @torch.no_grad()
-        def upscale() -> Image.Image:
-            return to_image(net(torch.from_numpy(array)).numpy())
-
-        return upscale
-
-    ways: Dict[str, Callable[[], Image.Image]] = {
-        "bicubic": lambda: lq.resize(truth.size, Image.Resampling.BICUBIC),
-        "AetherNet unfused": torch_upscaler(unfused),
-        "AetherNet fused": torch_upscaler(fused),
-        "AetherNet ONNX fp32": lambda: to_image(session.run(["output"], {"input": array})[0]),
+    ways: Dict[str, Way] = {
+        "bicubic": lambda lq: lq.resize((lq.width * SCALE, lq.height * SCALE), Image.Resampling.BICUBIC),
+        "AetherNet unfused": with_torch(unfused),
+        "AetherNet fused": with_torch(fused),
+        "AetherNet ONNX fp32": lambda lq: to_image(session.run(["output"], {"input": to_array(lq)})[0]),
     }
-    times = interleaved(ways, rounds=3)
+    whole = reduced(truth)
+    part = whole.crop((0, 0, TIMED, TIMED))
+    times = interleaved({name: partial(way, part) for name, way in ways.items()}, rounds=3)
     results = []
-    for name, upscale in ways.items():
-        image = upscale()
+    for name, way in ways.items():
+        image = way(whole)
         psnr, ssim = quality(np.asarray(truth), np.asarray(image), SCALE)
         results.append(Result(name, image, psnr, ssim, times.median(name)))
     return results
 
 
 def table(results: Sequence[Result]) -> str:
-    rows = [f"{'':<20} {'PSNR-Y dB':>10} {'SSIM':>8} {'ms (CPU)':>9}"]
+    rows = [f"{'':<20} {'PSNR-Y dB':>10} {'SSIM':>8} {f'ms, {TIMED}x{TIMED}':>10}"]
     rows += [
-        f"{result.name:<20} {result.psnr:>10.3f} {result.ssim:>8.4f} {result.milliseconds:>9.0f}"
+        f"{result.name:<20} {result.psnr:>10.3f} {result.ssim:>8.4f} {result.milliseconds:>10.0f}"
         for result in results
     ]
     return "\n".join(rows)
@@ -257,7 +241,8 @@ def demo(args: argparse.Namespace) -> bool:
     step("fusing and exporting to ONNX")
     fused = output / "aether_small_x2_fused.pth"
     paths = ["--model_path", str(checkpoint), "--output_path", str(fused)]
-    run([str(ROOT / "fuse_aether.py"), *paths, "--onnx", "fp32", "--device", "cpu"])
+    if fuse.main([*paths, "--onnx", "fp32", "--device", "cpu"]):
+        raise UserError("fusing failed, for the reason above; start again (--output).")
     step(f"upscaling {HELD_OUT}, which was not trained on")
     truth = photograph(HELD_OUT)
     if args.quick:

@@ -16,21 +16,9 @@ from aethersr import calibration
 from aethersr.calibration import calibrated, calibration_pairs, psnr
 from aethersr.errors import UserError
 
-SMALL: Dict[str, Any] = {
-    "embed_dim": 16,
-    "depths": (1, 1),
-    "use_channel_attn": False,
-    "use_spatial_attn": False,
-}
+SMALL: Dict[str, Any] = {"embed_dim": 8, "depths": (1,), "lk_kernel": 5}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    for name in ("coffee", "chelsea"):
-        Image.fromarray(getattr(photographs, name)()[:96, :96]).save(tmp_path / f"{name}.png")
-    return tmp_path
 
 
 @pytest.mark.parametrize(("count", "others"), [(100, 0), (100, 300), (20, 300), (33, 0)])
@@ -47,17 +35,23 @@ def test_the_whole_folder_is_sampled_evenly(tmp_path: Path, count: int, others: 
     assert count - levels[-1] <= max(steps) + 1
 
 
-def test_broken_pictures_are_passed_over_and_their_neighbours_taken(pictures: Path) -> None:
-    content = bytearray((pictures / "coffee.png").read_bytes())
-    at = content.index(b"IDAT")
-    content[at : at + 4] = b"\0\0\0\0"
-    (pictures / "broken.png").write_bytes(content)
-    (pictures / "broken.ppm").write_bytes(b"P6 12 x 255\n")
-    Image.fromarray(np.ones((96, 96), np.float32)).save(pictures / "float.tif")  # of no known range
-    assert len(calibration_pairs(pictures, small_net(2, **SMALL))) == 2
+def test_broken_and_small_pictures_are_passed_over_and_a_folder_without_others_is_refused(
+    tmp_path: Path,
+) -> None:
+    net = small_net(2, **SMALL)
+    Image.new("RGB", (16, 16)).save(tmp_path / "z.png")
+    content = (tmp_path / "z.png").read_bytes().replace(b"IDAT", b"\0\0\0\0")
     for k in range(calibration.PICTURES):
-        (pictures / f"a{k}.png").write_bytes(content)
-    assert len(calibration_pairs(pictures, small_net(2, **SMALL))) == 2
+        (tmp_path / f"{k}.png").write_bytes(content)
+    (tmp_path / "broken.ppm").write_bytes(b"P6 12 x 255\n")
+    Image.new("RGB", (16, 15)).save(tmp_path / "small.png")
+    Image.fromarray(np.ones((96, 96), np.float32)).save(tmp_path / "float.tif")  # of no known range
+    assert len(calibration_pairs(tmp_path, net)) == 1
+    (tmp_path / "z.png").unlink()
+    with pytest.raises(UserError, match="holds no picture of 16 pixels or more"):
+        calibration_pairs(tmp_path, net)
+    with pytest.raises(UserError, match=r"--pictures .* is not a folder"):
+        calibration_pairs(tmp_path / "small.png", net, "--pictures")
 
 
 def test_16_bits_are_not_cut_off_and_transparent_pixels_are_white(tmp_path: Path) -> None:
@@ -90,20 +84,11 @@ def test_a_pair_is_the_middle_of_a_picture_and_its_bicubic_reduction(
         assert np.array_equal(pixels, np.atleast_3d(np.asarray(image)))
 
 
-def test_folders_without_a_picture_that_is_large_enough_are_refused(tmp_path: Path) -> None:
-    net = small_net(2, **SMALL)
-    Image.new("RGB", (16, 15)).save(tmp_path / "small.png")
-    with pytest.raises(UserError, match="holds no picture of 16 pixels or more"):
-        calibration_pairs(tmp_path, net)
-    Image.new("RGB", (16, 16)).save(tmp_path / "large_enough.png")
-    assert len(calibration_pairs(tmp_path, net)) == 1
-    with pytest.raises(UserError, match=r"--pictures .* is not a folder"):
-        calibration_pairs(tmp_path / "small.png", net, "--pictures")
-
-
-def test_the_loss_is_that_of_the_file_which_is_written(pictures: Path) -> None:
+def test_the_loss_is_that_of_the_file_which_is_written(tmp_path: Path) -> None:
+    for name in ("coffee", "chelsea"):
+        Image.fromarray(getattr(photographs, name)()[:96, :96]).save(tmp_path / f"{name}.png")
     net = small_net(2, **SMALL).fused()
-    pairs = calibration_pairs(pictures, net)
+    pairs = calibration_pairs(tmp_path, net)
     state = {name: value.clone() for name, value in net.state_dict().items()}
     wild = (torch.full_like(pairs[0][0], 3e38), pairs[0][1])
     assert "not finite on 1 of 3 images" in calibrated(net, [*pairs, wild], "onnxruntime").notes[0]
@@ -113,11 +98,6 @@ def test_the_loss_is_that_of_the_file_which_is_written(pictures: Path) -> None:
     gains = [psnr(written(low), high) - psnr(plain(low), high) for low, high in pairs]
     assert (found.mean, found.worst) == pytest.approx((sum(gains) / len(gains), min(gains)), abs=1e-3)
     assert calibrated(net, pairs, "onnxruntime", reduce_range=True).mean != found.mean
-
-
-def test_psnr_is_of_8_bit_pictures() -> None:
-    truth = (torch.rand(1, 3, 8, 8) * 255).round() / 255
-    assert psnr(truth + 0.3 / 255, truth) == 99.0
-    black = torch.zeros(1, 1, 2, 2)
-    assert psnr(black + 1 / 255, black) == pytest.approx(48.13, abs=0.01)
-    assert psnr(black - 5, black) == 99.0
+    black = torch.zeros(1, 1, 2, 2)  # of 8-bit pictures
+    found_dB = psnr(black + 1.3 / 255, black), psnr(black + 0.3 / 255, black), psnr(black - 5, black)
+    assert found_dB == pytest.approx((48.13, 99, 99), abs=0.01)

@@ -98,7 +98,8 @@ def test_what_goes_wrong_ends_in_one_line(tmp_path: Path, monkeypatch: Any, caps
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
     (tmp_path / "script.py").write_text("print('the reason'); raise SystemExit(3)")
-    monkeypatch.setattr(demo, "demo", lambda args: demo.run([str(tmp_path / "script.py")]))
+    monkeypatch.setattr(demo, "TRAINER", tmp_path / "script.py")
+    monkeypatch.setattr(demo, "demo", lambda args: demo.train(tmp_path, 1))
     assert demo.main([]) == 2
     error = capsys.readouterr().err
     assert error.startswith("the reason\n\ndemo.py: error: script.py ended with exit code 3")

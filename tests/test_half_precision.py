@@ -142,7 +142,7 @@ def test_the_rounding_is_that_of_half_precision_itself() -> None:
             real = copy.deepcopy(net).half()(picture.half()).float()
         except RuntimeError as error:  # older versions
             pytest.skip(str(error))
-        expected, rounded = net(picture), in_half_precision(net, picture)
+        expected, rounded = net(picture), in_half_precision(net, [picture])[0]
         errors = [float((each - expected).pow(2).mean().sqrt()) for each in (real, rounded)]
         assert 0.7 < errors[1] / errors[0] < 1.4, (title, errors)
         assert rounded.half().float().equal(rounded)
@@ -178,14 +178,15 @@ def test_the_released_weights_lose_nothing_that_shows(path: Path) -> None:
     from skimage import data
 
     net = aether_from_state_dict(read_checkpoint(path).state)
-    fused, half = net.fused(), net.fused()
+    fused = net.fused()
+    half = copy.deepcopy(fused)
     for value in half.parameters():
         if value.dim() > 1:
             value.copy_(value.half())
     side = 40 * net.scale
     truth = data.astronaut()[60 : 60 + side, 180 : 180 + side]
     low = torch.from_numpy(resize(truth, 40, 40)).permute(2, 0, 1)[None].float() / 255
-    outputs = [fused(low), half(low), in_half_precision(half, low)]
+    outputs = [fused(low), half(low), *in_half_precision(half, [low])]
     shown = [(each[0].permute(1, 2, 0).clamp(0, 1) * 255).round().numpy() for each in outputs]
     plain, stored, computed = (psnr(truth, each.astype(np.uint8), net.scale) for each in shown)
     assert abs(stored - plain) <= 0.003
@@ -242,7 +243,7 @@ def test_the_released_files_hold_the_rescaled_network(tmp_path: Path, capsys: An
     picture = hard_pictures(3)["noise"]
     with torch.no_grad():
         expected = net.float()(picture)
-    outputs = [in_half_precision(aether_from_state_dict(load_file(str(target))), picture)]
+    outputs = in_half_precision(aether_from_state_dict(load_file(str(target))), [picture])
     session = onnxruntime.InferenceSession(
         str(tmp_path / "2x_a_fp16.onnx"), providers=["CPUExecutionProvider"]
     )

@@ -121,7 +121,7 @@ def test_img_range_is_read_where_it_is_recorded_and_given_for_older_training_fil
     assert not torch.allclose(aether_from_state_dict(older)(X), net(X), atol=0.01)
     for state, value, words in (
         (recorded, 1.0, "trained with img_range 255, which it records; leave --img_range 1 out"),
-        (older, 0.0, "--img_range 0.0 is not possible"),
+        (older, 0.0, "--img_range 0 is not possible"),
         (older, float("nan"), "--img_range nan is not possible"),
         ({**older, "img_range": torch.zeros(1)}, None, "'img_range' is not one number from 1e-06 to 1e6"),
     ):
@@ -205,8 +205,8 @@ def test_missing_renamed_or_misshapen_tensors_raise_a_value_error_at_most(
         value = state.pop(name)
         if isinstance(change, str):
             state[re.sub(r"\d+", change, name, count=1)] = value
-        elif isinstance(change, list) and math.prod(side or 1 for side in change) < 2**62:  # terabytes that take no memory
-            state[name] = torch.zeros(1).new_zeros([min(side, 1) for side in change]).expand(change)
+        elif isinstance(change, list) and math.prod(side or 1 for side in change) < 2**62:
+            state[name] = torch.zeros([min(side, 1) for side in change]).expand(change)  # takes no memory
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")

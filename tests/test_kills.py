@@ -28,10 +28,6 @@ from PIL import Image
 from aethersr import checkpoint, files
 from aethersr.commands import fuse as fuse_command
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork"),
-]
 KILLS = int(os.environ.get("AETHER_KILLS", "6"))
 SERVER = """
 import contextlib, importlib, json, os, signal, sys, tempfile
@@ -139,6 +135,8 @@ COMMANDS: Dict[str, Callable[[Path], Case]] = {
 }
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_kill_at_any_moment_leaves_old_or_whole_new_files(server: Any, tmp_path: Path, name: str) -> None:
     """No process can tidy up after SIGKILL: then a temporary file, named as such, may stay."""

@@ -41,23 +41,9 @@ def same_state(net: AetherBase, state: Dict[str, Tensor]) -> bool:
     return own.keys() == state.keys() and all(torch.equal(value, state[name]) for name, value in own.items())
 
 
-def largest_of_blocks(net: Any, image: Tensor) -> float:
-    """The largest value that the first block's 1x1 convolutions get."""
-    seen: List[float] = []
-    hook = net.stages[0][0].reparam_conv.register_forward_hook(
-        lambda *each: seen.append(each[-1].abs().max())
-    )
-    net(image)
-    hook.remove()
-    return float(seen[0])
-
-
 @pytest.fixture
 def image() -> Tensor:
     return torch.rand(2, 3, 20, 24, generator=torch.Generator().manual_seed(3))
-
-
-# --------------------------------------------------------------------------------------------------- rounding
 
 
 @torch.no_grad()
@@ -71,14 +57,12 @@ def test_rounding_changes_the_output_a_little_and_fusing_takes_it_out(image: Ten
 
 
 def test_a_quantiser_holds_256_values_and_passes_gradients_inside_its_range() -> None:
-    quantizer = Quantizer()
-    x = torch.linspace(-1, 1, 2001)[None].requires_grad_()
+    quantizer, x = Quantizer(), torch.linspace(-1, 1, 2001)[None].requires_grad_()
     quantizer(x)
     out = quantizer.eval()(2 * x)
     assert len(out.detach().unique()) <= 256
-    out.sum().backward()
-    assert x.grad is not None
-    assert (float(x.grad[0, 1000]), float(x.grad[0, 0])) == (2, 0)
+    (gradient,) = torch.autograd.grad(out.sum(), x)
+    assert (float(gradient[0, 1000]), float(gradient[0, 0])) == (2, 0)
 
 
 @pytest.mark.parametrize("groups", [1, 4])
@@ -94,30 +78,21 @@ def test_a_convolution_computes_with_exactly_the_weights_that_are_released(group
     assert torch.equal(out, stored(x))
     step = conv.weight.detach().abs().amax((1, 2, 3), keepdim=True) / 127
     assert bool(((released - conv.weight).abs() <= 0.501 * step).all()), "rounded to the nearest step"
-    for output in (out, expected):
-        output.square().sum().backward()
-    assert released.grad is not None
-    assert conv.weight.grad is not None
-    assert torch.equal(conv.weight.grad, released.grad), "the gradient passes straight through"
+    (gradient,) = torch.autograd.grad(out.square().sum(), conv.weight)
+    assert torch.equal(gradient, torch.autograd.grad(expected.square().sum(), released)[0])
 
 
 @torch.no_grad()
-def test_the_picture_that_body_conv_passes_on_is_not_rounded(image: Tensor) -> None:
-    net = quantised()
-    stored = net.convert_to_quantized()
-    for each in (net, stored, *(stored.for_target(target) for target in TARGETS)):
-        values: List[Tensor] = []
-        each.body_conv.register_forward_hook(lambda *call, values=values: values.append(call[-1]))
-        each(image)
-        assert len(values[0].unique()) > 0.9 * values[0].numel()
+def test_the_picture_that_body_conv_passes_on_is_not_rounded() -> None:
+    stored = quantised().convert_to_quantized()
+    for net in (quantised(), *(stored.for_target(target) for target in TARGETS)):
+        out = net.body_conv(torch.randn(1, 16, 20, 24))
+        assert len(out.unique()) > 0.9 * out.numel()
 
 
 def test_it_compiles_without_graph_breaks() -> None:
     net = quantised(depths=(1, 1), embed_dim=8).train()
     assert torch._dynamo.explain(net)(torch.rand(2, 3, 12, 12)).graph_break_count == 0
-
-
-# ------------------------------------------------------------------------------------------------- its ranges
 
 
 def observed(quantizer: Quantizer, *batches: Any) -> float:
@@ -140,14 +115,6 @@ def observed(quantizer: Quantizer, *batches: Any) -> float:
 )
 def test_a_range_is_what_usual_batches_need(low: Any, batches: Any, expected: float) -> None:
     assert observed(Quantizer(low), *batches) == pytest.approx(expected, rel=0.01)
-
-
-@pytest.mark.parametrize(("batch", "expected"), [(8, 1.0), (4, 1.0), (1, 1.2)])
-def test_one_image_in_nine_may_drive_a_layer_a_thousand_times_as_far(batch: int, expected: float) -> None:
-    quantizer, random = Quantizer(), torch.Generator().manual_seed(0)
-    wild = [torch.rand(batch, 1, generator=random) < 0.11 for _ in range(Quantizer.WATCH)]
-    largest = observed(quantizer, *(torch.where(each, 1000.0, 1.0).tolist() for each in wild))
-    assert expected * 0.99 <= largest < expected * 1.5
 
 
 def test_an_unknown_range_rounds_nothing_and_an_average_of_the_state_keeps_the_range() -> None:
@@ -208,9 +175,6 @@ def test_two_processes_have_equal_ranges_and_exchange_none_once_they_are_fixed(t
     assert all(value >= 6 for name, value in ranks[0][-1][1].items() if name.endswith("watched"))
 
 
-# ------------------------------------------------------------------------------------- preparing, calibrating
-
-
 @torch.no_grad()
 def test_calibration_measures_the_middle_picture_without_a_margin() -> None:
     net, seen = quantised(), []
@@ -223,16 +187,17 @@ def test_calibration_measures_the_middle_picture_without_a_margin() -> None:
     assert all(quantizer.margin == Quantizer.margin for quantizer in net.quantizers().values())
 
 
-@pytest.mark.parametrize("form", ["training", "fused", "quantised", "int8"])
-@pytest.mark.parametrize("images", ["none", "infinite", "broken"])
-def test_a_preparation_or_calibration_that_fails_changes_nothing(form: str, images: str) -> None:
-    net: Any = {"training": float_net, "fused": lambda: float_net().fused()}.get(form, quantised)()
+@pytest.mark.parametrize("form", ["training", "quantised", "int8"])
+@pytest.mark.parametrize(
+    ("images", "error"),
+    [([], "finite"), ([torch.ones(1, 3, 8, 8) / 0], "finite"), ([torch.rand(1, 4, 8, 8)], "channels")],
+)
+def test_a_preparation_or_calibration_that_fails_changes_nothing(form: str, images: Any, error: str) -> None:
+    net: Any = float_net() if form == "training" else quantised()
     net = net.convert_to_quantized() if form == "int8" else net
     state, before = copy.deepcopy(net.state_dict()), type(net)
-    given = {"none": [], "infinite": [torch.full((1, 3, 8, 8), math.inf)]}
-    error = RuntimeError if images == "broken" else ValueError
-    with pytest.raises(error, match="finite" if images != "broken" else None):
-        net.prepare_qat(calibration=given.get(images, [*pictures(1), torch.rand(1, 4, 8, 8)]))
+    with pytest.raises((ValueError, RuntimeError), match=error):
+        net.prepare_qat(calibration=images)
     assert (type(net), net.training) == (before, False)
     assert same_state(net, state)
 
@@ -244,37 +209,22 @@ def test_a_second_preparation_keeps_ranges_and_weights_unless_pictures_are_given
     net.prepare_qat()
     assert same_state(net, state)
     assert net.head.weight is weight, "an optimizer's parameters stay"
-    ranges = {
-        name: value for name, value in net.convert_to_quantized().state_dict().items() if ".range" in name
-    }
-    again: Any = net.convert_to_quantized().prepare_qat()
-    assert all(torch.equal(again.state_dict()[name], value) for name, value in ranges.items())
+    stored: Any = net.convert_to_quantized()
+    largest = stored.body_conv.quant_in.largest
+    assert torch.equal(stored.prepare_qat().body_conv.quant_in.largest, largest)
     net.prepare_qat(calibration=pictures(1))
     assert not same_state(net, state)
 
 
-@pytest.mark.parametrize("way", ["prepare_qat", "fused", "load"])
-def test_int8_weights_become_trainable_again_but_not_what_a_user_froze(way: str, image: Tensor) -> None:
-    def changed(net: Any) -> Any:
-        if way == "load":
-            net.load_state_dict(float_net().state_dict())
-            return net
-        return net.prepare_qat() if way == "prepare_qat" else net.fused()
-
-    net = changed(quantised().convert_to_quantized()).train()
+@pytest.mark.parametrize("way", ["prepare_qat", "fuse_model", "load"])
+def test_int8_weights_become_trainable_again(way: str, image: Tensor) -> None:
+    net: Any = quantised().convert_to_quantized()
+    if way == "load":
+        net.load_state_dict(float_net().state_dict())
+    else:
+        getattr(net, way)()
     assert all(value.requires_grad for name, value in net.named_parameters() if name.endswith("weight"))
-    net(image).mean().backward()
-    frozen = changed(quantised().requires_grad_(False))
-    assert not any(value.requires_grad for value in frozen.parameters())
-
-
-def test_what_is_frozen_in_the_training_form_is_frozen_in_the_quantised_one() -> None:
-    net = float_net()
-    net.stages.requires_grad_(False)
-    frozen = {name: value.requires_grad for name, value in net.prepare_qat().named_parameters()}
-    assert not any(trains for name, trains in frozen.items() if name.startswith("stages"))
-    assert frozen["head.weight"]
-    assert frozen["tail.weight"]
+    net.train()(image).mean().backward()
 
 
 FULL = r"placement '?full.* AetherNet 0\.2\.0 is the last version"
@@ -286,12 +236,11 @@ FULL = r"placement '?full.* AetherNet 0\.2\.0 is the last version"
         (lambda: float_net().convert_to_quantized(), "prepare_qat"),
         (lambda: aether_small(**TINY, qat=True).convert_to_quantized(), "ranges are unknown"),
         (lambda: quantised().convert_to_quantized().calibrate(pictures()), "int8 weights already"),
+        (lambda: beyond_half().convert_to_quantized(), r"head\.weight is beyond half precision"),
         (lambda: aether_small(**TINY, qat="yes"), "qat='yes' is not possible"),
         (lambda: aether_small(**TINY, qat="full"), FULL),
         (lambda: float_net().prepare_qat("full"), FULL),
-        (lambda: quantised().prepare_qat(placement="full"), FULL),
         (lambda: full_file(quantised().load_state_dict), FULL),
-        (lambda: full_file(float_net().load_state_dict), FULL),
         (lambda: full_file(aether_from_state_dict), FULL),
     ],
 )
@@ -301,30 +250,20 @@ def test_what_can_not_be_done_is_said_in_one_line(call: Callable[[], Any], messa
     assert "\n" not in str(raised.value)
 
 
+def beyond_half() -> QuantAetherNet:
+    net = quantised()
+    net.head.weight.data[0, 0, 0, 0] = 1e5
+    return net
+
+
 def full_file(load: Callable[[Any], Any]) -> None:
     """Load what version 0.2.0 wrote of a network with placement "full"."""
-    state = quantised().state_dict()
-    names = ["fusion", *(f"fusion_convs.{k}" for k in range(2)), "conv_before_upsample.0", "tail"]
-    state.update(
-        {f"{name}.quant_in.{key}": torch.ones(1) for name in names for key in ("range_sum", "watched")}
-    )
-    state.update({f"tail.conv.{name}": state.pop(f"tail.{name}") for name in ("weight", "bias")})
+    state = {**quantised().state_dict(), "fusion.quant_in.range_sum": torch.ones(1)}
+    state["tail.conv.weight"], state["tail.conv.bias"] = state.pop("tail.weight"), state.pop("tail.bias")
     load(state)
 
 
-def test_weights_beyond_half_precision_are_refused() -> None:
-    net = quantised()
-    net.head.weight.data[0, 0, 0, 0] = 1e5
-    with pytest.raises(ValueError, match=r"head\.weight is beyond half precision"):
-        net.convert_to_quantized()
-
-
-# --------------------------------------------------------------------------------------------------- training
-
-
-def test_training_moves_weights_and_ranges_and_the_state_survives_a_file(
-    image: Tensor, tmp_path: Path
-) -> None:
+def test_training_moves_ranges_too_and_its_state_survives_a_file(image: Tensor, tmp_path: Path) -> None:
     net = quantised().train()
     before = {name: value.clone() for name, value in net.state_dict().items()}
     optimizer = torch.optim.Adam([value for value in net.parameters() if value.requires_grad], 1e-3)
@@ -341,31 +280,26 @@ def test_training_moves_weights_and_ranges_and_the_state_survives_a_file(
     assert all(value.is_floating_point() and value.numel() for value in state.values())
     torch.save({"params_ema": state}, tmp_path / "qat.pth")
     saved = torch.load(tmp_path / "qat.pth", weights_only=True)["params_ema"]
-    again, resumed = aether_from_state_dict(saved), insert_quantizers(float_net())
+    resumed = insert_quantizers(float_net())
     resumed.load_state_dict(saved)
-    for each in (again, resumed):
-        assert isinstance(each, QuantAetherNet)
-        with torch.no_grad():
-            torch.testing.assert_close(each.eval()(image), net.eval()(image))
+    for each in (aether_from_state_dict(saved), resumed):
+        torch.testing.assert_close(each.eval()(image), net.eval()(image))
 
 
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_a_gradscaler_sees_what_overflows(compiled: bool, image: Tensor) -> None:
-    net: Any = quantised(embed_dim=8, depths=(1,)).train()
-    run = torch.compile(net) if compiled else net
+def test_a_gradscaler_sees_what_overflows(image: Tensor) -> None:
+    net = quantised(embed_dim=8, depths=(1,)).train()
     scaler = torch.amp.GradScaler("cpu", init_scale=65536.0)
     optimizer = torch.optim.SGD([value for value in net.parameters() if value.requires_grad], 1e-9)
-    for _ in range(12):
+    for _ in range(8):
         optimizer.zero_grad()
         with torch.autocast("cpu", torch.float16):
-            loss = ((run(image).half() * 1e-3) * 1e5).float().mean()  # overflows in its own backward pass
+            loss = ((net(image).half() * 1e-3) * 1e5).float().mean()  # overflows in its own backward pass
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
     assert 1024 <= scaler.get_scale() <= 8192
-    gradients = [value.grad for value in net.parameters() if value.grad is not None]
-    assert all(bool(value.isfinite().all()) for value in gradients)
-    assert any(bool(value.any()) for value in gradients)
+    gradients = torch.cat([value.grad.flatten() for value in net.parameters() if value.grad is not None])
+    assert 0 < float(gradients.abs().max()) < math.inf
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
@@ -375,12 +309,8 @@ def test_a_quantiser_hides_neither_values_nor_gradients_that_are_not_finite(valu
     x = torch.tensor([[0.5, value]], requires_grad=True)
     out = quantizer(x)
     assert not bool(out[0, 1].isfinite())
-    (out.nan_to_num() * torch.tensor([[value, 1.0]])).sum().backward()
-    assert x.grad is not None
-    assert not bool(x.grad[0, 0].isfinite())
-
-
-# --------------------------------------------------------------------------------------- loading, int8, bound
+    loss = (out.nan_to_num() * torch.tensor([[value, 1.0]])).sum()
+    assert not bool(torch.autograd.grad(loss, x)[0][0, 0].isfinite())
 
 
 @torch.no_grad()
@@ -396,24 +326,23 @@ def test_a_float_checkpoint_loads_strictly_into_a_network_made_with_qat(form: st
     error = (net.eval()(image) - source(image)).abs().mean() / source(image).std()
     assert error < 0.02, "before the first batch only weights are rounded"
     net.train()(image)
-    bounded = [block.reparam_conv.quant_out.largest for stage in net.stages for block in stage]
-    assert max(float(largest) for largest in bounded) == pytest.approx(0.75)
+    assert float(net.stages[1][1].reparam_conv.quant_out.largest) == pytest.approx(0.75)
     assert float(aether_from_state_dict(net.state_dict()).fuse_model().state_dict()["bound"]) == 0.75
 
 
 @torch.no_grad()
 def test_the_bound_holds_whether_a_range_is_known_or_not_and_when_it_changes(image: Tensor) -> None:
-    net: Any = aether_small(**TINY, bound=0.01, qat=True)
-    net.load_state_dict(float_net(**NO_ATTENTION, bound=0.01).state_dict())
-    seen = [largest_of_blocks(each(), image.round()) for each in (net.eval, net.train)]
-    for quantizer in net.quantizers().values():
-        quantizer.enabled = False
-    seen.append(largest_of_blocks(net.eval(), image.round()))
-    assert seen == pytest.approx([0.01] * 3, rel=0.01)
-    calibrated = quantised()
-    before = largest_of_blocks(calibrated, image)
-    calibrated.set_bound(before / 4)
-    assert largest_of_blocks(calibrated, image) == pytest.approx(before / 4, rel=0.02)
+    net: Any = insert_quantizers(float_net(bound=0.01))
+    seen: List[float] = []
+    conv = net.stages[0][0].reparam_conv
+    conv.register_forward_hook(lambda *call: seen.append(float(call[-1].abs().max())))
+    net(image)
+    net.train()(image)
+    net.set_bound(0.005)
+    net.eval()(image)
+    conv.quant_out.enabled = False
+    net(image)
+    assert seen == pytest.approx([0.01, 0.01, 0.005, 0.005], rel=0.01)
 
 
 @torch.no_grad()
@@ -422,27 +351,14 @@ def test_int8_weights_compute_what_fake_quantisation_does_and_take_a_third(image
     stored, fused = net.convert_to_quantized(), net.fused()
     # Half precision moves some weights over to the next of 256 steps: the two differ, neither is further off.
     assert (stored(image) - fused(image)).abs().mean() < 1.2 * (net(image) - fused(image)).abs().mean()
-    sizes = [
-        sum(value.numel() * value.element_size() for value in each.state_dict().values())
-        for each in (stored, fused)
-    ]
-    assert sizes[0] < 0.45 * sizes[1], "a real width is nearer to a quarter"
+    stored_size, size = (sum(v.nbytes for v in each.state_dict().values()) for each in (stored, fused))
+    assert stored_size < 0.45 * size, "a real width is nearer to a quarter"
     assert {value.dtype for value in stored.state_dict().values()} == {torch.int8, torch.half, torch.float}
     assert stored.convert_to_quantized() is stored
-    torch.testing.assert_close(aether_from_state_dict(stored.state_dict())(image), stored(image))
-
-
-@torch.no_grad()
-def test_stored_ranges_stay_in_training_mode_and_survive_half_precision(image: Tensor) -> None:
-    net: Any = quantised(**NO_ATTENTION).train()
-    net.body_conv.quant_in.watched.data.zero_()
-    observed(net.body_conv.quant_in, *[[[700.0]]] * Quantizer.WATCH)
-    stored, again = net.convert_to_quantized(), aether_small(**TINY, qat=True)
-    again.load_state_dict(stored.state_dict())
-    for each in (stored, again):
-        state = copy.deepcopy(each.state_dict())
+    again, loaded = aether_from_state_dict(stored.state_dict()), insert_quantizers(float_net(embed_dim=32))
+    loaded.load_state_dict(stored.state_dict())
+    for each in (again, loaded):
+        torch.testing.assert_close(each.eval()(image), stored(image))
         each.train()(image * 3)
-        assert same_state(each, state)
+        assert same_state(each, stored.state_dict()), "ranges moved"
         assert not any(value.requires_grad for value in each.parameters())
-    largest = float(stored.half().body_conv.quant_in.largest)
-    assert largest == pytest.approx(700 * Quantizer.margin, rel=1e-3)

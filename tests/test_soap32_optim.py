@@ -85,3 +85,15 @@ def test_the_state_of_another_optimizer_is_refused_by_name_with_the_way_on(
     with pytest.raises(RuntimeError, match=f"began with {name}, .* says SOAP32: .*pretrain_network_g"):
         optimizer.load_state_dict(other.state_dict())
     assert optimizer.state_dict() == before
+
+
+def test_adamw_fails_on_the_state_of_soap32_as_the_page_says(registry: Registry) -> None:
+    net = nn.Conv2d(4, 6, 3)
+    optimizer = registry["SOAP32"](net.parameters(), **OPTIONS)
+    for _ in range(2):
+        net(torch.rand(2, 4, 8, 8)).sum().backward()
+        optimizer.step()
+    with pytest.raises(KeyError) as raised:
+        torch.optim.AdamW(net.parameters()).load_state_dict(optimizer.state_dict())
+    page = (ROOT / "docs" / "traiNNer-redux.md").read_text(encoding="utf-8")
+    assert f"KeyError: {raised.value}" in page

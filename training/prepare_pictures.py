@@ -4,24 +4,11 @@
     python training/prepare_pictures.py FOLDER --pictures MINE [--reductions 1 2]
 
 Writes FOLDER/gt and FOLDER/lq (PNG pairs with the same names), FOLDER/sources.csv (source, reduction and
-bicubic PSNR-Y of every pair) and, for the packages, FOLDER/copyright (their authors and licences; several
-licences require attribution). The packages need Debian or Ubuntu: apt-get downloads them into FOLDER/packages
-and dpkg-deb unpacks them; nothing is installed. ``--packages`` names a folder that already has them.
-``--pictures`` uses your own folder instead, with its subfolders; transparent pictures stand on white, and
-pictures that can't be read are left out and named. Nothing that exists is changed or deleted.
-
-===========================  ============================================  ==========================
-package                      authors                                       licence
-===========================  ============================================  ==========================
-gnome-backgrounds            authors named in copyright/gnome-backgrounds  CC-BY-SA-3.0/4.0
-lomiri-wallpapers-16.04      photographers named in the files' names       CC-BY-SA-3.0/4.0, CC-BY-4.0
-lomiri-wallpapers-20.04      photographers named in the files' names       CC-BY-SA-4.0, CC-BY-4.0
-mate-backgrounds             authors named in copyright/mate-backgrounds   GPL-2+, CC-BY-SA-4.0
-plasma-workspace-wallpapers  KDE Visual Design Group and those it names    GPL-2+
-ukui-wallpapers              Ubuntu Kylin community                        CC-BY-SA-3.0
-supertuxkart-data            authors named in copyright/supertuxkart-data  CC-BY-SA, CC-BY, GPL, CC0
-ufoai-textures               authors named in copyright/ufoai-textures     GPL-2+, CC-BY-SA, CC0
-===========================  ============================================  ==========================
+bicubic PSNR-Y of every pair) and, for the packages, FOLDER/copyright (their authors and licences). The
+packages need Debian or Ubuntu: apt-get downloads them into FOLDER/packages and dpkg-deb unpacks them;
+nothing is installed. ``--packages`` names a folder that already has them. ``--pictures`` uses your own
+folder instead, with its subfolders; transparent pictures stand on white, and pictures that can't be read are
+left out and named. Nothing that exists is changed or deleted.
 
 A soft crop teaches nothing, because bicubic reproduces it. So pictures are first reduced to 1/2, 1/3, 1/4 and
 1/6 (``--reductions``; 1 leaves them as they are), and only crops on which bicubic interpolation reaches 20 to
@@ -51,15 +38,19 @@ from aethersr.errors import UserError
 from aethersr.picture import opaque, readable
 from aethersr.quality import KINDS
 
+# Their authors and licences; several require attribution.
 WALLPAPERS = (
-    "gnome-backgrounds",
-    "lomiri-wallpapers-16.04",
-    "lomiri-wallpapers-20.04",
-    "mate-backgrounds",
-    "plasma-workspace-wallpapers",
-    "ukui-wallpapers",
+    "gnome-backgrounds",  # authors named in copyright/gnome-backgrounds; CC-BY-SA-3.0/4.0
+    "lomiri-wallpapers-16.04",  # photographers named in the files' names; CC-BY-SA-3.0/4.0, CC-BY-4.0
+    "lomiri-wallpapers-20.04",  # photographers named in the files' names; CC-BY-SA-4.0, CC-BY-4.0
+    "mate-backgrounds",  # authors named in copyright/mate-backgrounds; GPL-2+, CC-BY-SA-4.0
+    "plasma-workspace-wallpapers",  # KDE Visual Design Group and those it names; GPL-2+
+    "ukui-wallpapers",  # Ubuntu Kylin community; CC-BY-SA-3.0
 )
-TEXTURES = ("supertuxkart-data", "ufoai-textures")
+TEXTURES = (
+    "supertuxkart-data",  # authors named in copyright/supertuxkart-data; CC-BY-SA, CC-BY, GPL, CC0
+    "ufoai-textures",  # authors named in copyright/ufoai-textures; GPL-2+, CC-BY-SA, CC0
+)
 NO_PICTURE = re.compile(r"_(nm|norm|normal|n|s|sm|gm|rm)$|[Nn]ormal")  # directions and gloss of a surface
 SHORTEST = 1000  # smaller ones are thumbnails of the same pictures
 REDUCTIONS, OF_TEXTURES = (2, 3, 4, 6), (2, 3)
@@ -152,9 +143,8 @@ def cuts(path: Path, scale: int, reductions: Sequence[int]) -> List[Cut]:
 
 def main(argv: Optional[List[str]] = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
-    parser.add_argument(
-        "folder", type=Path, metavar="FOLDER", help="for gt/, lq/, sources.csv and copyright/"
-    )
+    text = "for gt/, lq/, sources.csv and copyright/"
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help=text)
     parser.add_argument("--scale", type=int, choices=(2, 3, 4), default=2)
     parser.add_argument("--packages", type=Path, help="folder with .deb files (default: FOLDER/packages)")
     parser.add_argument("--pictures", type=Path, help="folder with your own pictures, instead of packages")

@@ -103,10 +103,10 @@ def load(task: str) -> Any:
     import_torchvision()
     no_cuda()
     script: Any = importlib.import_module(task)
-    for module in ("archs.aether_arch", "optimizers.soap32_optim"):
-        package, name = f"traiNNer.{module}".rsplit(".", 1)
-        importlib.import_module(package).__path__.append(str(HERE.parent / "archs"))  # a copy comes first
-        importlib.import_module(f"{package}.{name}")
+    for package, name in (("traiNNer.archs", "aether_arch"), ("traiNNer.optimizers", "soap32_optim")):
+        if f"{package}.{name}" not in sys.modules:  # the folder has no copy
+            importlib.import_module(package).__path__.append(str(HERE.parent / "archs"))
+            importlib.import_module(f"{package}.{name}")
     contiguous_filter2d("traiNNer.models.realesrgan_model", function="filter2d")
     sys.path.append(str(HERE))
     importlib.import_module("cpu_speed").speed_up_on_cpu()
@@ -126,3 +126,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+elif __name__ == "__mp_main__":  # a data worker on Windows or macOS, which begins from nothing
+    import_torchvision()

@@ -16,6 +16,8 @@ from aethersr.errors import UserError, is_out_of_memory
 
 # PyTorch's warning when numpy is not installed, which no user of a command needs to see.
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+# Pillow's about broken EXIF tags, which are left out.
+warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
 DEVICES = ("cuda", "mps", "cpu")
 
 

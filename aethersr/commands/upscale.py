@@ -121,11 +121,11 @@ def upscale(args: argparse.Namespace) -> None:
     overlap = choose_overlap(network, args.overlap)
     if others:
         print(f"Left out: {', '.join(f'{name}: {count}' for name, count in others.items())}.")
-    count = f"{len(jobs)} picture{'s' * (len(jobs) != 1)}"
-    if jobs:
-        print(f"{args.model.name} upscales {count} x{network.scale} on the {device_of(network)}.", flush=True)
-    elif not problems:
+    if not jobs and not problems:
         print(f"Nothing to do: every picture of {args.input} is in {args.output} (--skip-existing).")
+        return
+    count = f"{len(jobs)} picture{'s' * (len(jobs) != 1)}"
+    print(f"{args.model.name} upscales {count} x{network.scale} on the {device_of(network)}.", flush=True)
     written = 0
     progress = Progress(len(jobs))
     work = Upscaler(network, args.tile, overlap, args.wrap, args.overwrite, progress.say)
