@@ -19,6 +19,7 @@ from aethersr import shrink
 from aethersr.commands.fuse import main as fuse
 from aethersr.commands.shrink import main
 from aethersr.identify import aether_from_state_dict, read_options
+from aethersr.ncnn import run as run_ncnn
 from aethersr.timing import Comparison
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -195,3 +196,9 @@ def test_every_tool_opens_uneven_depths(tmp_path: Path, pictures: Path, capsys: 
         session = onnxruntime.InferenceSession(str(tmp_path / f"2x_{precision}.onnx"))
         out = session.run(None, {session.get_inputs()[0].name: image.numpy()})[0]
         assert np.abs(out - expected).max() < allowed * largest
+    ncnn = pytest.importorskip("ncnn")
+    pytest.importorskip("pnnx")
+    assert fuse([*files, "--overwrite", "--ncnn"]) == 0
+    opened = ncnn.Net()
+    assert opened.load_param(str(tmp_path / "2x.param")) == opened.load_model(str(tmp_path / "2x.bin")) == 0
+    assert np.abs(run_ncnn(opened, image).numpy() - expected).max() < 1e-3 * largest
