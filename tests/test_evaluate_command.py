@@ -148,7 +148,7 @@ def test_jpeg_compresses_the_low_resolution_pictures_first(hr: Path, tmp_path: P
     made = table(capsys, *arguments, "--jpeg", 30)
     assert made == table(capsys, *arguments, "--lr", tmp_path)
     assert made != table(capsys, *arguments, "--jpeg", 90)
-    assert "pass 1 to 100 (--jpeg)" in refused(capsys, *arguments, "--jpeg", 0)
+    assert "--jpeg: invalid choice: 0" in refused(capsys, *arguments, "--jpeg", 0)
 
 
 def test_pictures_are_read_as_aether_upscale_reads_them(tmp_path: Path, capsys: Any) -> None:

@@ -180,7 +180,7 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     add("--lr", help=text, **several)
     add("--scale", type=int, choices=(1, 2, 3, 4, 8), help="scale for bicubic alone, without FILE")
     text = "compress the low-resolution pictures first: quality 1 to 100"
-    add("--jpeg", type=int, metavar="QUALITY", help=text)
+    add("--jpeg", type=int, choices=range(1, 101), metavar="QUALITY", help=text)
     add("--each", action="store_true", help="also print a row for each picture")
     add_img_range(parser)
     add("--device", default="cpu", choices=DEVICES, help="default: cpu")
