@@ -22,7 +22,7 @@ Pairs = List[Tuple[Tensor, Tensor]]
 
 
 class Calibrated(NamedTuple):
-    """An int8 network, its warnings, and the mean and worst change of PSNR from the float network in dB."""
+    """An int8 network, its warnings, and what it changes PSNR by, in dB."""
 
     net: QuantAetherNet
     notes: List[str]
@@ -33,8 +33,7 @@ class Calibrated(NamedTuple):
 def calibration_pairs(folder: Path, net: AetherBase, flag: str = "--calibration") -> Pairs:
     """(low resolution, high resolution) of pictures' centres: (1, in_chans, H, W) in [0, 1].
 
-    The pictures lie evenly in the folder's order: the first readable one of each of PICTURES equal parts. The
-    low resolution is Pillow's bicubic.
+    They are the first readable one of each of PICTURES equal parts of the folder, reduced by Pillow's bicubic.
     """
     try:
         import numpy as np
@@ -69,8 +68,9 @@ def calibration_pairs(folder: Path, net: AetherBase, flag: str = "--calibration"
     parts = [paths[start:end] for start, end in zip(limits, limits[1:])]
     found = [next((each for each in map(pair, part) if each), None) for part in parts]
     if not any(found):
-        least = f"holds no picture of {SMALLEST * scale} pixels or more"
-        raise UserError(f"{flag} {folder} {least}; pass another folder.")
+        raise UserError(
+            f"{flag} {folder} holds no picture of {SMALLEST * scale} pixels or more; pass another."
+        )
     return [each for each in found if each]
 
 

@@ -17,7 +17,7 @@ os.umask(MASK)
 
 
 def check_output(path: Path, sources: Iterable[Path], overwrite: bool, flag: str) -> None:
-    """Raise UserError if an output path can't be written, is an input, or exists. ``flag``: its option."""
+    """Raise UserError if an output path, which ``flag`` passed, can't be written, is an input, or exists."""
     check_folder(path.parent, flag)
     check_file(path, sources, overwrite, flag)
 
@@ -59,7 +59,7 @@ def unwritable(path: Path, error: OSError, flag: str) -> UserError:
 class Together:
     """Files that appear together or not at all. Until commit, and after a failure, existing files stay.
 
-    A power cut or SIGKILL between two moves can leave some files old and some new, but each one complete.
+    SIGKILL between two moves can leave some files old and some new, but each one complete.
     """
 
     def __init__(self) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import List, Optional, Tuple
+from typing import List, Tuple
 
 import numpy as np
 from PIL import Image
@@ -47,25 +47,20 @@ def luma(picture: np.ndarray, crop: int = 0) -> np.ndarray:
 
 
 def crop_to_multiple(picture: np.ndarray, scale: int) -> np.ndarray:
-    """``picture`` without the last rows and columns that ``scale`` does not divide."""
+    """``picture`` without the last rows and columns that ``scale`` doesn't divide."""
     height, width = picture.shape[:2]
     return picture[: height // scale * scale, : width // scale * scale]
 
 
 def resize(picture: np.ndarray, height: int, width: int) -> np.ndarray:
-    """As MATLAB's ``imresize(picture, [height, width], 'bicubic')``.
-
-    It rounds once, at the end. (MATLAB rounds uint8 between rows and columns too: it changes 0.01 dB.)
-    """
+    """As MATLAB's ``imresize(picture, [height, width], 'bicubic')``, but rounded once: it changes 0.01 dB."""
     rows, columns = resize_matrix(picture.shape[0], height), resize_matrix(picture.shape[1], width)
     out = np.stack([rows @ plane @ columns.T for plane in np.moveaxis(picture.astype(np.float64), 2, 0)], 2)
     return np.clip(np.floor(out + 0.5), 0, np.iinfo(picture.dtype).max).astype(picture.dtype)
 
 
-def compressed(picture: np.ndarray, quality: Optional[int]) -> np.ndarray:
-    """What a JPEG file of this quality (1 to 100) leaves of ``picture``. None: ``picture`` itself."""
-    if quality is None:
-        return picture
+def compressed(picture: np.ndarray, quality: int) -> np.ndarray:
+    """What a JPEG file of this quality (1 to 100) leaves of ``picture``."""
     file = io.BytesIO()
     Image.fromarray(to_8_bits(picture)).save(file, "JPEG", quality=quality)
     return np.asarray(Image.open(file))
@@ -78,20 +73,15 @@ def resize_matrix(size: int, target: int) -> np.ndarray:
     centres = (np.arange(target) + 0.5) / scale - 0.5
     taps = int(np.ceil(4 / stretch)) + 2
     index = (np.floor(centres - 2 / stretch)[:, None] + np.arange(taps)).astype(int)
-    weight = _cubic(stretch * (centres[:, None] - index))
+    # Keys' kernel with a = -0.5: https://doi.org/10.1109/TASSP.1981.1163711
+    x = np.abs(stretch * (centres[:, None] - index))
+    near, far = 1.5 * x**3 - 2.5 * x**2 + 1, -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
+    weight = np.where(x <= 1, near, np.where(x <= 2, far, 0.0))
     weight /= weight.sum(1, keepdims=True)
-    mirrored = index % (2 * size)
-    mirrored = np.where(mirrored < size, mirrored, 2 * size - 1 - mirrored)
+    mirrored = np.minimum(index % (2 * size), (-1 - index) % (2 * size))
     matrix = np.zeros((target, size))
     np.add.at(matrix, (np.arange(target)[:, None], mirrored), weight)
     return matrix
-
-
-def _cubic(x: np.ndarray) -> np.ndarray:
-    """Keys' kernel with a = -0.5. Reference: https://doi.org/10.1109/TASSP.1981.1163711"""
-    x = np.abs(x)
-    near, far = 1.5 * x**3 - 2.5 * x**2 + 1, -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
-    return np.where(x <= 1, near, np.where(x <= 2, far, 0.0))
 
 
 def psnr(truth: np.ndarray, output: np.ndarray, crop: int) -> float:

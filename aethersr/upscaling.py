@@ -10,7 +10,7 @@ import threading
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Callable, Deque, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -122,9 +122,10 @@ def upscale_picture(
 
     if picture.alpha and pixels[..., -1].min() == pixels[..., -1].max():
         pixels, even = pixels[..., :-1], pixels[0, 0, -1]
-    planes, run = _planes(pixels), of_any_channels
-    if picture.alpha and even is None:
-        planes, run = upscale_tiled(_spread, planes, 1024, sum(_RADII), wrap=wrap), through_transparency(run)
+    planes, see_through = _planes(pixels), picture.alpha and even is None
+    if see_through:
+        planes = upscale_tiled(_spread, planes, 1024, sum(_RADII), wrap=wrap)
+    run = through_transparency(of_any_channels) if see_through else of_any_channels
     height, width, channels = pixels.shape
     shape = (height * network.scale, width * network.scale, channels + (even is not None))
     upscaled = np.empty(shape, pixels.dtype)
@@ -146,20 +147,18 @@ class Result(NamedTuple):
 Tick = Callable[[int, int], None]
 
 
+@dataclass
 class Upscaler:
     """Upscales files. Makes ``tile`` smaller when memory runs out."""
 
-    def __init__(
-        self,
-        network: Network,
-        tile: int,
-        overlap: int,
-        wrap: str = "",
-        overwrite: bool = False,
-        say: Callable[[str], None] = print,
-    ) -> None:
-        self.network, self.tile, self.overlap, self.wrap = network, tile, overlap, wrap
-        self.overwrite, self.say = overwrite, say
+    network: Network
+    tile: int
+    overlap: int
+    wrap: str = ""
+    overwrite: bool = False
+    say: Callable[[str], None] = print
+
+    def __post_init__(self) -> None:
         self._lock = threading.Lock()
         self._large = threading.Semaphore(2)
 
@@ -172,19 +171,21 @@ class Upscaler:
         waiting, stopped = iter(jobs), threading.Event()
         working: Deque[Tuple[Job, Future[Result]]] = deque()
 
-        def compute(image: Tensor) -> Tensor:
+        def unless_stopped(image: Tensor) -> Tensor:
             if stopped.is_set():
                 raise InterruptedError
             return self.network(image)
 
-        # The network has its own thread. Not a lock: on busy processors, handing a lock to the next thread
-        # takes time in which the network is idle.
+        def compute(image: Tensor) -> Tensor:
+            # In the network's own thread. Not with a lock: on busy processors, handing a lock to the next
+            # thread takes time in which the network is idle.
+            return thread.submit(unless_stopped, image).result()
+
         with ThreadPoolExecutor(1) as thread, ThreadPoolExecutor(WORKERS) as pool:
-            in_turn = lambda image: thread.submit(compute, image).result()  # noqa: E731
             try:
                 while True:
                     for job in islice(waiting, 2 * WORKERS - len(working)):  # the first one may take longest
-                        working.append((job, pool.submit(self._work, job, in_turn, tick)))
+                        working.append((job, pool.submit(self._work, job, compute, tick)))
                     if not working:
                         return
                     job, future = working.popleft()
@@ -235,16 +236,17 @@ class Upscaler:
         """Report an error that concerns one picture, raise any other."""
         try:
             return future.result()
+        except UserError as error:
+            return Result(job, problem=str(error))
         except Exception as error:
-            problem = str(error)
+            problem = str(error).rstrip(".")
+            remedy = "another --model, --tile or --overlap"
             if is_out_of_memory(error):
-                remedy = f"pass a smaller --tile than {self.tile}, or a smaller picture"
-                problem = f"{job.source}: there is not enough memory; {remedy}."
-            elif isinstance(error, ValueError):
-                problem = f"{job.source}: {problem.rstrip('.')}; pass another --model, --tile or --overlap."
-            elif not isinstance(error, UserError):
+                problem = "there is not enough memory"
+                remedy = f"a smaller --tile than {self.tile}, or a smaller picture"
+            elif not isinstance(error, ValueError):
                 raise
-            return Result(job, problem=problem)
+            return Result(job, problem=f"{job.source}: {problem}; pass {remedy}.")
 
 
 def _write(job: Job, picture: Picture, overwrite: bool) -> List[str]:
