@@ -33,7 +33,7 @@ class Calibrated(NamedTuple):
 def calibration_pairs(folder: Path, net: AetherBase, flag: str = "--calibration") -> Pairs:
     """(low resolution, high resolution) of pictures' centres: (1, in_chans, H, W) in [0, 1].
 
-    They are the first readable one of each of PICTURES equal parts of the folder, reduced by Pillow's bicubic.
+    The first readable one of each of PICTURES equal parts of the folder, reduced by Pillow's bicubic.
     """
     try:
         import numpy as np

@@ -13,7 +13,6 @@ import pytest
 import torch
 from conftest import ROOT, small_net
 from PIL import Image
-from skimage import data
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -100,47 +99,6 @@ def test_what_is_cut_out_looks_over_any_colour_as_if_it_had_stood_there(
         assert off <= 4, f"{off:.1f} steps off"
 
 
-def nearest(composites: np.ndarray, colours: np.ndarray, darkest: int, least: Any, most: Any) -> np.ndarray:
-    """How far the best of all pictures with transparency is from (K, H, W, 3) over K colours, for each pixel.
-
-    No visible pixel of it is darker than ``darkest``; its alpha is ``least`` to ``most``, (H, W) each.
-    """
-    best = np.full(composites.shape[1:3], np.inf)
-    for alpha in range(256):
-        allowed = (least <= alpha) & (alpha <= most)
-        left = composites - (1 - alpha / 255) * colours[:, None, None]  # for the colour times alpha
-        middle = ((left.max(0) + left.min(0)) / 2).clip(alpha * darkest / 255 if alpha > 8 else 0, alpha)
-        best = np.where(allowed, np.minimum(best, np.abs(left - middle).max((0, 3))), best)
-    return best
-
-
-@pytest.mark.parametrize(("kind", "most"), [("disc", 28), ("glass", 6)])
-def test_no_other_picture_with_transparency_would_look_much_nearer(kind: str, most: int) -> None:
-    """Rings along a hard edge can't be had over every colour; what can be had over all of these is there.
-
-    A sharp network changes a hard edge with the colour behind it, and sees two of these seven colours: single
-    pixels may be off by more.
-    """
-    net = load_network(ROOT / "weights" / "2x_AetherNet_small_wallpapers_fp16.safetensors", "cpu", False)
-    pixels = np.array(Image.open(CASES / "alpha_disc.png"))
-    if kind != "disc":
-        pixels[..., :3] = data.coffee()[100:164, 200:264]
-        y, x = np.mgrid[:64, :64]
-        soft = (24 - np.hypot(y - 31.5, x - 31.5)).clip(0, 6) * 42
-        pixels[..., 3] = soft if kind == "shadow" else 20 + soft // 2
-    colours = np.array([(grey,) * 3 for grey in (0, 64, 128, 192, 255)] + [(255, 0, 0), (9, 99, 199)])
-    composites = np.stack([upscaled(over(pixels, c).round().astype(np.uint8), net) for c in colours])
-    out = upscaled(pixels, net, True)
-    inner = np.s_[..., 8:-8, 8:-8, :]  # clear stays clear up to the border, where a picture's own changes
-    off = np.max([np.abs(over(out, c) - seen) for c, seen in zip(colours, composites)], axis=0)[inner].max(2)
-    alphas = [bound[inner][..., 0] for bound in neighbourhood(pixels[..., 3:])]
-    least = nearest(composites[inner].astype(float), colours, 250 if kind == "disc" else 0, *alphas)
-    for share, more in ((50, 1), (99, 5), (100, 10)):
-        found, possible = np.percentile(off, share), np.percentile(least, share)
-        assert found <= possible + more, f"{share} %: {found:.1f} steps off, of {possible:.1f} at least"
-    assert np.percentile(off, 99.8) <= most
-
-
 @pytest.mark.parametrize("colour", [(255, 255, 255), (200, 30, 90)])
 def test_alpha_stays_within_that_of_its_neighbourhood(colour: Tuple[int, int, int]) -> None:
     """A hard disc of half transparency once got nearly opaque dots: networks overshoot at its rim."""
@@ -159,18 +117,6 @@ def test_what_is_not_finite_is_said_of_transparent_pictures_too() -> None:
     pixels[0, 0] = 0
     with pytest.raises(ValueError, match="not finite"):
         upscaled(pixels, Double(lambda image: image.fill_(float("inf"))), True)
-
-
-def test_an_edge_of_what_is_cut_out_is_clean_through_any_network() -> None:
-    """What is clear stays clear, what is opaque opaque, and there is no other colour along the edge."""
-    net = TorchNetwork(small_net(2, embed_dim=8, depths=(1,), lk_kernel=3).float().fused())
-    pixels = np.full((24, 40, 4), (200, 10, 60, 255), np.uint8)
-    pixels[:, :20] = 0
-    out = upscaled(pixels, net, True)
-    assert not out[:, :34, 3].any()
-    assert (out[:, 46:, 3] == 255).all()
-    assert (out[:, 36:44, :3] == (200, 10, 60)).all()
-    assert (out[:, 46:, :3] != (200, 10, 60)).any(), "this network changes colours"
 
 
 def test_one_alpha_everywhere_stays_and_changes_no_colour(new: TorchNetwork) -> None:
@@ -217,7 +163,7 @@ def test_a_wrapped_texture_with_holes_is_the_middle_of_its_tiling() -> None:
 def test_the_tile_is_halved_when_memory_runs_out(tmp_path: Path) -> None:
     def limit(image: Tensor) -> None:
         if image.shape[-1] > 70:
-            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to")
+            raise MemoryError
 
     said: List[str] = []
     jobs = [job(tmp_path, f"{k}.png", 200, 150, 3) for k in range(3)]
