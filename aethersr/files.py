@@ -91,11 +91,9 @@ class Together:
                 os.replace(part, target)
         except BaseException:
             for part in reversed(moved):
-                if os.path.lexists(part):  # this is the move that failed
-                    continue
-                if part in self._kept:
+                if part in self._kept and not os.path.lexists(part):  # else this is the move that failed
                     os.replace(self._kept[part], self._parts[part])
-                else:
+                elif not os.path.lexists(part):
                     self._parts[part].unlink()
             raise
         self._tidy()

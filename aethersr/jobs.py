@@ -22,11 +22,9 @@ class Job(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What is to do; a line for each picture that can't be read; counts of what is left out, by its name."""
-
     jobs: List[Job]
-    problems: List[str]
-    others: Dict[str, int]
+    problems: List[str]  # a line for each picture that can't be read
+    others: Dict[str, int]  # counts of what is left out, by its name
 
 
 def find_jobs(
@@ -40,9 +38,7 @@ def find_jobs(
     """The jobs, all checked; with ``skip_existing`` those alone whose target doesn't exist.
 
     ``ending``: of the files to write, such as ".png"; without it that of each picture or of ``output``.
-
-    Raises:
-        UserError: there is no picture, or a target can't be written.
+    UserError: there is no picture, or a target can't be written.
     """
     target = Path(output)
     kind, is_folder = target.suffix.lower(), os.path.isdir(target)

@@ -42,9 +42,9 @@ _OF_PIXELS = {*range(254, 260), 262, 266, *range(273, 280), 282, 283, 284, 296, 
 
 
 def read(content: bytes, found: Notes, orientation: Optional[int]) -> Tuple[Notes, int, bool]:
-    """All notes of a file, the EXIF orientation of its pixels, and whether its last channel is no alpha.
+    """All notes, the pixels' EXIF orientation, and whether the last channel is no alpha.
 
-    ``found``: what libvips read of it; values may be None.
+    ``found``: what libvips read; values may be None.
     """
     xmp = found["XMP"]
     if xmp:
@@ -64,16 +64,12 @@ def read(content: bytes, found: Notes, orientation: Optional[int]) -> Tuple[Note
         if isinstance(records, bytes) and not resources:
             resources = b"8BIM\x04\x04\0\0" + struct.pack(">I", len(records)) + records
         found["IPTC"] = _PHOTOSHOP + resources if isinstance(resources, bytes) else None
-    parts = list(_segments(content))
-    chunks = [(name, data) for name, data in parts if name in _COLOURS or name in _TEXTS]
-    more = {
-        "EXIF": _clean(tags),
-        "XMP": xmp,
-        "dpi": None if _is_unknown(dpi) else dpi if turn < 5 else dpi[::-1],
-        "comment": b"".join(data for name, data in parts if name == _COM),
-        "chunks": [chunk for chunk in chunks if not chunk[1].startswith(b"XML:com.adobe.xmp")],
-    }
-    notes = {name: value for name, value in {**found, **more}.items() if value}
+    parts = [part for part in _segments(content) if not part[1].startswith(b"XML:com.adobe.xmp")]
+    found["EXIF"], found["XMP"] = _clean(tags), xmp
+    found["dpi"] = None if _is_unknown(dpi) else dpi if turn < 5 else dpi[::-1]
+    found["comment"] = b"".join(data for name, data in parts if name == _COM)
+    found["chunks"] = [part for part in parts if part[0] in (*_COLOURS, *_TEXTS)]
+    notes = {name: value for name, value in found.items() if value}
     return notes, turn, tiff and tags.get(338) in (0, (0,))
 
 
@@ -96,20 +92,16 @@ def for_file(notes: Notes, kind: str, big: bool) -> Tuple[Dict[str, bytes], Extr
         texts = (data.split(b"\0")[0] for name, data in chunks if name in _TEXTS)
         words += [f"text {keyword.decode('latin-1')!r}" for keyword in texts]
     if kind == "PNG":
-        for name, data in [*chunks, *([_text_chunk(comment)] if comment else [])]:
+        if comment:
+            is_utf8 = comment.decode(errors="ignore").encode() == comment
+            latin = (b"tEXt", b"Comment\0" + comment)
+            chunks.append((b"iTXt", b"Comment" + bytes(5) + comment) if is_utf8 else latin)
+        for name, data in chunks:
             extra += struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
         return fields, (len(_PNG) + 25, extra), words
     if comment and "comment" not in lost:
         extra = _COM + struct.pack(">H", len(comment) + 2) + comment
     return fields, (len(_JPEG), extra), words
-
-
-def _text_chunk(comment: bytes) -> Chunk:
-    try:
-        comment.decode()
-    except UnicodeDecodeError:
-        return b"tEXt", b"Comment\0" + comment
-    return b"iTXt", b"Comment" + bytes(5) + comment
 
 
 def frames_of_png(content: bytes) -> int:

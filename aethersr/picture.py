@@ -9,7 +9,7 @@ import io
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Dict, List
+from typing import Any, BinaryIO, Callable, Dict, List
 
 os.environ.setdefault("VIPS_WARNING", "0")  # else libvips prints lines about harmless defects
 
@@ -41,10 +41,7 @@ pyvips.cache_set_max(0)  # else a file that has changed is not read again
 
 @dataclass
 class Picture:
-    """Upright pixels (H, W, C) in uint8 or uint16; ``alpha``: the last channel is transparency.
-
-    ``notes``: what else the file says, see aethersr.notes.
-    """
+    """Upright pixels (H, W, C) in uint8 or uint16; ``alpha``: the last channel is transparency."""
 
     pixels: np.ndarray
     alpha: bool = False
@@ -59,15 +56,9 @@ class Picture:
             colours = (colours[..., :-1] * share + top * (1 - share)).round().astype(colours.dtype)
         return np.broadcast_to(colours, (*colours.shape[:2], 3))
 
-    # ------------------------------------------------------------------------------------------------ reading
-
     @classmethod
     def read(cls, path: Path, flag: str = "--input") -> Picture:
-        """The picture in a file. Errors name ``flag``, with which the path was passed.
-
-        Raises:
-            UserError: it can't be read, or is not a still picture with 8 or 16 bits a channel.
-        """
+        """The picture in a file. UserError, with the path's ``flag``: it is no still one of 8 or 16 bits."""
         try:
             content = path.read_bytes()  # read once, since the file may change
             if not content:
@@ -101,10 +92,9 @@ class Picture:
             raise UserError(f"{found}, expected one picture; split it ({flag}).")
         if image.format not in ("uchar", "ushort"):
             words = {"float": "floating-point", "double": "floating-point", "short": "signed"}
-            bits = f"{_get(image, 'bits-per-sample', '')}-bit"
-            numbers = f"{bits} {words.get(image.format, image.format)} numbers"
+            found = f"{_get(image, 'bits-per-sample', '')}-bit {words.get(image.format, image.format)}"
             expected = f"expected 8 or 16 bits a channel; save it as a 16-bit TIFF or PNG ({flag})"
-            raise UserError(f"{path} holds {numbers}, {expected}.")
+            raise UserError(f"{path} holds {found} numbers, {expected}.")
         said = {name: _get(image, field) for name, field in notes.FIELDS.items()}
         said["dpi"] = (image.xres * 25.4, image.yres * 25.4)
         if image.interpretation == "cmyk":
@@ -119,8 +109,6 @@ class Picture:
         pixels = pixels[:: -1 if turn in (3, 4, 7, 8) else 1, :: -1 if turn in (2, 3, 6, 7) else 1]
         return cls(np.ascontiguousarray(pixels), pixels.shape[2] in (2, 4), kept)
 
-    # ------------------------------------------------------------------------------------------------ writing
-
     def check_fits(self, source: Path, target: Path) -> None:
         """Raise UserError if the format can't hold the pixels."""
         kind, found = FORMATS[target.suffix.lower()], ""
@@ -134,11 +122,7 @@ class Picture:
     def write(self, path: Path, kind: str) -> List[str]:
         """Write a file of this ``kind``, one of FORMATS' values, in little memory.
 
-        Returns: names of the notes that such a file can't hold.
-
-        Raises:
-            OSError: the disk is full, or gone.
-            ValueError: the format can't hold so many pixels.
+        Returns the names of the notes that it can't hold. ValueError: it can't hold so many pixels.
         """
         height, width, channels = self.pixels.shape
         big = self.pixels.nbytes > _BIG
@@ -179,17 +163,23 @@ def _save(image: Any, file: BinaryIO, ending: str, options: Dict[str, Any], put_
         data, size, cut = bytes(data), len(data), place - file.tell()
         if extra and cut <= size:
             data, extra = data[:cut] + extra + data[cut:], b""
-        try:
-            file.write(data)
-        except OSError as error:  # no exception passes through C
-            failed.append(error)
-            return -1
+        file.write(data)
         return size
 
+    def safely(action: Callable[..., int]) -> Callable[..., int]:
+        def run(*arguments: Any) -> int:
+            try:
+                return action(*arguments)
+            except OSError as error:  # no exception passes through C
+                failed.append(error)
+                return -1
+
+        return run
+
     target = pyvips.TargetCustom()
-    target.on_write(write)
+    target.on_write(safely(write))
     target.on_read(file.read)  # TIFF goes back to what it wrote
-    target.on_seek(file.seek)
+    target.on_seek(safely(file.seek))
     try:
         image.write_to_target(target, ending, **options)
         file.flush()

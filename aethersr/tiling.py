@@ -34,10 +34,7 @@ def _cuts(length: int, tile: int, overlap: int, wrap: bool = False) -> List[Cut]
 
 
 def _fixed_cuts(length: int, tile: int, overlap: int, wrap: bool = False) -> List[Cut]:
-    """The same for a network that takes exactly ``tile`` pixels.
-
-    Unless it wraps, tiles lie inside the picture, so its borders stay borders.
-    """
+    """The same for a network that takes exactly ``tile`` pixels: tiles lie inside, unless it wraps."""
     if wrap:
         cuts = _cuts(length, tile - 2 * overlap, overlap, wrap)
         return [(begin, end, seen, seen + tile) for begin, end, seen, _ in cuts]
@@ -72,8 +69,7 @@ def upscale_tiled(
     """Upscale a picture of any size tile by tile: (N, C, H, W) -> (N, C, scale * H, scale * W).
 
     With the default overlap there are no seams: the result equals a single call, up to rounding. With channel
-    attention (aether_medium, aether_large), which averages over each tile, it differs slightly; the larger
-    the tiles, the less. docs/upscale.md has figures.
+    attention (aether_medium, aether_large), which averages over each tile, it differs slightly.
 
     Args:
         net: an AetherNet of any form in evaluation mode, or any function from a batch to its upscaled batch.
@@ -118,8 +114,7 @@ def upscale_tiled(
     tiles = ((row, column) for row in rows for column in columns)
     for (top, bottom, y0, y1), (left, right, x0, x1) in progress(tiles, len(rows) * len(columns)):
         crop = _part(_part(image, 2, y0, y1), 3, x0, x1)
-        if like is not None:
-            crop = crop.to(like.device)
+        crop = crop if like is None else crop.to(like.device)
         if image.dtype in LEVELS:
             crop = crop.float() / LEVELS[image.dtype]
         if size is not None:

@@ -1,7 +1,4 @@
-"""Upscales picture files: transparency, textures, low memory, reading and writing.
-
-While the network computes one picture, others are read and written.
-"""
+"""Upscales picture files. While the network computes one, others are read and written."""
 
 from __future__ import annotations
 
@@ -40,8 +37,7 @@ def _planes(pixels: np.ndarray) -> Tensor:
 def _spread(image: Tensor) -> Tensor:
     """Give hidden pixels the colours of visible ones nearby; alpha, the last channel, stays the same.
 
-    Otherwise the hidden colour, usually black, would bleed into the visible edge. Every step treats all
-    pixels alike, so tiling and wrapping don't change the result.
+    Otherwise the hidden colour, usually black, would bleed into the visible edge.
     """
     colours, alpha = image[:, :-1], image[:, -1:]
     trust = (alpha / _FAINT - 1).clamp(0, 1)
@@ -105,10 +101,7 @@ def upscale_picture(
     progress: Callable[[Iterator[Any], int], Iterator[Any]] = lambda tiles, count: tiles,
     compute: Optional[Callable[[Tensor], Tensor]] = None,
 ) -> Picture:
-    """A picture of any size and channels, upscaled. Constant alpha costs no extra work.
-
-    ``compute``: what to call instead of the network.
-    """
+    """A picture of any size and channels, upscaled, by ``compute`` if it is given. Constant alpha is free."""
     pixels, even, net = picture.pixels, None, compute or network
     if pixels.dtype == np.uint16 and not hasattr(torch, "uint16"):
         raise UserError("pictures of 16 bits need PyTorch 2.3 or newer; update it, or pass 8 bits (--input).")
@@ -163,10 +156,9 @@ class Upscaler:
         self._large = threading.Semaphore(2)
 
     def run(self, jobs: Iterable[Job], tick: Tick = lambda tiles, count: None) -> Iterator[Result]:
-        """The jobs' results, in order.
+        """The jobs' results, in order. If the caller stops early, what is in progress is finished first.
 
-        ``tick`` is called with how many more of a picture's tiles are done, and their number. If the caller
-        stops early, tiles and files in progress are finished first.
+        ``tick`` is called with how many more of a picture's tiles are done, and their number.
         """
         waiting, stopped = iter(jobs), threading.Event()
         working: Deque[Tuple[Job, Future[Result]]] = deque()
@@ -226,8 +218,7 @@ class Upscaler:
                     raise
             tick(-done, count)
             with self._lock:
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
+                torch.cuda.empty_cache()
                 if smaller < self.tile:  # otherwise another thread has done it
                     self.say(f"Not enough memory for tiles of {tile} pixels; going on with {smaller}.")
                     self.tile = smaller
