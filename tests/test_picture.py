@@ -91,13 +91,6 @@ def test_png_and_tiff_give_back_every_bit(tmp_path: Path, kind: str, dtype: Any,
         assert np.array_equal(seen[..., [2, 1, 0, 3][:channels]], pixels)
 
 
-@pytest.mark.parametrize("ending", FORMATS)
-def test_every_format_is_written_and_read_again(tmp_path: Path, ending: str) -> None:
-    back = read(tmp_path, written(tmp_path, Picture(waves(3)), FORMATS[ending]), f"in{ending.upper()}")
-    assert np.abs(back.pixels[..., :3].astype(int) - waves(3)).mean() < 3
-    back.check_fits(tmp_path, tmp_path / "out.jpg")
-
-
 IMAGE = Image.fromarray(waves(3))
 BMP_OF_16_BITS = struct.pack("<2sIHHI", b"BM", 74, 0, 0, 66)
 BMP_OF_16_BITS += struct.pack("<IiiHHIIiiII3I4H", 40, 2, 2, 1, 16, 3, 8, 0, 0, 0, 0, 0xF800, 0x07E0, 0x001F,
@@ -203,8 +196,6 @@ def test_notes_are_kept_or_named(tmp_path: Path, kind: str, dtype: Any) -> None:
             exif.load(back["EXIF"])
             assert (exif[0x010E], exif.get_ifd(0x8825)[1]) == ("Bild", "N")
             assert (exif.get_ifd(0x8769)[0x829A], exif.get_ifd(0x8769)[0x9286]) == (0.01, PROMPT)
-            if kind != "TIFF":  # where libvips writes no size into it
-                assert [exif.get_ifd(0x8769)[tag] for tag in (0xA002, 0xA003)] == [20, 12]
         elif name == "dpi":
             assert back["dpi"] == pytest.approx((300, 150), abs=0.05)
         elif name == "XMP":

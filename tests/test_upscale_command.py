@@ -175,22 +175,16 @@ def test_an_onnx_file_gives_the_same_picture_and_runs_on_the_cpu_if_only_pytorch
         (["--overlap", "abc"], "--overlap: abc is not possible; expected 0 or more pixels, or 'exact'"),
         (["--overlap=-1"], "-1 is not possible"),
         (["--scale", "2"], "--scale is not an option: the scale comes from the model"),
-        (["--upscale=2"], "--upscale is not an option: the scale comes from the model"),
         (["--tile=0"], "--tile 0"),
         (["--fp16"], "--fp16"),
         (["--overwrite", "--skip-existing"], "exclude each other"),
         (["--device", "mps"], "PyTorch finds no Apple GPU"),
         (["--input", "https://example.org/a.png"], "https://example.org/a.png is a web address"),
-        (["--input", "nothing.png"], "does not exist"),
         (["--input", "cut.png"], "not a readable picture"),
-        (["--output", "out.xyz"], "'.xyz'"),
-        (["--output", "cut.png"], "--overwrite"),
         (["--output", "out.jpg"], "transparency"),
-        (["--output", "out.jpg", "--format", "png"], "contradicts --format png"),
         (["--input", "wide.png", "--output", "out.webp"], ".png or .tif"),
         (["--model", "no.pth"], "--model"),
         (["--model", "text.onnx"], "not a readable ONNX"),
-        (["--model", "other.pth"], "not an AetherNet"),
         (["--model", "cut.pth"], "cut.pth is"),
     ],
 )
@@ -202,7 +196,6 @@ def test_bad_input_ends_in_one_clear_line(folder: Path, words: Any, said: str, c
     (folder / "cut.png").write_bytes(good.read_bytes()[:-2000])
     (folder / "text.onnx").write_text("text")
     (folder / "cut.pth").write_bytes((folder / "net.pth").read_bytes()[:1000])
-    torch.save({"weight": torch.ones(2)}, "other.pth")
     before = {path: path.lstat().st_mtime_ns for path in folder.rglob("*")}
     assert said in refused(capfd, "net.pth", "good.png", "out.png", *words)
     assert {path: path.lstat().st_mtime_ns for path in folder.rglob("*")} == before
@@ -420,7 +413,6 @@ def test_progress_shows_tiles_of_one_picture_and_pictures_of_several(folder: Pat
     shown = shown_on_a_terminal(folder, "--input", "in", "--output", "out")
     assert "Warning" not in shown
     assert "1 of 2 pictures, " in shown
-    assert "megapixels/s" in shown
     assert re.search(r"Wrote out/b.jpg \(22x18\)\r\n$", shown), "a bar is drawn again"
 
 

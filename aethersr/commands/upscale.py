@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
 from typing import Any, List, Optional, Union
 
 import torch
@@ -33,26 +32,23 @@ class Progress:
     def __init__(self, count: int) -> None:
         from tqdm import tqdm
 
-        self.count, self.done, self.pixels, self.begin = count, 0, 0, time.monotonic()
+        self.count, self.done = count, 0
         form = "{percentage:3.0f}% |{bar}| {desc}{remaining} left"
         quiet = None if sys.stderr else True  # None: unless it is a terminal
         self.bar: Any = tqdm(total=count, bar_format=form, disable=quiet, miniters=0, leave=False)
 
     def tick(self, tiles: int, count: int) -> None:
         """``tiles`` more of a picture's tiles are done, of ``count``."""
-        part = tiles / count
-        speed = self.pixels / 1e6 / max(time.monotonic() - self.begin, 1e-3)
-        words = f"{self.done} of {self.count} pictures, {speed:.2f} megapixels/s, "
+        part, words = tiles / count, f"{self.done} of {self.count} pictures, "
         if self.count == 1:
             self.bar.total, part = count, float(tiles)
             words = f"{self.bar.n + tiles:.0f} of {count} tiles, "
         self.bar.set_description_str(words, refresh=False)
         self.bar.update(part)
 
-    def finish(self, line: str, pixels: int) -> None:
+    def finish(self, line: str) -> None:
         """A picture is written or skipped; ``line`` says so, or is empty."""
         self.done += 1
-        self.pixels += pixels
         if self.done == self.count:
             self.bar.close()  # else it would be drawn again below the line
         else:
@@ -94,9 +90,9 @@ def device_of(network: Any) -> str:
 
 def upscale(args: argparse.Namespace) -> None:
     """What the command does; raises UserError."""
-    if args.device:
-        check_device(args.device)
-    if args.fp16 and (args.device or ("cuda" if torch.cuda.is_available() else "cpu")) == "cpu":
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_device(device)
+    if args.fp16 and device == "cpu":
         raise UserError("--fp16 is slower than float32 on a CPU; pass --device cuda, or leave --fp16 out.")
     if args.tile < 1:
         raise UserError(f"--tile {args.tile} is not possible; expected 1 or more pixels.")
@@ -108,10 +104,8 @@ def upscale(args: argparse.Namespace) -> None:
         from aethersr.upscaling import Upscaler
     except ImportError as error:
         raise missing_package(error, PROGRAM, "upscale") from None
-    ending = f".{args.format}" if args.format else ""
-    jobs, problems, others = find_jobs(
-        args.input, args.output, args.recursive, args.overwrite, args.skip_existing, ending
-    )
+    how = (args.recursive, args.overwrite, args.skip_existing, f".{args.format}" if args.format else "")
+    jobs, problems, others = find_jobs(args.input, args.output, *how)
     network = load_network(args.model, args.device, args.fp16, args.img_range)
     overlap = choose_overlap(network, args.overlap)
     if others:
@@ -127,8 +121,7 @@ def upscale(args: argparse.Namespace) -> None:
     try:
         for job, (width, height), lost, problem in work.run(jobs, progress.tick):
             without = f" without {', '.join(lost)}: {job.target.suffix} can't hold it" if lost else ""
-            line = "" if problem else f"Wrote {job.target} ({width}x{height}){without}"
-            progress.finish(line, width * height)
+            progress.finish("" if problem else f"Wrote {job.target} ({width}x{height}){without}")
             problems += [problem] if problem else []
             written += not problem
     finally:
@@ -150,19 +143,16 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser = Parser(PROGRAM, __doc__, HINTS)
     add: Any = parser.add_argument
     flag = {"action": "store_true"}
-    text = "weights (.pth, .safetensors; fused or not) or an exported network (.onnx)"
-    add("--model", type=local_path, required=True, help=text)
+    add("--model", type=local_path, required=True, help="weights (.pth, .safetensors) or a network (.onnx)")
     add("--input", type=local_path, required=True, help="a picture, or a folder of pictures")
     add("--output", required=True, help="the picture to write, or a folder (names stay the same)")
-    text = "of the pictures to write (default: as --output ends, in a folder as each is)"
-    add("--format", choices=ENDINGS, help=text)
+    add("--format", choices=ENDINGS, help="to write (default: as --output ends, in a folder as each is)")
     add("--recursive", **flag, help="also upscale the pictures in subfolders")
     add("--skip-existing", **flag, help="skip pictures whose output exists, to continue a folder")
     add("--overwrite", **flag, help="replace existing files")
     text = "the picture is a tileable texture: horizontally (x), vertically (y), or both (--wrap alone)"
     add("--wrap", nargs="?", choices=("x", "y", "xy"), const="xy", default="", help=text)
-    text = "largest side of a tile in input pixels; smaller tiles need less memory (default: 512)"
-    add("--tile", type=int, default=512, help=text)
+    add("--tile", type=int, default=512, help="largest side of a tile in input pixels (default: 512)")
     text = "margin round each tile that the network also sees; 'exact' makes tiles equal to the whole picture"
     add("--overlap", type=_overlap, metavar="PIXELS", help=f"{text} (default: within half a step of 1/255)")
     add("--device", choices=DEVICES, help="default: the GPU, if there is one that can run the file")
