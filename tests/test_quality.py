@@ -30,6 +30,12 @@ def test_every_pixel_of_a_flat_picture_keeps_its_value_in_any_size(size: int, ta
     assert (resize(np.full((size, 5, 3), 200, np.uint8), target, 5) == 200).all()
 
 
+def test_values_beyond_eight_bits_are_cut_and_not_wrapped() -> None:
+    edge = np.repeat(np.array([0, 255], np.uint8), 8)[:, None, None].repeat(3, 2)
+    found = resize(edge, 32, 1)
+    assert found[:15].max() < 128 < found[17:].min()
+
+
 def test_luma_is_that_of_bt_601_and_not_rounded() -> None:
     colours = np.array([[[0, 0, 0], [255, 255, 255], [255, 0, 0], [0, 255, 0], [0, 0, 255]]], np.uint8)
     assert np.allclose(luma(colours), [[16, 235, 81.481, 144.553, 40.966]])

@@ -21,7 +21,7 @@ from aethersr.errors import UserError
 from aethersr.jobs import Job
 from aethersr.network import TorchNetwork, load_network
 from aethersr.picture import Picture
-from aethersr.upscaling import Upscaler, upscale_picture
+from aethersr.upscaling import Upscaler, through_transparency, upscale_picture
 
 CASES = ROOT / "tests" / "cases"
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -117,6 +117,34 @@ def test_what_is_not_finite_is_said_of_transparent_pictures_too() -> None:
     pixels[0, 0] = 0
     with pytest.raises(ValueError, match="not finite"):
         upscaled(pixels, Double(lambda image: image.fill_(float("inf"))), True)
+
+
+def test_alpha_and_colours_come_nearest_to_both_pictures_at_their_worst_channel() -> None:
+    black, white = torch.rand(2, 1, 3, 16, 16, generator=torch.Generator().manual_seed(0)).sort(0).values
+    outputs, image = [black, white], torch.ones(1, 4, 16, 16)
+    image[..., ::2, ::2] = 0  # so every neighbourhood allows every value
+    out = through_transparency(lambda shown: outputs.pop(0))(image)
+
+    def error(alpha: Tensor, colours: Tensor) -> Tensor:
+        over_white = colours * alpha + 1 - alpha
+        return torch.maximum((colours * alpha - black).abs(), (over_white - white).abs()).amax(1)
+
+    alphas = torch.linspace(0.002, 1, 500)
+    fitting = [((black + white - 1 + alpha) / (2 * alpha)).clamp(0, 1) for alpha in alphas]
+    best = torch.stack([error(*pair) for pair in zip(alphas, fitting)]).amin(0)
+    assert (error(out[:, 3:], out[:, :3]) <= best + 2e-3).all()
+
+
+def test_an_edge_of_what_is_cut_out_is_clean_through_any_network() -> None:
+    """What is clear stays clear, what is opaque opaque, and there is no other colour along the edge."""
+    net = TorchNetwork(small_net(2, embed_dim=8, depths=(1,), lk_kernel=3).float().fused())
+    pixels = np.full((24, 40, 4), (200, 10, 60, 255), np.uint8)
+    pixels[:, :20] = 0
+    out = upscaled(pixels, net, True)
+    assert not out[:, :34, 3].any()
+    assert (out[:, 46:, 3] == 255).all()
+    assert (out[:, 36:44, :3] == (200, 10, 60)).all()
+    assert (out[:, 46:, :3] != (200, 10, 60)).any(), "this network changes colours"
 
 
 def test_one_alpha_everywhere_stays_and_changes_no_colour(new: TorchNetwork) -> None:
