@@ -1,4 +1,4 @@
-"""Calibrates an int8 network's ranges on pictures, and measures what int8 costs. Needs numpy and Pillow."""
+"""Calibrates an int8 network's ranges on pictures, and measures what int8 costs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Pairs = List[Tuple[Tensor, Tensor]]
 
 
 class Calibrated(NamedTuple):
-    """An int8 network, its warnings, and the mean and worst change of PSNR from the float network in dB."""
+    """An int8 network, its warnings, and what it changes PSNR by, in dB."""
 
     net: QuantAetherNet
     notes: List[str]
@@ -33,31 +33,25 @@ class Calibrated(NamedTuple):
 def calibration_pairs(folder: Path, net: AetherBase, flag: str = "--calibration") -> Pairs:
     """(low resolution, high resolution) of pictures' centres: (1, in_chans, H, W) in [0, 1].
 
-    The pictures lie evenly in the folder's order: the first readable one of each of PICTURES equal parts. The
-    low resolution is Pillow's bicubic.
+    The first readable one of each of PICTURES equal parts of the folder, reduced by Pillow's bicubic.
     """
     try:
         import numpy as np
         from PIL import Image
 
-        from aethersr.picture import opaque
+        from aethersr.picture import FORMATS
+        from aethersr.quality import read_rgb
     except ImportError as error:
         raise missing_package(error, flag, "upscale") from None
     if not folder.is_dir():
         raise UserError(f"{flag} {folder} is not a folder; pass one with pictures.")
-    endings = Image.registered_extensions()
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in endings)
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in FORMATS)
     scale, mode = net.scale, "RGB" if net.options["in_chans"] == 3 else "L"
 
     def pair(path: Path) -> Optional[Tuple[Tensor, Tensor]]:
         try:
-            with Image.open(path) as opened:
-                if opened.mode.startswith("I"):  # 16 bits; Pillow would clip everything above 255
-                    codes = np.asarray(opened).clip(0, 65535) // 257
-                    image = Image.fromarray(codes.astype(np.uint8)).convert(mode)
-                else:
-                    image = opaque(opened).convert(mode)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # Pillow's, for broken files
+            image = Image.fromarray(read_rgb(path, flag)).convert(mode)
+        except UserError:
             return None
         width, height = (min(SIDE, size // scale) for size in image.size)
         if min(width, height) < SMALLEST:
@@ -74,8 +68,9 @@ def calibration_pairs(folder: Path, net: AetherBase, flag: str = "--calibration"
     parts = [paths[start:end] for start, end in zip(limits, limits[1:])]
     found = [next((each for each in map(pair, part) if each), None) for part in parts]
     if not any(found):
-        least = f"holds no picture of {SMALLEST * scale} pixels or more that Pillow reads"
-        raise UserError(f"{flag} {folder} {least}; pass another folder.")
+        raise UserError(
+            f"{flag} {folder} holds no picture of {SMALLEST * scale} pixels or more; pass another."
+        )
     return [each for each in found if each]
 
 

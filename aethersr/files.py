@@ -8,8 +8,7 @@ import shutil
 import tempfile
 import threading
 from pathlib import Path
-from types import TracebackType
-from typing import Dict, Iterable, List, Optional, Type
+from typing import Dict, Iterable, List
 
 from aethersr.errors import UserError
 
@@ -18,7 +17,7 @@ os.umask(MASK)
 
 
 def check_output(path: Path, sources: Iterable[Path], overwrite: bool, flag: str) -> None:
-    """Raise UserError if an output path can't be written, is an input, or exists. ``flag``: its option."""
+    """Raise UserError if an output path, which ``flag`` passed, can't be written, is an input, or exists."""
     check_folder(path.parent, flag)
     check_file(path, sources, overwrite, flag)
 
@@ -35,15 +34,18 @@ def check_folder(folder: Path, flag: str) -> None:
 
 def check_file(path: Path, sources: Iterable[Path], overwrite: bool, flag: str) -> None:
     """Raise UserError if the path is an input, or exists."""
-    exists = os.path.lexists(path)  # not path.exists(): a dangling link exists too
-    for source in sources:
-        if os.path.exists(path) and os.path.exists(source) and os.path.samefile(path, source):
-            raise UserError(f"{path} is the input itself, which is never overwritten; pass another {flag}.")
-    if os.path.isdir(path):
-        raise UserError(f"{path} is a folder, expected a file name; pass another {flag}.")
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise UserError(f"{path} is a pipe or a device, expected a file name; pass another {flag}.")
-    if exists and not overwrite:
+    found = ""
+    if any(
+        os.path.exists(path) and os.path.exists(each) and os.path.samefile(path, each) for each in sources
+    ):
+        found = "the input itself, which is never overwritten"
+    elif os.path.isdir(path):
+        found = "a folder, expected a file name"
+    elif os.path.exists(path) and not os.path.isfile(path):
+        found = "a pipe or a device, expected a file name"
+    if found:
+        raise UserError(f"{path} is {found}; pass another {flag}.")
+    if os.path.lexists(path) and not overwrite:  # not exists: a dangling link is there too
         raise UserError(f"{path} exists; pass --overwrite to replace it, or another {flag}.")
 
 
@@ -57,12 +59,7 @@ def unwritable(path: Path, error: OSError, flag: str) -> UserError:
 class Together:
     """Files that appear together or not at all. Until commit, and after a failure, existing files stay.
 
-        with Together() as files:
-            write(files.part("a.pth"))
-            write(files.part("a.onnx"))
-            files.commit()
-
-    A power cut or SIGKILL between two moves can leave some files old and some new, but each one complete.
+    SIGKILL between two moves can leave some files old and some new, but each one complete.
     """
 
     def __init__(self) -> None:
@@ -94,11 +91,9 @@ class Together:
                 os.replace(part, target)
         except BaseException:
             for part in reversed(moved):
-                if os.path.lexists(part):  # this is the move that failed
-                    continue
-                if part in self._kept:
+                if part in self._kept and not os.path.lexists(part):  # else this is the move that failed
                     os.replace(self._kept[part], self._parts[part])
-                else:
+                elif not os.path.lexists(part):
                     self._parts[part].unlink()
             raise
         self._tidy()
@@ -106,12 +101,7 @@ class Together:
     def __enter__(self) -> Together:
         return self
 
-    def __exit__(
-        self,
-        kind: Optional[Type[BaseException]],
-        error: Optional[BaseException],
-        traceback: Optional[TracebackType],
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         try:
             self._tidy()
         except KeyboardInterrupt:  # a second Ctrl+C must not leave temporary files either
@@ -120,7 +110,7 @@ class Together:
 
     def _tidy(self) -> None:
         for path in (*self._parts, *self._kept.values()):
-            _remove(path)
+            path.unlink(missing_ok=True)
 
 
 def _keep(path: Path, other: Path) -> None:
@@ -129,8 +119,3 @@ def _keep(path: Path, other: Path) -> None:
         os.link(path, other, follow_symlinks=False)
     except (OSError, NotImplementedError):  # not every file system has hard links
         shutil.copy2(path, other, follow_symlinks=False)
-
-
-def _remove(path: Path) -> None:
-    if os.path.lexists(path):
-        path.unlink()

@@ -1,4 +1,4 @@
-"""What a picture's file says beside its pixels: which notes there are, and what libvips drops of them.
+"""What a picture's file says beside its pixels.
 
 libvips keeps colour profile, EXIF, XMP, IPTC and dpi. Added here: PNG chunks about colours and with text, a
 JPEG's comment, EXIF in TIFF; and the names of what a format can't hold.
@@ -13,28 +13,18 @@ import struct
 import zlib
 from typing import Any, BinaryIO, Dict, Iterator, List, Optional, Tuple
 
-from PIL import Image, TiffImagePlugin
+from PIL import Image
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 # By the names that a user is shown: "dpi" (across, down), "chunks" of a PNG, all others as bytes.
 Notes = Dict[str, Any]
 Chunk = Tuple[bytes, bytes]  # name and content
 Extra = Tuple[int, bytes]  # what to put into a file that libvips writes, and after how many bytes
 
-FIELDS = {  # libvips' names
-    "colour profile": "icc-profile-data",
-    "EXIF": "exif-data",
-    "XMP": "xmp-data",
-    "IPTC": "iptc-data",
-}
-_HELD = {
-    "PNG": ("colour profile", "EXIF", "XMP", "dpi", "comment", "chunks"),
-    "JPEG": ("colour profile", "EXIF", "XMP", "IPTC", "dpi", "comment"),
-    "TIFF": ("colour profile", "EXIF", "XMP", "IPTC", "dpi"),
-    "WEBP": ("colour profile", "EXIF", "XMP", "dpi"),
-    "AVIF": ("colour profile", "EXIF", "XMP", "dpi"),
-    "BMP": ("dpi",),
-    "GIF": (),
-}
+FIELDS = {"colour profile": "icc-profile-data", "EXIF": "exif-data", "XMP": "xmp-data", "IPTC": "iptc-data"}
+_MOST = {"colour profile", "EXIF", "XMP", "dpi"}
+_HELD = {"PNG": {*_MOST, "comment", "chunks"}, "JPEG": {*_MOST, "IPTC", "comment"}, "TIFF": {*_MOST, "IPTC"},
+         "WEBP": _MOST, "AVIF": _MOST, "BMP": {"dpi"}, "GIF": set()}  # fmt: skip
 _SEGMENT = 65000  # bytes that a JPEG's segment holds at most, with a margin for its name
 _COLOURS, _TEXTS = (b"gAMA", b"cHRM", b"cICP", b"mDCV", b"cLLI"), (b"tEXt", b"zTXt", b"iTXt")
 _OF_SRGB = {  # what a file without them means too
@@ -52,11 +42,9 @@ _OF_PIXELS = {*range(254, 260), 262, 266, *range(273, 280), 282, 283, 284, 296, 
 
 
 def read(content: bytes, found: Notes, orientation: Optional[int]) -> Tuple[Notes, int, bool]:
-    """All notes of a file, the EXIF orientation of its pixels, and whether its last channel is no alpha.
+    """All notes, the pixels' EXIF orientation, and whether the last channel is no alpha.
 
-    Args:
-        content: the file's.
-        found: what libvips read of it; values may be None.
+    ``found``: what libvips read; values may be None.
     """
     xmp = found["XMP"]
     if xmp:
@@ -64,28 +52,24 @@ def read(content: bytes, found: Notes, orientation: Optional[int]) -> Tuple[Note
         written = re.search(pattern, xmp)
         orientation = orientation or (int(written.group(2)) if written else None)
         xmp = re.sub(pattern, rb"\g<1>1", xmp)
-    turn = orientation or 1
-    tiff = content.startswith(_TIFF)
+    turn, tiff = orientation or 1, content.startswith(_TIFF)
     tags = _tags(content if tiff else found["EXIF"] or b"")
     dpi = found["dpi"]
     if _is_unknown(dpi):
-        unit = 2.54 if tags.get(296) == 3 else 1
-        dpi = _number(tags.get(282)) * unit, _number(tags.get(283)) * unit
+        with contextlib.suppress(Exception):  # broken EXIF raises many kinds
+            unit = 2.54 if tags.get(296) == 3 else 1
+            dpi = float(tags[282]) * unit, float(tags[283]) * unit
     if tiff:
         records, resources = tags.get(33723), tags.get(34377)
         if isinstance(records, bytes) and not resources:
             resources = b"8BIM\x04\x04\0\0" + struct.pack(">I", len(records)) + records
         found["IPTC"] = _PHOTOSHOP + resources if isinstance(resources, bytes) else None
-    segments = list(_segments(content))
-    chunks = [(name, data) for name, data in segments if name in _COLOURS or name in _TEXTS]
-    more = {
-        "EXIF": _clean(tags),
-        "XMP": xmp,
-        "dpi": None if _is_unknown(dpi) else dpi if turn < 5 else dpi[::-1],
-        "comment": b"".join(data for name, data in segments if name == _COM),
-        "chunks": [chunk for chunk in chunks if not chunk[1].startswith(b"XML:com.adobe.xmp")],
-    }
-    notes = {name: value for name, value in {**found, **more}.items() if value}
+    parts = [part for part in _segments(content) if not part[1].startswith(b"XML:com.adobe.xmp")]
+    found["EXIF"], found["XMP"] = _clean(tags), xmp
+    found["dpi"] = None if _is_unknown(dpi) else dpi if turn < 5 else dpi[::-1]
+    found["comment"] = b"".join(data for name, data in parts if name == _COM)
+    found["chunks"] = [part for part in parts if part[0] in (*_COLOURS, *_TEXTS)]
+    notes = {name: value for name, value in found.items() if value}
     return notes, turn, tiff and tags.get(338) in (0, (0,))
 
 
@@ -97,44 +81,36 @@ def for_file(notes: Notes, kind: str, big: bool) -> Tuple[Dict[str, bytes], Extr
     lost = {name for name in notes if name not in _HELD[kind]}
     if kind == "JPEG":
         lost |= {n for n in ("EXIF", "XMP", "IPTC", "comment") if len(notes.get(n, b"")) > _SEGMENT}
-    if kind == "TIFF" and big:
-        lost |= {"EXIF", "IPTC"} & set(notes)
-    fields = {field: notes[name] for name, field in FIELDS.items() if name in notes and name not in lost}
-    if kind == "TIFF":  # libvips writes no EXIF there, and IPTC so that nobody can read it
-        fields = {
-            field: value for field, value in fields.items() if field in ("icc-profile-data", "xmp-data")
-        }
-    chunks, comment, extra = notes.get("chunks", []), b"", b""
-    if "comment" in notes and "comment" not in lost:
-        comment = notes["comment"]
-    if kind == "PNG":
-        for name, data in [*chunks, *([_text_chunk(comment)] if comment else [])]:
-            extra += struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-    elif comment:
-        extra = _COM + struct.pack(">H", len(comment) + 2) + comment
+    # libvips writes no EXIF into TIFF, and IPTC so that nobody can read it: see add_to_tiff.
+    added = {"EXIF", "IPTC"} if kind == "TIFF" else set()
+    lost |= added & notes.keys() if big else set()
+    fields = {FIELDS[name]: notes[name] for name in notes.keys() & FIELDS.keys() - lost - added}
+    chunks, comment, extra = list(notes.get("chunks", [])), notes.get("comment"), b""
     words = sorted(lost - {"chunks"})
     if "chunks" in lost:
         words += [name.decode() for name, data in chunks if name in _COLOURS and (name, data) not in _OF_SRGB]
         texts = (data.split(b"\0")[0] for name, data in chunks if name in _TEXTS)
         words += [f"text {keyword.decode('latin-1')!r}" for keyword in texts]
-    return fields, (len(_PNG) + 25 if kind == "PNG" else len(_JPEG), extra), words
+    if kind == "PNG":
+        if comment:
+            is_utf8 = comment.decode(errors="ignore").encode() == comment
+            latin = (b"tEXt", b"Comment\0" + comment)
+            chunks.append((b"iTXt", b"Comment" + bytes(5) + comment) if is_utf8 else latin)
+        for name, data in chunks:
+            extra += struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        return fields, (len(_PNG) + 25, extra), words
+    if comment and "comment" not in lost:
+        extra = _COM + struct.pack(">H", len(comment) + 2) + comment
+    return fields, (len(_JPEG), extra), words
 
 
-def _text_chunk(comment: bytes) -> Chunk:
-    try:
-        comment.decode()
-    except UnicodeDecodeError:
-        return b"tEXt", b"Comment\0" + comment
-    return b"iTXt", b"Comment" + bytes(5) + comment
-
-
-def animated_png(content: bytes) -> int:
-    """The number of frames, 0 for other files."""
+def frames_of_png(content: bytes) -> int:
+    """The number of frames of an animated PNG, 0 for other files."""
     return next((int.from_bytes(data[:4], "big") for name, data in _segments(content) if name == b"acTL"), 0)
 
 
 def _segments(content: bytes) -> Iterator[Chunk]:
-    """A PNG's chunks, or a JPEG's segments before its pixels: name and content."""
+    """A PNG's chunks except pixels, or a JPEG's segments before its pixels: name and content."""
     place = len(_PNG) if content.startswith(_PNG) else len(_JPEG)
     with contextlib.suppress(struct.error):  # at the end
         while content.startswith(_PNG):
@@ -162,32 +138,24 @@ def _is_unknown(dpi: Tuple[float, float]) -> bool:
     return {round(value) for value in dpi} <= {25, 72} or not all(0 < value < 1e6 for value in dpi)
 
 
-def _number(value: Any) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError, ArithmeticError):
-        return 0
-
-
 def _clean(tags: Image.Exif) -> bytes:
     """EXIF without orientation, thumbnail and tags that can't be written."""
 
-    def writable(tag: int, value: Any) -> bool:
-        try:
-            directory = TiffImagePlugin.ImageFileDirectory_v2()
-            directory[tag] = value
-            directory.tobytes()
-        except Exception:
-            return False
-        return True
+    def writable(some: Dict[int, Any]) -> Dict[int, Any]:
+        found = {}
+        for tag, value in some.items():
+            with contextlib.suppress(Exception):
+                directory = ImageFileDirectory_v2()
+                directory[tag] = value
+                directory.tobytes()
+                found[tag] = value
+        return found
 
     kept = Image.Exif()
     with contextlib.suppress(Exception):
-        for tag, value in tags.items():
-            if tag in _SUB_IFDS:
-                value = {key: inner for key, inner in tags.get_ifd(tag).items() if writable(key, inner)}
-            if tag not in _OF_PIXELS and writable(tag, value):
-                kept[tag] = value
+        inner = {tag: writable(tags.get_ifd(tag)) for tag in _SUB_IFDS if tag in tags}
+        kept.update(writable({tag: tags[tag] for tag in tags.keys() - _OF_PIXELS - inner.keys()}))
+        kept.update(inner)
     return kept.tobytes() if len(kept) else b""
 
 
@@ -206,17 +174,16 @@ def add_to_tiff(file: BinaryIO, notes: Notes) -> None:
         found = (file.read(12) for _ in range(count))
         return {entry[1::-1]: entry for entry in found}
 
-    source, tags = _tags(notes.get("EXIF", b"")), TiffImagePlugin.ImageFileDirectory_v2()
+    source, tags = _tags(notes.get("EXIF", b"")), ImageFileDirectory_v2()
     for tag, value in source.items():
         tags[tag] = source.get_ifd(tag) if tag in _SUB_IFDS else value
     if notes.get("IPTC", b"").startswith(_PHOTOSHOP):
         tags[34377] = notes["IPTC"][len(_PHOTOSHOP) :]
-    if not tags:
-        return
-    merged = entries(append(tags.tobytes(append(b""))))
-    file.seek(4)
-    merged.update(entries(*struct.unpack("<I", file.read(4))))
-    directory = b"".join(merged[tag] for tag in sorted(merged))
-    place = append(struct.pack("<H", len(merged)) + directory + bytes(4))
-    file.seek(4)
-    file.write(struct.pack("<I", place))
+    if tags:
+        merged = entries(append(tags.tobytes(append(b""))))
+        file.seek(4)
+        merged.update(entries(*struct.unpack("<I", file.read(4))))
+        directory = b"".join(merged[tag] for tag in sorted(merged))
+        place = append(struct.pack("<H", len(merged)) + directory + bytes(4))
+        file.seek(4)
+        file.write(struct.pack("<I", place))

@@ -5,12 +5,11 @@ libvips does it. Done here: what it drops of the notes (aethersr.notes), and BMP
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Dict, Iterator, List, Optional
+from typing import Any, BinaryIO, Callable, Dict, List
 
 os.environ.setdefault("VIPS_WARNING", "0")  # else libvips prints lines about harmless defects
 
@@ -25,18 +24,8 @@ try:
 except (ImportError, OSError):  # OSError: libvips itself is missing
     raise ImportError(name="pyvips pyvips-binary") from None
 
-FORMATS = {
-    ".png": "PNG",
-    ".jpg": "JPEG",
-    ".jpeg": "JPEG",
-    ".jfif": "JPEG",
-    ".webp": "WEBP",
-    ".tif": "TIFF",
-    ".tiff": "TIFF",
-    ".bmp": "BMP",
-    ".gif": "GIF",
-    ".avif": "AVIF",
-}
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".jfif": "JPEG", ".webp": "WEBP", ".tif": "TIFF",
+           ".tiff": "TIFF", ".bmp": "BMP", ".gif": "GIF", ".avif": "AVIF"}  # fmt: skip
 SAVE_OPTIONS: Dict[str, Dict[str, Any]] = {
     "PNG": {"compression": 2, "filter": "up"},  # a network on a card must not wait for it
     "JPEG": {"Q": 95, "subsample_mode": "off"},
@@ -44,17 +33,15 @@ SAVE_OPTIONS: Dict[str, Dict[str, Any]] = {
     "TIFF": {"compression": "deflate", "predictor": "horizontal", "resunit": "inch"},
     "AVIF": {"Q": 90, "subsample_mode": "off", "effort": 0},  # more effort takes minutes
 }
+OTHER_FORMAT = "pass --format png, or an --output that ends in .png or .tif"
 MOST_PIXELS = 2**30
-_PILLOW_MODES = ("L", "LA", "RGB", "RGBA", "1", "P", "PA", "CMYK", "YCbCr")
+_BIG = 2**32 - 2**27  # bytes that may not fit into a TIFF of 4 GiB
 pyvips.cache_set_max(0)  # else a file that has changed is not read again
 
 
 @dataclass
 class Picture:
-    """Upright pixels (H, W, C) in uint8 or uint16; ``alpha``: the last channel is transparency.
-
-    ``notes``: what else the file says, see aethersr.notes.
-    """
+    """Upright pixels (H, W, C) in uint8 or uint16; ``alpha``: the last channel is transparency."""
 
     pixels: np.ndarray
     alpha: bool = False
@@ -69,15 +56,9 @@ class Picture:
             colours = (colours[..., :-1] * share + top * (1 - share)).round().astype(colours.dtype)
         return np.broadcast_to(colours, (*colours.shape[:2], 3))
 
-    # ------------------------------------------------------------------------------------------------ reading
-
     @classmethod
     def read(cls, path: Path, flag: str = "--input") -> Picture:
-        """The picture in a file. Errors name ``flag``, with which the path was passed.
-
-        Raises:
-            UserError: it can't be read, or is not a still picture with 8 or 16 bits a channel.
-        """
+        """The picture in a file. UserError, with the path's ``flag``: it is no still one of 8 or 16 bits."""
         try:
             content = path.read_bytes()  # read once, since the file may change
             if not content:
@@ -86,10 +67,8 @@ class Picture:
         except (UserError, MemoryError):
             raise
         except Exception as error:  # Pillow raises many kinds
-            unknown = "not in a known format" in str(error)
-            reason = "of no kind that is known" if unknown else _reason(error)
             expected = f"expected one of {', '.join(FORMATS)} ({flag})"
-            raise UserError(f"{path} is not a readable picture ({reason}); {expected}.") from None
+            raise UserError(f"{path} is not a readable picture ({_reason(error)}); {expected}.") from None
 
     @classmethod
     def _bmp(cls, content: bytes) -> Picture:
@@ -107,22 +86,15 @@ class Picture:
         if kind not in ("png", "jpeg", "webp", "tiff", "gif", "heif"):
             raise ValueError(f"it is {kind}")
         _check_size(image.width, image.height)
-        frames = notes.animated_png(content) or _get(image, "n-pages", 1)
+        frames = notes.frames_of_png(content) or _get(image, "n-pages", 1)
         if frames > 1:
             found = f"{path} holds {frames} {'pages' if kind == 'tiff' else 'frames of an animation'}"
             raise UserError(f"{found}, expected one picture; split it ({flag}).")
         if image.format not in ("uchar", "ushort"):
-            kinds = {
-                "float": "floating-point",
-                "double": "floating-point",
-                "short": "signed",
-                "int": "signed",
-            }
-            found = (
-                f"{_get(image, 'bits-per-sample', '')}-bit {kinds.get(image.format, image.format)} numbers"
-            )
+            words = {"float": "floating-point", "double": "floating-point", "short": "signed"}
+            found = f"{_get(image, 'bits-per-sample', '')}-bit {words.get(image.format, image.format)}"
             expected = f"expected 8 or 16 bits a channel; save it as a 16-bit TIFF or PNG ({flag})"
-            raise UserError(f"{path} holds {found}, {expected}.")
+            raise UserError(f"{path} holds {found} numbers, {expected}.")
         said = {name: _get(image, field) for name, field in notes.FIELDS.items()}
         said["dpi"] = (image.xres * 25.4, image.yres * 25.4)
         if image.interpretation == "cmyk":
@@ -137,8 +109,6 @@ class Picture:
         pixels = pixels[:: -1 if turn in (3, 4, 7, 8) else 1, :: -1 if turn in (2, 3, 6, 7) else 1]
         return cls(np.ascontiguousarray(pixels), pixels.shape[2] in (2, 4), kept)
 
-    # ------------------------------------------------------------------------------------------------ writing
-
     def check_fits(self, source: Path, target: Path) -> None:
         """Raise UserError if the format can't hold the pixels."""
         kind, found = FORMATS[target.suffix.lower()], ""
@@ -147,80 +117,74 @@ class Picture:
         elif self.alpha and kind in ("JPEG", "BMP") and self.pixels[..., -1].min() < 255:
             found = "transparency"
         if found:
-            remedy = "pass --format png, or an --output that ends in .png or .tif"
-            raise UserError(f"{source} has {found}, which {target.name} can't hold; {remedy}.")
+            raise UserError(f"{source} has {found}, which {target.name} can't hold; {OTHER_FORMAT}.")
 
     def write(self, path: Path, kind: str) -> List[str]:
         """Write a file of this ``kind``, one of FORMATS' values, in little memory.
 
-        Returns: names of the notes that such a file can't hold.
-
-        Raises:
-            OSError: the disk is full, or gone.
-            ValueError: the format can't hold so many pixels.
+        Returns the names of the notes that it can't hold. ValueError: it can't hold so many pixels.
         """
         height, width, channels = self.pixels.shape
-        fields, extra, lost = notes.for_file(self.notes, kind, big=self.pixels.nbytes > _BIG)
+        big = self.pixels.nbytes > _BIG
+        fields, extra, lost = notes.for_file(self.notes, kind, big)
         if kind == "BMP":
             image = Image.fromarray(self.pixels[..., 0] if channels == 1 else self.pixels)
             image.save(buffer := io.BytesIO(), kind, dpi=self.notes.get("dpi", (72, 72)))
             path.write_bytes(buffer.getvalue())  # Pillow doesn't see that a disk is full
             return lost
         deep = self.pixels.dtype == np.uint16
-        image = pyvips.Image.new_from_memory(
-            np.ascontiguousarray(self.pixels), width, height, channels, "ushort" if deep else "uchar"
-        )
+        values = np.ascontiguousarray(self.pixels)
+        image = pyvips.Image.new_from_memory(values, width, height, channels, "ushort" if deep else "uchar")
         across, down = self.notes.get("dpi", (72, 72))
         colours = ("grey16" if deep else "b-w") if channels < 3 else "rgb16" if deep else "srgb"
         image = image.copy(interpretation=colours, xres=across / 25.4, yres=down / 25.4)
         image.set_type(pyvips.GValue.gint_type, "orientation", 1)
         for name, value in fields.items():
             image.set_type(pyvips.GValue.blob_type, name, value)
-        options = dict(SAVE_OPTIONS.get(kind, {}))
         # Unless there is something to write into it, libvips would add EXIF of its own.
         exif = "exif-data" in fields or ("dpi" in self.notes and kind not in ("PNG", "TIFF"))
-        options["keep"] = "exif|xmp|iptc|icc" if exif else "xmp|iptc|icc"
+        options = {**SAVE_OPTIONS.get(kind, {}), "keep": "exif|xmp|iptc|icc" if exif else "xmp|iptc|icc"}
         if kind == "TIFF":
-            options["bigtiff"] = self.pixels.nbytes > _BIG
+            options["bigtiff"] = big
         with path.open("w+b") as file:
-            _Sink(file, extra).take(image, f".{kind.lower()}", options)
-            if kind == "TIFF" and not options["bigtiff"]:
+            _save(image, file, f".{kind.lower()}", options, extra)
+            if kind == "TIFF" and not big:
                 notes.add_to_tiff(file, self.notes)
         return lost
 
 
-_BIG = 2**32 - 2**27  # bytes that may not fit into a TIFF of 4 GiB
+def _save(image: Any, file: BinaryIO, ending: str, options: Dict[str, Any], put_in: notes.Extra) -> None:
+    """Let libvips write to the file, with something put in after a number of bytes."""
+    place, extra = put_in
+    failed: List[OSError] = []
 
-
-class _Sink:
-    """A file that libvips writes to, with ``extra`` put in after its first ``place`` bytes."""
-
-    def __init__(self, file: BinaryIO, extra: notes.Extra) -> None:
-        self.file, (self.place, self.extra) = file, extra
-        self.error: Optional[OSError] = None
-
-    def take(self, image: Any, ending: str, options: Dict[str, Any]) -> None:
-        target = pyvips.TargetCustom()
-        target.on_write(self._write)
-        target.on_read(self.file.read)  # TIFF goes back to what it wrote
-        target.on_seek(self.file.seek)
-        try:
-            image.write_to_target(target, ending, **options)
-            self.file.flush()
-        except pyvips.Error as error:
-            raise self.error or ValueError(_reason(error)) from None
-
-    def _write(self, data: bytes) -> int:
-        data, size = bytes(data), len(data)
-        cut = self.place - self.file.tell()
-        if self.extra and cut <= size:
-            data, self.extra = data[:cut] + self.extra + data[cut:], b""
-        try:
-            self.file.write(data)
-        except OSError as error:  # no exception passes through C
-            self.error = error
-            return -1
+    def write(data: Any) -> int:
+        nonlocal extra
+        data, size, cut = bytes(data), len(data), place - file.tell()
+        if extra and cut <= size:
+            data, extra = data[:cut] + extra + data[cut:], b""
+        file.write(data)
         return size
+
+    def safely(action: Callable[..., int]) -> Callable[..., int]:
+        def run(*arguments: Any) -> int:
+            try:
+                return action(*arguments)
+            except OSError as error:  # no exception passes through C
+                failed.append(error)
+                return -1
+
+        return run
+
+    target = pyvips.TargetCustom()
+    target.on_write(safely(write))
+    target.on_read(file.read)  # TIFF goes back to what it wrote
+    target.on_seek(safely(file.seek))
+    try:
+        image.write_to_target(target, ending, **options)
+        file.flush()
+    except pyvips.Error as error:
+        raise failed[0] if failed else ValueError(_reason(error)) from None
 
 
 def _get(image: Any, name: str, default: Any = None) -> Any:
@@ -235,43 +199,13 @@ def _check_size(width: int, height: int) -> None:
 def _reason(error: Exception) -> str:
     """What went wrong: libvips' first line only says in which function."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (
-        first_line(Exception(lines[1]))
-        if isinstance(error, pyvips.Error) and lines[1:]
-        else first_line(error)
-    )
+    return first_line(Exception(lines[1]) if isinstance(error, pyvips.Error) and lines[1:] else error)
 
 
 def _cmyk_to_srgb(image: Any) -> Any:
     """Printing colours as sRGB: by their profile, or as ink on white paper if they have none."""
-    deep = image.format == "ushort"
+    depth, deep = (16, 65535) if image.format == "ushort" else (8, 255)
     if image.get_typeof("icc-profile-data"):
-        return image.icc_transform("srgb", embedded=True, depth=16 if deep else 8)
-    top = 65535 if deep else 255
-    light = (top - image[:3]) * (top - image[3]) / top
-    return light.rint().cast(image.format).copy(interpretation="rgb16" if deep else "srgb")
-
-
-# --------------------------------------------------------------- pictures that other tools open with Pillow
-
-
-@contextlib.contextmanager
-def readable(path: Path, flag: str) -> Iterator[None]:
-    """Raises UserError if the picture opened inside can't be read; ``flag`` is what passed the path."""
-    try:
-        yield
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} can't be read: {first_line(error)}; leave it out ({flag}).") from None
-
-
-def opaque(image: Image.Image) -> Image.Image:
-    """``image`` in RGB, in front of white: what transparent pixels hide is often rubbish.
-
-    ValueError if it has more than 8 bits a channel, which Pillow would clip.
-    """
-    if image.mode not in _PILLOW_MODES:
-        raise ValueError(f"its pixels are of the kind {image.mode}, expected 8 bits a channel")
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    image = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        return image.icc_transform("srgb", embedded=True, depth=depth)
+    light = ((deep - image[:3]) * (deep - image[3]) / deep).rint().cast(image.format)
+    return light.copy(interpretation="rgb16" if depth == 16 else "srgb")

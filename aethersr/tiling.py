@@ -20,10 +20,9 @@ Cut = Tuple[int, int, int, int]  # begin and end of a tile, then of the part tha
 
 def receptive_field(net: AetherBase) -> int:
     """How far an input pixel may lie and still change an output pixel, channel attention aside."""
-    options = net.options
-    block = options["lk_kernel"] // 2 + (3 if options["use_spatial_attn"] else 0)
+    block = net.options["lk_kernel"] // 2 + (3 if net.options["use_spatial_attn"] else 0)
     # The first and the two last 3x3, the blocks between them, the upsampling as one 5x5.
-    return 1 + sum(options["depths"]) * block + 1 + 1 + 2
+    return 1 + sum(net.options["depths"]) * block + 1 + 1 + 2
 
 
 def _cuts(length: int, tile: int, overlap: int, wrap: bool = False) -> List[Cut]:
@@ -35,10 +34,7 @@ def _cuts(length: int, tile: int, overlap: int, wrap: bool = False) -> List[Cut]
 
 
 def _fixed_cuts(length: int, tile: int, overlap: int, wrap: bool = False) -> List[Cut]:
-    """The same for a network that takes exactly ``tile`` pixels.
-
-    Unless it wraps, tiles lie inside the picture, so its borders stay borders.
-    """
+    """The same for a network that takes exactly ``tile`` pixels: tiles lie inside, unless it wraps."""
     if wrap:
         cuts = _cuts(length, tile - 2 * overlap, overlap, wrap)
         return [(begin, end, seen, seen + tile) for begin, end, seen, _ in cuts]
@@ -73,17 +69,14 @@ def upscale_tiled(
     """Upscale a picture of any size tile by tile: (N, C, H, W) -> (N, C, scale * H, scale * W).
 
     With the default overlap there are no seams: the result equals a single call, up to rounding. With channel
-    attention (aether_medium, aether_large), which averages over each tile, it differs slightly; the larger
-    the tiles, the less. docs/upscale.md has figures.
+    attention (aether_medium, aether_large), which averages over each tile, it differs slightly.
 
     Args:
         net: an AetherNet of any form in evaluation mode, or any function from a batch to its upscaled batch.
-        image: floating point in [0, 1], or uint8 or uint16 over their whole range. It may be on another
-            device than the network.
+        image: floats in [0, 1], or uint8 or uint16 over their whole range, on any device.
         tile: largest height and width of a tile in input pixels, without overlap.
         overlap: margin round each tile that the network also sees, in input pixels. Default: the receptive
-            field of ``net``, which must be an AetherNet then. Less is faster and may leave seams; with
-            SHORT_OVERLAP they are invisible.
+            field of an AetherNet. Less is faster and may leave seams, invisible ones with SHORT_OVERLAP.
         out: tensor to write to and return, for instance over a numpy.memmap, with image's dtype. Default: a
             new one. Integers are rounded.
         progress: wraps the iterator over tiles; its second argument is their number.
@@ -96,35 +89,23 @@ def upscale_tiled(
     """
     parts = net.modules() if isinstance(net, nn.Module) else ()
     if any(isinstance(part, AetherBase) and part.training for part in parts):
-        raise ValueError(
-            "upscale_tiled: the network is in training mode, where every tile would change it or be "
-            "normalised by its own statistics; call net.eval()."
-        )
+        raise ValueError("the network is in training mode, where tiles would change it; call net.eval().")
     if overlap is None:
         if not isinstance(net, AetherBase):
             raise ValueError(
-                "upscale_tiled: overlap is needed for a network that is not an AetherNet; "
-                "pass its receptive field in pixels."
+                "no overlap was given and the network is no AetherNet; pass its receptive field."
             )
         overlap = receptive_field(net)
-    if tile < 1 or overlap < 0:
-        raise ValueError(
-            f"upscale_tiled: tile={tile} and overlap={overlap} are not possible; "
-            "expected tile >= 1 and overlap >= 0."
-        )
-    if wrap not in ("", "x", "y", "xy"):
-        raise ValueError(f"upscale_tiled: wrap={wrap!r} is not possible; expected '', 'x', 'y' or 'xy'.")
+    if tile < 1 or overlap < 0 or wrap not in ("", "x", "y", "xy"):
+        found = f"tile={tile}, overlap={overlap} and wrap={wrap!r} are not possible"
+        raise ValueError(f"{found}; expected tile >= 1, overlap >= 0 and wrap '', 'x', 'y' or 'xy'.")
     if image.dim() != 4 or image.numel() == 0 or not (image.is_floating_point() or image.dtype in LEVELS):
-        raise ValueError(
-            f"upscale_tiled: image {tuple(image.shape)} {image.dtype} is not possible; "
-            "expected (N, C, H, W), floats, uint8 or uint16."
-        )
+        found = f"image {tuple(image.shape)} {image.dtype} is not possible"
+        raise ValueError(f"{found}; expected (N, C, H, W), floats, uint8 or uint16.")
     axes = list(zip(image.shape[2:], size or (0, 0), ("y" in wrap, "x" in wrap)))  # rows, then columns
     if size is not None and any(2 * overlap >= side and (side < length or on) for length, side, on in axes):
-        raise ValueError(
-            f"upscale_tiled: overlap={overlap} leaves nothing of tiles of {size[1]}x{size[0]}; "
-            f"expected {(min(size) - 1) // 2} or less."
-        )
+        found = f"overlap={overlap} leaves nothing of tiles of {size[1]}x{size[0]}"
+        raise ValueError(f"{found}; expected {(min(size) - 1) // 2} or less.")
     rows, columns = (
         _cuts(length, tile, overlap, on) if size is None else _fixed_cuts(length, side, overlap, on)
         for length, side, on in axes
@@ -133,25 +114,20 @@ def upscale_tiled(
     tiles = ((row, column) for row in rows for column in columns)
     for (top, bottom, y0, y1), (left, right, x0, x1) in progress(tiles, len(rows) * len(columns)):
         crop = _part(_part(image, 2, y0, y1), 3, x0, x1)
-        if like is not None:
-            crop = crop.to(like.device)
+        crop = crop if like is None else crop.to(like.device)
         if image.dtype in LEVELS:
             crop = crop.float() / LEVELS[image.dtype]
         if size is not None:
             crop = F.pad(crop, (0, size[1] - crop.shape[3], 0, size[0] - crop.shape[2]), "replicate")
         result = net(crop if like is None else crop.to(like.dtype))
         scale = result.shape[-1] // crop.shape[-1]
-        result = result[
-            ..., (top - y0) * scale : (bottom - y0) * scale, (left - x0) * scale : (right - x0) * scale
-        ]
+        result = result[..., (top - y0) * scale : (bottom - y0) * scale, :]
+        result = result[..., (left - x0) * scale : (right - x0) * scale]
         if not all(bool(value.isfinite()) for value in torch.aminmax(result)):  # faster than isfinite on all
-            raise ValueError(
-                "upscale_tiled: the network's output is not finite "
-                "(half precision is too coarse for it, or its weights are broken)."
-            )
+            words = "half precision is too coarse for it, or its weights are broken"
+            raise ValueError(f"the network's output is not finite ({words}).")
         if image.dtype in LEVELS:
-            levels = LEVELS[image.dtype]
-            result = (result.float() * levels).clamp_(0, levels).round_()
+            result = (result.float() * LEVELS[image.dtype]).clamp_(0, LEVELS[image.dtype]).round_()
         if out is None:
             shape = (*result.shape[:2], image.shape[2] * scale, image.shape[3] * scale)
             out = torch.empty(shape, dtype=image.dtype, device=image.device)

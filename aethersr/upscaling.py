@@ -1,18 +1,15 @@
-"""Upscales picture files: transparency, textures, low memory, reading and writing.
-
-While the network computes one picture, others are read and written.
-"""
+"""Upscales picture files. While the network computes one, others are read and written."""
 
 from __future__ import annotations
 
 import os
 import threading
 from collections import deque
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, Callable, Deque, Iterable, Iterator, List, NamedTuple, Sequence, Tuple
+from typing import Any, Callable, Deque, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -23,7 +20,7 @@ from aethersr.errors import UserError, first_line, is_out_of_memory
 from aethersr.files import Together, unwritable
 from aethersr.jobs import Job
 from aethersr.network import Network
-from aethersr.picture import FORMATS, Picture
+from aethersr.picture import FORMATS, OTHER_FORMAT, Picture
 from aethersr.tiling import upscale_tiled
 
 _RADII = (1, 2, 4, 8, 16, 32, 64)
@@ -40,8 +37,7 @@ def _planes(pixels: np.ndarray) -> Tensor:
 def _spread(image: Tensor) -> Tensor:
     """Give hidden pixels the colours of visible ones nearby; alpha, the last channel, stays the same.
 
-    Otherwise the hidden colour, usually black, would bleed into the visible edge. Every step treats all
-    pixels alike, so tiling and wrapping don't change the result.
+    Otherwise the hidden colour, usually black, would bleed into the visible edge.
     """
     colours, alpha = image[:, :-1], image[:, -1:]
     trust = (alpha / _FAINT - 1).clamp(0, 1)
@@ -59,19 +55,10 @@ def _spread(image: Tensor) -> Tensor:
     return torch.cat([torch.where(known > 0, given, colours), alpha], 1)
 
 
-def spread_colours(pixels: np.ndarray, wrap: str = "") -> np.ndarray:
-    """Pixels (H, W, C), the last channel alpha, with colours filled in where they are hardly visible."""
-    return upscale_tiled(_spread, _planes(pixels), 1024, sum(_RADII), wrap=wrap)[0].permute(1, 2, 0).numpy()
-
-
 def _range(x: Tensor, scale: int) -> Tuple[Tensor, Tensor]:
     """The lowest and highest of the 5x5 pixels round each pixel, enlarged by ``scale``."""
     lowest, highest = -F.max_pool2d(-x, 5, 1, 2), F.max_pool2d(x, 5, 1, 2)
     return F.interpolate(lowest, scale_factor=float(scale)), F.interpolate(highest, scale_factor=float(scale))
-
-
-def _within(x: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
-    return torch.minimum(torch.maximum(x, lowest), highest)
 
 
 def through_transparency(net: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -96,24 +83,11 @@ def through_transparency(net: Callable[[Tensor], Tensor]) -> Callable[[Tensor], 
         smallest, largest = difference.amin(1, keepdim=True), difference.amax(1, keepdim=True)
         needed = torch.maximum(black, 1 - white).amax(1, keepdim=True)
         alpha = torch.maximum(1 - (smallest + largest) / 2, (2 * needed + 1 - largest) / 3).clamp(0, 1)
-        alpha = _within(alpha, least, most)
+        alpha = alpha.clamp(least, most)
         # Where alpha is small, a small error of the network would become a large error of the colour.
         given = (black + white - 1 + alpha) / (2 * alpha).clamp(min=1e-4)
-        given = _within(given, lowest[:, :-1] - least, highest[:, :-1] + least)
+        given = given.clamp(lowest[:, :-1] - least, highest[:, :-1] + least)
         return torch.cat([given + checked, alpha], 1)
-
-    return run
-
-
-def of_any_channels(net: Callable[[Tensor], Tensor], in_chans: int) -> Callable[[Tensor], Tensor]:
-    """``net`` for pictures with another number of channels: each goes through alone, as a grey picture."""
-
-    def run(x: Tensor) -> Tensor:
-        if x.shape[1] == in_chans:
-            return net(x)
-        grey = x.reshape(-1, 1, *x.shape[2:]).expand(-1, in_chans, -1, -1)
-        out = net(grey).mean(1)
-        return out.view(*x.shape[:2], *out.shape[1:])
 
     return run
 
@@ -125,26 +99,32 @@ def upscale_picture(
     overlap: int,
     wrap: str = "",
     progress: Callable[[Iterator[Any], int], Iterator[Any]] = lambda tiles, count: tiles,
+    compute: Optional[Callable[[Tensor], Tensor]] = None,
 ) -> Picture:
-    """A picture of any size and channels, upscaled. Constant alpha costs no extra work."""
-    pixels, even = picture.pixels, None
+    """A picture of any size and channels, upscaled, by ``compute`` if it is given. Constant alpha is free."""
+    pixels, even, net = picture.pixels, None, compute or network
     if pixels.dtype == np.uint16 and not hasattr(torch, "uint16"):
         raise UserError("pictures of 16 bits need PyTorch 2.3 or newer; update it, or pass 8 bits (--input).")
+
+    def of_any_channels(x: Tensor) -> Tensor:
+        if x.shape[1] == network.in_chans:
+            return net(x)
+        grey = x.reshape(-1, 1, *x.shape[2:]).expand(-1, network.in_chans, -1, -1)  # each channel alone
+        out = net(grey).mean(1)
+        return out.view(*x.shape[:2], *out.shape[1:])
+
     if picture.alpha and pixels[..., -1].min() == pixels[..., -1].max():
         pixels, even = pixels[..., :-1], pixels[0, 0, -1]
-    see_through = picture.alpha and even is None
+    planes, see_through = _planes(pixels), picture.alpha and even is None
     if see_through:
-        pixels = spread_colours(pixels, wrap)
+        planes = upscale_tiled(_spread, planes, 1024, sum(_RADII), wrap=wrap)
+    run = through_transparency(of_any_channels) if see_through else of_any_channels
     height, width, channels = pixels.shape
     shape = (height * network.scale, width * network.scale, channels + (even is not None))
     upscaled = np.empty(shape, pixels.dtype)
     if even is not None:
         upscaled[..., -1] = even
-    run = of_any_channels(network, network.in_chans)
-    if see_through:
-        run = through_transparency(run)
-    out = _planes(upscaled[..., :channels])
-    upscale_tiled(run, _planes(pixels), tile, overlap, out, progress, network.size, wrap)
+    upscale_tiled(run, planes, tile, overlap, _planes(upscaled[..., :channels]), progress, network.size, wrap)
     return replace(picture, pixels=upscaled)
 
 
@@ -160,76 +140,63 @@ class Result(NamedTuple):
 Tick = Callable[[int, int], None]
 
 
-class _InTurn:
-    """A network in its own thread, which computes one batch after the other until it is stopped.
-
-    Not a lock: on busy processors, handing a lock to the next thread takes time in which the network is idle.
-    """
-
-    def __init__(self, network: Network, thread: Executor) -> None:
-        self.network, self.thread, self.stopped = network, thread, False
-        self.in_chans, self.scale, self.reach = network.in_chans, network.scale, network.reach
-        self.size = network.size
-
-    def __call__(self, image: Tensor) -> Tensor:
-        return self.thread.submit(self._run, image).result()
-
-    def _run(self, image: Tensor) -> Tensor:
-        if self.stopped:
-            raise InterruptedError
-        return self.network(image)
-
-
+@dataclass
 class Upscaler:
     """Upscales files. Makes ``tile`` smaller when memory runs out."""
 
-    def __init__(
-        self,
-        network: Network,
-        tile: int,
-        overlap: int,
-        wrap: str = "",
-        overwrite: bool = False,
-        say: Callable[[str], None] = print,
-    ) -> None:
-        self.network, self.tile, self.overlap, self.wrap = network, tile, overlap, wrap
-        self.overwrite, self.say = overwrite, say
+    network: Network
+    tile: int
+    overlap: int
+    wrap: str = ""
+    overwrite: bool = False
+    say: Callable[[str], None] = print
+
+    def __post_init__(self) -> None:
         self._lock = threading.Lock()
         self._large = threading.Semaphore(2)
 
     def run(self, jobs: Iterable[Job], tick: Tick = lambda tiles, count: None) -> Iterator[Result]:
-        """The jobs' results, in order.
+        """The jobs' results, in order. If the caller stops early, what is in progress is finished first.
 
-        ``tick`` is called with how many more of a picture's tiles are done, and their number. If the caller
-        stops early, tiles and files in progress are finished first.
+        ``tick`` is called with how many more of a picture's tiles are done, and their number.
         """
-        waiting = iter(jobs)
+        waiting, stopped = iter(jobs), threading.Event()
         working: Deque[Tuple[Job, Future[Result]]] = deque()
+
+        def unless_stopped(image: Tensor) -> Tensor:
+            if stopped.is_set():
+                raise InterruptedError
+            return self.network(image)
+
+        def compute(image: Tensor) -> Tensor:
+            # In the network's own thread. Not with a lock: on busy processors, handing a lock to the next
+            # thread takes time in which the network is idle.
+            return thread.submit(unless_stopped, image).result()
+
         with ThreadPoolExecutor(1) as thread, ThreadPoolExecutor(WORKERS) as pool:
-            network = _InTurn(self.network, thread)
             try:
                 while True:
                     for job in islice(waiting, 2 * WORKERS - len(working)):  # the first one may take longest
-                        working.append((job, pool.submit(self._work, job, network, tick)))
+                        working.append((job, pool.submit(self._work, job, compute, tick)))
                     if not working:
                         return
                     job, future = working.popleft()
                     yield self._result(job, future)
             finally:
-                network.stopped = True
+                stopped.set()
                 for _, future in working:
                     future.cancel()
 
-    def _work(self, job: Job, network: Network, tick: Tick) -> Result:
+    def _work(self, job: Job, compute: Callable[[Tensor], Tensor], tick: Tick) -> Result:
         """Read, upscale and write one picture."""
         picture = Picture.read(job.source)
         picture.check_fits(job.source, job.target)  # before the network's work
         with self._large if picture.pixels.size > _LARGE else nullcontext():
-            picture = self._upscale(picture, network, tick)
+            picture = self._upscale(picture, compute, tick)
             lost = _write(job, picture, self.overwrite)
         return Result(job, (picture.pixels.shape[1], picture.pixels.shape[0]), lost)
 
-    def _upscale(self, picture: Picture, network: Network, tick: Tick) -> Picture:
+    def _upscale(self, picture: Picture, compute: Callable[[Tensor], Tensor], tick: Tick) -> Picture:
         """Halve the tile and try again as long as memory runs out and that may help."""
         done = count = 0
 
@@ -244,15 +211,14 @@ class Upscaler:
         while True:
             tile = self.tile
             try:
-                return upscale_picture(picture, network, tile, self.overlap, self.wrap, ticking)
+                return upscale_picture(picture, self.network, tile, self.overlap, self.wrap, ticking, compute)
             except Exception as error:
                 smaller = min(tile, max(picture.pixels.shape[:2])) // 2
                 if not is_out_of_memory(error) or self.network.size or smaller < _SMALLEST_TILE:
                     raise
             tick(-done, count)
             with self._lock:
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
+                torch.cuda.empty_cache()
                 if smaller < self.tile:  # otherwise another thread has done it
                     self.say(f"Not enough memory for tiles of {tile} pixels; going on with {smaller}.")
                     self.tile = smaller
@@ -261,18 +227,17 @@ class Upscaler:
         """Report an error that concerns one picture, raise any other."""
         try:
             return future.result()
+        except UserError as error:
+            return Result(job, problem=str(error))
         except Exception as error:
+            problem = str(error).rstrip(".")
+            remedy = "another --model, --tile or --overlap"
             if is_out_of_memory(error):
-                remedy = f"pass a smaller --tile than {self.tile}, or a smaller picture"
-                problem = f"{job.source}: there is not enough memory; {remedy}."
-            elif isinstance(error, ValueError):
-                words = str(error).replace("upscale_tiled: ", "").rstrip(".")
-                problem = f"{job.source}: {words}; pass another --model, --tile or --overlap."
-            elif isinstance(error, UserError):
-                problem = str(error)
-            else:
+                problem = "there is not enough memory"
+                remedy = f"a smaller --tile than {self.tile}, or a smaller picture"
+            elif not isinstance(error, ValueError):
                 raise
-            return Result(job, problem=problem)
+            return Result(job, problem=f"{job.source}: {problem}; pass {remedy}.")
 
 
 def _write(job: Job, picture: Picture, overwrite: bool) -> List[str]:
@@ -288,6 +253,5 @@ def _write(job: Job, picture: Picture, overwrite: bool) -> List[str]:
     except OSError as error:
         raise unwritable(target, error, "--output") from None
     except ValueError as error:  # most often more pixels than the format allows
-        remedy = "pass --format png, or an --output that ends in .png or .tif"
-        raise UserError(f"{target} can't be written: {first_line(error)}; {remedy}.") from None
+        raise UserError(f"{target} can't be written: {first_line(error)}; {OTHER_FORMAT}.") from None
     return lost

@@ -98,23 +98,15 @@ def test_one_picture_goes_to_a_file_or_into_a_folder(
 
 @pytest.mark.parametrize(
     ("source", "target", "ending", "said"),
-    [
-        ("nothing.png", "out.png", "", "does not exist"),
-        ("empty", "out", "", "holds no picture"),
-        ("a.png", "out.xyz", "", "'.xyz'"),
-        ("a.png", "out", "", "'nothing'; expected one of .png, .* or a folder: .*out/"),
-        ("a.png", "no/out.png", "", "does not exist"),
-        ("a.png", "no/out/", "", "does not exist"),
-        ("a.png", "b.png", "", "pass --overwrite"),
-        ("a.png", "out.jpg", ".png", "contradicts --format png"),
-        ("a.png", "pipe.png", "", "pipe or a device"),
-        ("pipe.png", "out.png", "", "neither a file nor a folder"),
-        (".", "b.png", "", "is a file"),
-        (".", "x.png", "", "is a picture's name"),
-        (".", "no/out", "", "does not exist"),
-        ("two", "out", ".png", r"a\.jpg and .*a\.png would both become .*out/a\.png"),
-    ],
-)
+    [("nothing.png", "out.png", "", "does not exist"), ("empty", "out", "", "holds no picture"),
+     ("a.png", "out.xyz", "", "'.xyz'"), ("a.png", "no/out.png", "", "does not exist"),
+     ("a.png", "out", "", "'nothing'; expected one of .png, .* or a folder: .*out/"),
+     ("a.png", "no/out/", "", "does not exist"), ("a.png", "b.png", "", "pass --overwrite"),
+     ("a.png", "out.jpg", ".png", "contradicts --format png"), ("a.png", "pipe.png", "", "pipe or a device"),
+     ("pipe.png", "out.png", "", "neither a file nor a folder"), (".", "b.png", "", "is a file"),
+     (".", "x.png", "", "is a picture's name"), (".", "no/out", "", "does not exist"),
+     ("two", "out", ".png", r"a\.jpg and .*a\.png would both become .*out/a\.png")],
+)  # fmt: skip
 def test_what_can_not_be_is_said(tmp_path: Path, source: str, target: str, ending: str, said: str) -> None:
     make(tmp_path, "a.png", "b.png", "two/a.jpg", "two/a.png")
     (tmp_path / "empty").mkdir()

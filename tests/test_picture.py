@@ -91,35 +91,10 @@ def test_png_and_tiff_give_back_every_bit(tmp_path: Path, kind: str, dtype: Any,
         assert np.array_equal(seen[..., [2, 1, 0, 3][:channels]], pixels)
 
 
-@pytest.mark.parametrize("ending", FORMATS)
-def test_every_format_is_written_and_read_again(tmp_path: Path, ending: str) -> None:
-    back = read(tmp_path, written(tmp_path, Picture(waves(3)), FORMATS[ending]), f"in{ending.upper()}")
-    assert np.abs(back.pixels[..., :3].astype(int) - waves(3)).mean() < 3
-    back.check_fits(tmp_path, tmp_path / "out.jpg")
-
-
 IMAGE = Image.fromarray(waves(3))
-BMP_OF_16_BITS = struct.pack("<2sIHHI", b"BM", 74, 0, 0, 66) + struct.pack(
-    "<IiiHHIIiiII3I4H",
-    40,
-    2,
-    2,
-    1,
-    16,
-    3,
-    8,
-    0,
-    0,
-    0,
-    0,
-    0xF800,
-    0x07E0,
-    0x001F,
-    0xF800,
-    0x07E0,
-    0x1F,
-    0xFFFF,
-)
+BMP_OF_16_BITS = struct.pack("<2sIHHI", b"BM", 74, 0, 0, 66)
+BMP_OF_16_BITS += struct.pack("<IiiHHIIiiII3I4H", 40, 2, 2, 1, 16, 3, 8, 0, 0, 0, 0, 0xF800, 0x07E0, 0x001F,
+                              0xF800, 0x07E0, 0x1F, 0xFFFF)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -162,9 +137,8 @@ def test_a_tiff_means_what_its_tags_say(tmp_path: Path) -> None:
     assert not back.alpha, "what is beside the colours is no alpha"
     assert np.array_equal(back.pixels, colours[..., :3])
     half = np.full((4, 4, 4), 16384, np.uint16) + np.array([0, 0, 0, 16384], np.uint16)
-    assert np.abs(read(tmp_path, tiff(half, t338=1)).pixels[0, 0] - [32768] * 4).max() <= 1, (
-        "multiplied by alpha"
-    )
+    multiplied = read(tmp_path, tiff(half, t338=1)).pixels[0, 0]
+    assert np.abs(multiplied - [32768] * 4).max() <= 1
 
 
 def test_a_gif_keeps_what_is_transparent(tmp_path: Path) -> None:
@@ -174,13 +148,6 @@ def test_a_gif_keeps_what_is_transparent(tmp_path: Path) -> None:
     back = read(tmp_path, written(tmp_path, Picture(pixels, True), "GIF"), "in.gif")
     assert np.array_equal(back.pixels[..., 3], pixels[..., 3])
     assert np.abs(back.pixels[6:, :, :3].astype(int) - pixels[6:, :, :3]).mean() < 6
-
-
-def test_in_front_of_white_every_picture_has_three_channels() -> None:
-    clear = np.array([[[10, 20, 30, 0], [10, 20, 30, 255], [0, 0, 0, 51]]], np.uint8)
-    assert Picture(clear, True).rgb_on_white().tolist() == [[[255] * 3, [10, 20, 30], [204] * 3]]
-    deep = np.array([[[1000, 65535]]], np.uint16)
-    assert Picture(deep, True).rgb_on_white().tolist() == [[[1000] * 3]]
 
 
 # ------------------------------------------------------------------------------------------------------ notes
@@ -229,8 +196,6 @@ def test_notes_are_kept_or_named(tmp_path: Path, kind: str, dtype: Any) -> None:
             exif.load(back["EXIF"])
             assert (exif[0x010E], exif.get_ifd(0x8825)[1]) == ("Bild", "N")
             assert (exif.get_ifd(0x8769)[0x829A], exif.get_ifd(0x8769)[0x9286]) == (0.01, PROMPT)
-            if kind != "TIFF":  # where libvips writes no size into it
-                assert [exif.get_ifd(0x8769)[tag] for tag in (0xA002, 0xA003)] == [20, 12]
         elif name == "dpi":
             assert back["dpi"] == pytest.approx((300, 150), abs=0.05)
         elif name == "XMP":
@@ -294,7 +259,7 @@ def test_broken_exif_hurts_nothing(tmp_path: Path, kind: str) -> None:
         ("signed.tif", tiff(np.zeros((4, 4, 3), np.int16), t339=(2, 2, 2)), "16-bit signed"),
         ("five.tif", tiff(np.zeros((4, 4, 5), np.uint8)), "5 channels"),
         ("empty.png", b"", "is empty"),
-        ("text.png", b"text", r"not a readable picture \(of no kind that is known\)"),
+        ("text.png", b"text", "not in a known format"),
         ("drawing.png", b"<svg xmlns='http://www.w3.org/2000/svg' width='9' height='9'></svg>", "it is svg"),
         ("moving.gif", None, "2 frames of an animation"),
         ("moving.png", None, "2 frames of an animation"),
@@ -337,17 +302,12 @@ def encoded(tmp_path: Path, ending: str, deep: bool) -> bytes:
 def test_a_cut_picture_is_refused_or_whole(tmp_path: Path, ending: str, deep: bool) -> None:
     """Whole: where only the end mark is missing, every pixel is there."""
     whole = encoded(tmp_path, ending, deep)
-    expected = read(tmp_path, whole, f"in{ending}").pixels
-    refused = 0
-    for place in sorted({len(whole) * k // 75 for k in range(75)} | {len(whole) - k for k in range(1, 26)}):
+    expected, refused = read(tmp_path, whole, f"in{ending}").pixels, 0
+    for place in {len(whole) * k // 75 for k in range(75)} | {len(whole) - k for k in range(1, 26)}:
         try:
-            pixels = read(tmp_path, whole[:place], f"in{ending}").pixels
+            assert np.array_equal(read(tmp_path, whole[:place], f"in{ending}").pixels, expected), place
         except UserError:
             refused += 1
-        else:
-            assert np.array_equal(pixels, expected), (
-                f"cut at {place} of {len(whole)}, read as if it were whole"
-            )
     assert refused > 50
 
 

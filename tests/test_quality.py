@@ -30,16 +30,10 @@ def test_every_pixel_of_a_flat_picture_keeps_its_value_in_any_size(size: int, ta
     assert (resize(np.full((size, 5, 3), 200, np.uint8), target, 5) == 200).all()
 
 
-def test_an_enlargement_hits_a_line_exactly_away_from_the_border() -> None:
-    x = np.arange(16.0)
-    assert np.allclose((resize_matrix(16, 32) @ x)[4:-4], ((np.arange(32) + 0.5) / 2 - 0.5)[4:-4])
-
-
 def test_values_beyond_eight_bits_are_cut_and_not_wrapped() -> None:
-    edge = np.zeros((16, 16, 3), np.uint8)
-    edge[8:] = 255
-    assert np.array_equal(np.unique(resize(edge, 32, 16)[:8]), [0])
-    assert np.array_equal(np.unique(resize(edge, 32, 16)[24:]), [255])
+    edge = np.repeat(np.array([0, 255], np.uint8), 8)[:, None, None].repeat(3, 2)
+    found = resize(edge, 32, 1)
+    assert found[:15].max() < 128 < found[17:].min()
 
 
 def test_luma_is_that_of_bt_601_and_not_rounded() -> None:

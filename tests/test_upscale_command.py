@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import resource
+import shlex
 import signal
 import struct
 import subprocess
@@ -30,6 +31,8 @@ from aethersr.onnx import export_onnx
 from aethersr.tiling import SHORT_OVERLAP
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+FREE = [1, 3, "h", "w"]
+COMMAND = [sys.executable, str(ROOT / "upscale.py"), "--model", "net.pth"]
 TINY: Dict[str, Any] = {"embed_dim": 8, "depths": (1,), "lk_kernel": 3, "use_channel_attn": False}
 
 
@@ -109,13 +112,14 @@ def test_pictures_that_cannot_be_read_are_said_and_the_rest_is_written(folder: P
 
 def test_a_folder_of_jpegs_becomes_pngs(folder: Path, capfd: Any) -> None:
     noise(folder / "in" / "a.jpg", comment=b"hello")
-    noise(folder / "in" / "b.JPEG")
+    noise(folder / "in" / "b.JFIF")
     assert run("net.pth", "in", "out", "--format", "png") == 0
     assert files(folder / "out") == ["a.png", "b.png"]
     assert Image.open(folder / "out" / "a.png").text == {"Comment": "hello"}
-    assert run("net.pth", folder / "in" / "a.jpg", "new/", "--format", "webp") == 0
-    assert files(folder / "new") == ["a.webp"]
-    assert "without comment: .webp can't hold it" in capfd.readouterr().out
+    for ending, kind in {"webp": "WEBP", "avif": "AVIF", "tif": "TIFF", "bmp": "BMP", "gif": "GIF"}.items():
+        assert run("net.pth", folder / "in" / "a.jpg", "new/", "--format", ending) == 0
+        assert Image.open(f"new/a.{ending}").format == kind
+        assert f"without comment: .{ending} can't hold it" in capfd.readouterr().out
     noise(folder / "in" / "a.png")
     assert "would both become" in refused(capfd, "net.pth", "in", "other", "--format", "png")
     assert not (folder / "other").exists()
@@ -169,28 +173,19 @@ def test_an_onnx_file_gives_the_same_picture_and_runs_on_the_cpu_if_only_pytorch
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (
-            ["--overlap", "abc"],
-            "argument --overlap: abc is not possible; expected 0 or more pixels, or 'exact'",
-        ),
+        (["--overlap", "abc"], "--overlap: abc is not possible; expected 0 or more pixels, or 'exact'"),
         (["--overlap=-1"], "-1 is not possible"),
         (["--scale", "2"], "--scale is not an option: the scale comes from the model"),
-        (["--upscale=2"], "--upscale is not an option: the scale comes from the model"),
         (["--tile=0"], "--tile 0"),
         (["--fp16"], "--fp16"),
         (["--overwrite", "--skip-existing"], "exclude each other"),
         (["--device", "mps"], "PyTorch finds no Apple GPU"),
         (["--input", "https://example.org/a.png"], "https://example.org/a.png is a web address"),
-        (["--input", "nothing.png"], "does not exist"),
         (["--input", "cut.png"], "not a readable picture"),
-        (["--output", "out.xyz"], "'.xyz'"),
-        (["--output", "cut.png"], "--overwrite"),
         (["--output", "out.jpg"], "transparency"),
-        (["--output", "out.jpg", "--format", "png"], "contradicts --format png"),
         (["--input", "wide.png", "--output", "out.webp"], ".png or .tif"),
         (["--model", "no.pth"], "--model"),
         (["--model", "text.onnx"], "not a readable ONNX"),
-        (["--model", "other.pth"], "not an AetherNet"),
         (["--model", "cut.pth"], "cut.pth is"),
     ],
 )
@@ -202,7 +197,6 @@ def test_bad_input_ends_in_one_clear_line(folder: Path, words: Any, said: str, c
     (folder / "cut.png").write_bytes(good.read_bytes()[:-2000])
     (folder / "text.onnx").write_text("text")
     (folder / "cut.pth").write_bytes((folder / "net.pth").read_bytes()[:1000])
-    torch.save({"weight": torch.ones(2)}, "other.pth")
     before = {path: path.lstat().st_mtime_ns for path in folder.rglob("*")}
     assert said in refused(capfd, "net.pth", "good.png", "out.png", *words)
     assert {path: path.lstat().st_mtime_ns for path in folder.rglob("*")} == before
@@ -213,17 +207,7 @@ def test_a_missing_package_is_one_line(folder: Path, capfd: Any, monkeypatch: py
         monkeypatch.delitem(sys.modules, f"aethersr.{name}", raising=False)
     monkeypatch.setitem(sys.modules, "pyvips", None)
     assert run("net.pth", "in.png", "out.png") == 2
-    assert (
-        "needs the package pyvips pyvips-binary: pip install pyvips pyvips-binary (" in capfd.readouterr().err
-    )
-
-
-def test_its_version_is_the_networks(capfd: Any) -> None:
-    import aether_arch
-
-    with pytest.raises(SystemExit) as ended:
-        upscale.main(["--version"])
-    assert (ended.value.code, capfd.readouterr().out) == (0, f"upscale.py {aether_arch.__version__}\n")
+    assert "needs the package pyvips pyvips-binary: pip install" in capfd.readouterr().err
 
 
 # --------------------------------------------------------------------------------------------------- networks
@@ -263,42 +247,32 @@ def test_a_cut_onnx_file_is_refused_and_a_damaged_one_is_refused_or_upscales(
     assert set(outcomes) == {0, 2}
 
 
-def test_onnx_files_of_other_networks_are_refused(folder: Path, capfd: Any) -> None:
-    onnx = pytest.importorskip("onnx")
-    values, free = onnx.helper.make_tensor_value_info, [1, 3, "h", "w"]
-    floats, others = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64
-    opsets = [onnx.helper.make_opsetid("", 17)]
-    for shape, out, operation, *names in (
-        ([2, 3, 224, 224], [2, 3, 224, 224], "Identity"),
-        ([1, 3, 224, "w"], [1, 3, 224, "w"], "Identity"),
-        ([1, 3], [1, 3], "Identity"),
-        ([], [], "Identity"),
-        (free, free, "Identity", "integers"),
-        (free, free, "Identity", "nothing"),
-        (free, free, "Add", "input", "second"),
-        (free, [1, 3, 1, 1], "GlobalAveragePool"),
-        (free, ["n", "m"], "Flatten"),
-        (free, ["n"], "Shape"),
-        (free, free, "NoSuchOperation"),
-    ):
-        kind = others if "integers" in names else floats
-        inputs = [values("integers" if kind == others else "input", kind, shape)]
-        inputs += [values("second", floats, [1])] if "second" in names else []
-        node = onnx.helper.make_node(operation, names or ["input"], ["output"])
-        graph = onnx.helper.make_graph([node], "g", inputs, [values("output", kind, out)])
-        model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=8)
-        (folder / "net.onnx").write_bytes(model.SerializeToString())
-        refuses_model(folder / "net.onnx", capfd)
+@pytest.mark.parametrize(
+    ("shape", "out", "operation", "names"),
+    [([2, 3, 224, 224], [2, 3, 224, 224], "Identity", ["input"]), ([1, 3], [1, 3], "Identity", ["input"]),
+     ([1, 3, 224, "w"], [1, 3, 224, "w"], "Identity", ["input"]), ([], [], "Identity", ["input"]),
+     (FREE, FREE, "Identity", ["integers"]), (FREE, FREE, "Identity", ["nothing"]),
+     (FREE, FREE, "Add", ["input", "second"]), (FREE, [1, 3, 1, 1], "GlobalAveragePool", ["input"]),
+     (FREE, ["n"], "Shape", ["input"]), (FREE, FREE, "NoSuchOperation", ["input"])],
+)  # fmt: skip
+def test_onnx_files_of_other_networks_are_refused(
+    folder: Path, capfd: Any, shape: Any, out: Any, operation: str, names: List[str]
+) -> None:
+    helper = pytest.importorskip("onnx").helper
+    kinds = {"input": 1, "second": 1, "integers": 7}  # ONNX' numbers for float and int64
+    given_ = names if names[0] in kinds else ["input"]
+    inputs = [helper.make_tensor_value_info(name, kinds[name], shape) for name in given_]
+    outputs = [helper.make_tensor_value_info("output", kinds[given_[0]], out)]
+    graph = helper.make_graph([helper.make_node(operation, names, ["output"])], "g", inputs, outputs)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    (folder / "net.onnx").write_bytes(model.SerializeToString())
+    refuses_model(folder / "net.onnx", capfd)
 
 
 # --------------------------------------------------------------------------------------- names, disks, memory
 
 
-NAMES = ["Bild ä 写真 😀", "space 'quotes' \"\"", "-leading", "a" * 230, "é" * 100, "dots.in",
-         "new\nline", "esc\x1b[31mbytes\udcff\udc80"]  # fmt: skip
-
-
-@pytest.mark.parametrize("name", NAMES, ids=ascii)
+@pytest.mark.parametrize("name", ["写真 '\"", "-é" * 80, "a.b\nc", "esc\x1b[31mbytes\udcff"], ids=ascii)
 def test_any_name_that_the_disk_takes_is_read_and_written(folder: Path, capfd: Any, name: str) -> None:
     inner = folder / name
     inner.mkdir()
@@ -387,29 +361,19 @@ def test_a_disk_that_fills_up_leaves_nothing(folder: Path, capfd: Any, ending: s
     assert source.read_bytes() == content
 
 
-def can_measure_memory() -> bool:
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM, the peak, to VmRSS, what is now
-        return True
-    except OSError:
-        return False
-
-
-@pytest.mark.skipif(not can_measure_memory(), reason="reads memory from Linux' /proc")
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="reads memory from Linux' /proc")
 def test_a_picture_that_claims_gigapixels_is_refused_in_little_memory(folder: Path, capfd: Any) -> None:
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
     def mebibytes(name: str) -> int:
-        found = re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())
-        return int(found.group(1)) // 1024 if found else 0
+        return int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0]) // 1024
 
-    black = zlib.compress(bytes(400 * 2**20), 1)  # so much would be unpacked of the last one
-    for width, height in ((2**31 - 1, 2**31 - 1), (2**31 - 1, 1), (30_000, 30_000), (40_000, 40_000)):
-        head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-        body = chunk(b"IDAT", black if width == 40_000 else zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
-        Path("claim.png").write_bytes(b"\x89PNG\r\n\x1a\n" + head + body)
-        Path("/proc/self/clear_refs").write_text("5")
+    whole = noise(folder / "claim.png").read_bytes()
+    black = b"IDAT" + zlib.compress(bytes(400 * 2**20), 1)  # so much would be unpacked of the last one
+    body = struct.pack(">I", len(black) - 4) + black + struct.pack(">I", zlib.crc32(black))
+    for width, height, rest in ((2**31 - 1, 1, b""), (30_000, 30_000, b""), (40_000, 40_000, body)):
+        head = b"IHDR" + struct.pack(">II", width, height) + whole[24:29]
+        head += struct.pack(">I", zlib.crc32(head))
+        Path("claim.png").write_bytes(whole[:12] + head + rest + whole[33:])
+        Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM, the peak, to VmRSS, what is now
         before = mebibytes("VmRSS")
         assert "claim.png" in refused(capfd, "net.pth", "claim.png", "out.png")
         assert mebibytes("VmHWM") - before < 200
@@ -426,8 +390,7 @@ def shown_on_a_terminal(folder: Path, *words: str) -> str:
 
     main, child = pty.openpty()
     fcntl.ioctl(main, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
-    command = [sys.executable, ROOT / "upscale.py", "--model", "net.pth", *words]
-    process = subprocess.Popen(command, cwd=folder, stdout=child, stderr=child)
+    process = subprocess.Popen([*COMMAND, *words], cwd=folder, stdout=child, stderr=child)
     os.close(child)
     shown = b""
     try:
@@ -446,42 +409,26 @@ def test_progress_shows_tiles_of_one_picture_and_pictures_of_several(folder: Pat
     assert re.search(r"\| [1-9]\d* of 900 tiles, 00:0\d left", shown)
     assert shown.endswith("Wrote out.png (180x180)\r\n"), "a bar is drawn again"
     noise(folder / "in" / "a.png")
-    noise(
-        folder / "in" / "b.jpg", exif=b"Exif\0\0II*\0\x08\0\0\0\x09\0\x0e\x01"
-    )  # broken, Pillow warns of it
+    broken = b"Exif\0\0II*\0\x08\0\0\0\x09\0\x0e\x01"  # Pillow warns of it
+    noise(folder / "in" / "b.jpg", exif=broken)
     shown = shown_on_a_terminal(folder, "--input", "in", "--output", "out")
     assert "Warning" not in shown
     assert "1 of 2 pictures, " in shown
-    assert "megapixels/s" in shown
     assert re.search(r"Wrote out/b.jpg \(22x18\)\r\n$", shown), "a bar is drawn again"
 
 
 @pytest.mark.parametrize(("how", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_stops_it_without_a_trace(folder: Path, how: int, code: int) -> None:
     noise(folder / "in.png", 400, 400, 3)
-    words = [
-        "--model",
-        "net.pth",
-        "--input",
-        "in.png",
-        "--output",
-        "out.png",
-        "--tile",
-        "8",
-        "--overlap",
-        "200",
-    ]
-    command = [sys.executable, ROOT / "upscale.py", *words]
+    command = [*COMMAND, "--input", "in.png", "--output", "out.png", "--tile", "8", "--overlap", "200"]
     process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert "upscales 1 picture" in process.stdout.readline()
     time.sleep(0.2)
     process.send_signal(how)
     _, error = process.communicate()
-    assert (process.returncode, error) == (
-        code,
-        "upscale.py: stopped; unfinished pictures were not written.\n",
-    )
+    assert process.returncode == code
+    assert error == "upscale.py: stopped; unfinished pictures were not written.\n"
     assert sorted(os.listdir(folder)) == ["in.png", "net.pth"]
 
 
@@ -489,9 +436,9 @@ def test_runs_at_once_with_closed_streams_leave_one_whole_output(folder: Path) -
     assert run("net.pth", "in.png", "out.png") == 0
     whole = (folder / "out.png").read_bytes()
     (folder / "out.png").unlink()
-    words = "--model net.pth --input in.png --output out.png --overwrite --device cpu <&- >&- 2>&-"
-    command = f"'{sys.executable}' '{ROOT / 'upscale.py'}' {words}"
-    processes = [subprocess.Popen(["sh", "-c", command], cwd=folder) for _ in range(2)]
+    words = "--input in.png --output out.png --overwrite --device cpu <&- >&- 2>&-"
+    command = ["sh", "-c", f"{shlex.join(COMMAND)} {words}"]
+    processes = [subprocess.Popen(command, cwd=folder) for _ in range(2)]
     assert [process.wait() for process in processes] == [0, 0]
     assert (folder / "out.png").read_bytes() == whole
     assert files(folder) == ["in.png", "net.pth", "out.png"]

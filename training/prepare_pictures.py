@@ -34,9 +34,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from aethersr.commands import exit_code
-from aethersr.errors import UserError
-from aethersr.picture import opaque, readable
-from aethersr.quality import KINDS
+from aethersr.errors import UserError, first_line
+from aethersr.picture import FORMATS
+from aethersr.quality import read_rgb
 
 # Their authors and licences; several require attribution.
 WALLPAPERS = (
@@ -91,15 +91,15 @@ def pictures(folder: Path, shortest: int, packages: bool, unreadable: Dict[Path,
     """Every picture once: no links, and only the largest if a package has it in several sizes."""
     best: Dict[Path, Tuple[int, Path]] = {}
     for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() not in KINDS or path.is_symlink():
+        if path.suffix.lower() not in FORMATS or path.is_symlink():
             continue
         if folder.name in TEXTURES and NO_PICTURE.search(path.stem):
             continue
         try:
-            with readable(path, "--pictures"), Image.open(path) as image:
+            with Image.open(path) as image:
                 width, height = image.size
-        except UserError as error:
-            unreadable[path] = str(error)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            unreadable[path] = f"{path} can't be read: {first_line(error)}."
             continue
         if min(width, height) < shortest:
             continue
@@ -135,8 +135,7 @@ def cuts_of_reduction(picture: Image.Image, reduction: int, scale: int) -> Itera
 
 def cuts(path: Path, scale: int, reductions: Sequence[int]) -> List[Cut]:
     """At most PER_PICTURE crops of a picture: those on which bicubic interpolation does worst."""
-    with readable(path, "--pictures"), Image.open(path) as opened:
-        picture = opaque(opened)
+    picture = Image.fromarray(read_rgb(path, "--pictures"))
     found = [cut for reduction in reductions for cut in cuts_of_reduction(picture, reduction, scale)]
     return sorted(found, key=lambda cut: cut.bicubic_db)[:PER_PICTURE]
 
@@ -201,7 +200,7 @@ def write_pairs(args: argparse.Namespace, unfinished: Path) -> List[Tuple[str, s
         for path in pictures(folder, shortest, not args.pictures, unreadable)
     }
     if not found and not unreadable:
-        needed = f"pictures of {SIZE} pixels or more a side ({', '.join(KINDS)})"
+        needed = f"pictures of {SIZE} pixels or more a side ({', '.join(FORMATS)})"
         raise UserError(f"{source} holds none; expected {needed} (--pictures).")
     rows: List[Tuple[str, str, int, str]] = []
     for path, reductions in tqdm(found.items(), unit="picture", disable=None):

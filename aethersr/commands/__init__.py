@@ -29,9 +29,7 @@ def program_name(installed: str, script: str) -> str:
 class Parser(argparse.ArgumentParser):
     """Answers --version, and raises UserError where argparse would print its usage.
 
-    Args:
-        document: the command's docstring; its first line is shown.
-        hints: answers to options that don't exist but are typed.
+    ``hints``: answers to options that don't exist but are typed.
     """
 
     def __init__(self, program: str, document: Optional[str], hints: Optional[Dict[str, str]] = None) -> None:
@@ -70,13 +68,6 @@ def check_device(device: str) -> None:
         raise UserError(f"--device {device} was given, but PyTorch finds no {name}; pass --device cpu.")
 
 
-def print_error(program: str, message: object) -> None:
-    """A line for each problem, without what a terminal can't print."""
-    for line in str(message).split(f"\n{program}: error: "):
-        printable = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
-        print(f"{program}: error: {printable}", file=sys.stderr)
-
-
 class _Terminated(KeyboardInterrupt):
     """SIGTERM, which must not leave temporary files either."""
 
@@ -86,47 +77,38 @@ def _terminate(*_: Any) -> None:
 
 
 def exit_code(program: str, action: Callable[[], None], stopped: str) -> int:
-    """Run a command and return 0, or 2 after a line about what the user can fix.
+    """Run a command and return 0, or 2 after a line for each problem, which a UserError's lines are.
 
-    Return 130 or 143 if Ctrl-C or SIGTERM stopped it, 141 if whatever reads the output (such as ``head``) has
-    ended.
-
-    Args:
-        program: the name before each line.
-        action: the command; raises UserError.
-        stopped: what to say after an interruption, such as "nothing was written."
+    Return 130 or 143 if Ctrl-C or SIGTERM ended it, which ``stopped`` says too, 141 if what reads the output
+    (such as ``head``) has ended. ``program``: the name before each line.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # don't fail on names that the terminal's encoding lacks
+            stream.reconfigure(errors="backslashreplace")
+    handles = threading.current_thread() is threading.main_thread()  # signal handlers work only there
+    old = signal.signal(signal.SIGTERM, _terminate) if handles else None
+    code, problems = 0, ""
     try:
-        code = _code(program, action, stopped)
+        try:
+            action()
+        except UserError as error:
+            code, problems = 2, str(error)
+        except KeyboardInterrupt as error:
+            print(f"{program}: stopped; {stopped}", file=sys.stderr)
+            code = 143 if isinstance(error, _Terminated) else 130
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            code, problems = 2, "there is not enough memory; close other programs, or pass --device cpu."
+        for line in problems.split(f"\n{program}: error: ") if problems else ():
+            printable = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+            print(f"{program}: error: {printable}", file=sys.stderr)
         if sys.stdout is not None:
             sys.stdout.flush()
         return code
     except BrokenPipeError:  # of the output: commands write to no other pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes once more at its end
         return 141
-
-
-def _code(program: str, action: Callable[[], None], stopped: str) -> int:
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # don't fail on names that the terminal's encoding lacks
-            stream.reconfigure(errors="backslashreplace")
-    old = None
-    if threading.current_thread() is threading.main_thread():  # signal handlers work only there
-        old = signal.signal(signal.SIGTERM, _terminate)
-    try:
-        action()
-    except UserError as error:
-        print_error(program, error)
-        return 2
-    except KeyboardInterrupt as error:
-        print(f"{program}: stopped; {stopped}", file=sys.stderr)
-        return 143 if isinstance(error, _Terminated) else 130
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        print_error(program, "there is not enough memory; close other programs, or pass --device cpu.")
-        return 2
     finally:
         if old is not None:
             signal.signal(signal.SIGTERM, old)
-    return 0

@@ -2,37 +2,26 @@
 
     aether-evaluate 2x_net.safetensors 2x_net_int8.onnx --hr Set5 Set14
     aether-evaluate 2x_net.pth --hr pictures/hr --lr pictures/lr --each
-    aether-evaluate --scale 2 --hr Set5                       # bicubic alone
-    aether-evaluate 2x_net.pth --hr pictures --jpeg 75        # what it makes of compressed pictures
 
-Takes every form and file: training and fused weights, half precision, int8, ONNX, NCNN (.param). With
-``--hr`` alone the low-resolution pictures are made as in papers (MATLAB's bicubic reduction); with ``--lr``
-they are yours, with the same names. PSNR and SSIM are computed on the luma, without a border of ``scale``
-pixels.
+Takes weights of every form, ONNX and NCNN (.param).
 """
 
 from __future__ import annotations
 
 import argparse
 import glob
-import sys
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, Iterable, List, Optional, Tuple
 
 from aethersr.commands import DEVICES, Parser, check_device, exit_code, local_path
 from aethersr.errors import UserError, missing_package
 from aethersr.identify import add_img_range
 
-Table = Dict[str, Dict[str, List[Tuple[float, float]]]]  # [row][folder] -> (PSNR, SSIM) of each picture
+Pair = Tuple[Path, Optional[Path]]  # high resolution, low resolution
+Figures = List[Tuple[float, float]]  # PSNR and SSIM of each picture
 TILE = 1024  # larger low-resolution pictures are cut into tiles; the result is the same without attention
 NETWORKS = (".safetensors", ".pth", ".pt", ".ckpt", ".onnx", ".param")
 HINTS = {"--model": "pass the networks without an option", "--input": "pass --hr", "--gt": "pass --hr"}
-
-
-class Pair(NamedTuple):
-    name: str
-    hr: Path
-    lr: Optional[Path]
 
 
 def find_pairs(folder: Path, low: Optional[Path], scale: int) -> List[Pair]:
@@ -41,10 +30,10 @@ def find_pairs(folder: Path, low: Optional[Path], scale: int) -> List[Pair]:
 
     found = find_pictures(folder, "--hr")
     if low is None:
-        return [Pair(path.name, path, None) for path in found]
+        return [(path, None) for path in found]
     lows = {path.stem: path for path in find_pictures(low, "--lr")}
-    pairs = [Pair(p.name, p, lows.get(p.stem, lows.get(f"{p.stem}x{scale}"))) for p in found]
-    lonely = [pair.name for pair in pairs if pair.lr is None]
+    pairs = [(path, lows.get(path.stem, lows.get(f"{path.stem}x{scale}"))) for path in found]
+    lonely = [path.name for path, lr in pairs if lr is None]
     if lonely:
         count = f"{len(lonely)} of {len(pairs)} pictures of {folder} have no pair there"
         raise UserError(f"{low} lacks {lonely[0]} ({count}); give both the same names (--lr).")
@@ -61,62 +50,57 @@ def upscaler(network: Any) -> Callable[[Any], Any]:
 
 
 def measure(
-    networks: Dict[str, Any], pairs: List[Pair], scale: int, jpeg: Optional[int] = None
-) -> Dict[str, List[Tuple[float, float]]]:
-    """PSNR and SSIM of each picture, by row of the table; bicubic comes first."""
+    networks: Dict[str, Any], pairs: List[Pair], scale: int, jpeg: Optional[int]
+) -> Dict[str, Figures]:
+    """The figures by row of the table; bicubic comes first."""
     from aethersr.picture import Picture
     from aethersr.quality import compressed, crop_to_multiple, quality, resize
 
     rows = {"bicubic": lambda x: resize(x, x.shape[0] * scale, x.shape[1] * scale)}
     rows.update({name: upscaler(network) for name, network in networks.items()})
-    found: Dict[str, List[Tuple[float, float]]] = {name: [] for name in rows}
-    for pair in pairs:
-        truth = crop_to_multiple(Picture.read(pair.hr, "--hr").rgb_on_white(), scale)
+    found: Dict[str, Figures] = {name: [] for name in rows}
+    for hr, lr in pairs:
+        truth = crop_to_multiple(Picture.read(hr, "--hr").rgb_on_white(), scale)
         height, width = (side // scale for side in truth.shape[:2])
-        if pair.lr is None:
-            low = resize(truth, height, width)
-        else:
-            low = Picture.read(pair.lr, "--lr").rgb_on_white()
-            if low.shape[:2] != (height, width):
-                sizes = f"{low.shape[1]}x{low.shape[0]}; expected {width}x{height}, {pair.hr} by {scale}"
-                raise UserError(f"{pair.lr} has {sizes} (--lr).")
-        low = compressed(low, jpeg)
+        low = Picture.read(lr, "--lr").rgb_on_white() if lr else resize(truth, height, width)
+        if low.shape[:2] != (height, width):
+            sizes = f"{low.shape[1]}x{low.shape[0]}; expected {width}x{height}, {hr} by {scale}"
+            raise UserError(f"{lr} has {sizes} (--lr).")
+        low = low if jpeg is None else compressed(low, jpeg)
         for name, upscale in rows.items():
             try:
                 found[name].append(quality(truth, upscale(low), scale))
             except ValueError as error:
-                raise UserError(f"{pair.hr}: {error} (--hr).") from None
+                raise UserError(f"{hr}: {error} (--hr).") from None
     return found
 
 
-def markdown(table: Table, folders: Dict[str, List[Pair]], each: bool) -> str:
+def markdown(tables: Dict[str, Dict[str, Figures]], folders: Dict[str, List[Pair]], each: bool) -> str:
     """A row for each network and a column for each folder; with ``each``, first a row for each picture."""
+
+    def row(name: str, cells: Iterable[str]) -> str:
+        return f"| {' | '.join([name, *cells])} |"
+
+    def figures(values: Figures) -> str:
+        decibels, likeness = (sum(value) / len(value) for value in zip(*values))
+        return f"{decibels:.2f} / {likeness:.4f}"
+
+    rows = list(next(iter(tables.values())))
     lines = []
-    if each:
-        for folder, pairs in folders.items():
-            lines += [row(f"{folder}: PSNR-Y, dB / SSIM", list(table)), "|---|" + "---:|" * len(table)]
-            for k, pair in enumerate(pairs):
-                lines.append(row(pair.name, [figures([cells[folder][k]]) for cells in table.values()]))
-            lines.append("")
-    lines += [row("PSNR-Y, dB / SSIM", list(folders)), "|---|" + "---:|" * len(folders)]
-    lines += [row(name, [figures(cells[folder]) for folder in folders]) for name, cells in table.items()]
+    for folder, pairs in folders.items() if each else ():
+        lines += [row(f"{folder}: PSNR-Y, dB / SSIM", rows), "|---|" + "---:|" * len(rows)]
+        for k, (path, _) in enumerate(pairs):
+            lines.append(row(path.name, [figures([tables[folder][name][k]]) for name in rows]))
+        lines.append("")
+    lines += [row("PSNR-Y, dB / SSIM", folders), "|---|" + "---:|" * len(folders)]
+    lines += [row(name, [figures(tables[folder][name]) for folder in folders]) for name in rows]
     return "\n".join(lines)
-
-
-def row(name: str, cells: List[str]) -> str:
-    return f"| {' | '.join([name, *cells])} |"
-
-
-def figures(values: List[Tuple[float, float]]) -> str:
-    decibels, likeness = (sum(value) / len(value) for value in zip(*values))
-    return f"{decibels:.2f} / {likeness:.4f}"
 
 
 def matching(pattern: Path) -> List[Path]:
     """The files that ``pattern`` matches: shells on Windows leave that to the program."""
-    if pattern.exists() or not glob.has_magic(str(pattern)):
-        return [pattern]
-    return [Path(name) for name in sorted(glob.glob(str(pattern)))] or [pattern]
+    found = [] if pattern.exists() else glob.glob(str(pattern))
+    return [Path(name) for name in sorted(found)] or [pattern]
 
 
 def names(paths: List[Path]) -> Dict[str, Path]:
@@ -134,53 +118,41 @@ def evaluate(args: argparse.Namespace) -> None:
     check_device(args.device)
     for folders in (args.hr, args.lr):  # an option takes all words that follow it
         args.files += [path for path in folders or () if path.suffix.lower() in NETWORKS]
-    args.hr, lows = ([p for p in each or () if p not in args.files] for each in (args.hr, args.lr))
-    if not args.hr:
+    highs, lows = ([path for path in each or () if path not in args.files] for each in (args.hr, args.lr))
+    if not highs:
         raise UserError("no folder with the ground truth was given; pass one (--hr).")
-    files = [path for pattern in args.files for path in matching(pattern)]
     networks = {
         name: load_network(path, args.device, img_range=args.img_range, flag="FILE")
-        for name, path in names(files).items()
+        for name, path in names([path for pattern in args.files for path in matching(pattern)]).items()
     }
     scales = {name: network.scale for name, network in networks.items()}
     if args.scale:
         scales["--scale"] = args.scale
-    if not scales:
-        raise UserError(
-            "neither FILE nor --scale was given; pass a network, or the scale for bicubic alone (--scale)."
-        )
-    if len(set(scales.values())) > 1:
+    if len({*scales.values()}) != 1:
         each = ", ".join(f"{name} x{scale}" for name, scale in scales.items())
-        raise UserError(f"the scales differ ({each}); pass networks of one scale (FILE).")
+        found = f"the scales differ ({each})" if each else "neither FILE nor --scale was given"
+        raise UserError(f"{found}; pass networks of one scale, or the scale for bicubic alone (--scale).")
     scale = next(iter(scales.values()))
-    for path in args.hr:
-        if [each.resolve() for each in args.hr].count(path.resolve()) > 1:
+    for path in highs:
+        if [each.resolve() for each in highs].count(path.resolve()) > 1:
             raise UserError(f"{path} was given twice; pass each folder once (--hr).")
-    if lows and len(lows) != len(args.hr):
-        raise UserError(f"--lr has {len(lows)} folders and --hr {len(args.hr)}; pass one for each (--lr).")
-    found = {
-        name: find_pairs(path, low, scale)
-        for (name, path), low in zip(names(args.hr).items(), lows or [None] * len(args.hr))
-    }
-    table: Table = {name: {} for name in ("bicubic", *networks)}
-    for folder, pairs in found.items():
-        for name, values in measure(networks, pairs, scale, args.jpeg).items():
-            table[name][folder] = values
-    print(markdown(table, found, args.each))
+    if lows and len(lows) != len(highs):
+        raise UserError(f"--lr has {len(lows)} folders and --hr {len(highs)}; pass one for each (--lr).")
+    both = zip(names(highs).items(), lows or [None] * len(highs))
+    folders = {name: find_pairs(path, low, scale) for (name, path), low in both}
+    tables = {name: measure(networks, pairs, scale, args.jpeg) for name, pairs in folders.items()}
+    print(markdown(tables, folders, args.each))
 
 
 def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser = Parser("aether-evaluate", __doc__, HINTS)
     add = parser.add_argument
-    text = "networks: .safetensors, .pth, .onnx or .param"
-    add("files", nargs="*", type=local_path, metavar="FILE", help=text)
+    add("files", nargs="*", type=local_path, metavar="FILE", help=f"networks: {', '.join(NETWORKS)}")
     several: Any = {"nargs": "+", "type": local_path, "metavar": "FOLDER"}
     add("--hr", required=True, help="folders with the ground truth", **several)
-    text = "low-resolution versions with the same names (default: made from --hr, bicubic)"
-    add("--lr", help=text, **several)
+    add("--lr", help="low-resolution versions with the same names (default: made from --hr)", **several)
     add("--scale", type=int, choices=(1, 2, 3, 4, 8), help="scale for bicubic alone, without FILE")
-    text = "compress the low-resolution pictures first: quality 1 to 100"
-    add("--jpeg", type=int, metavar="QUALITY", help=text)
+    add("--jpeg", type=int, choices=range(1, 101), metavar="QUALITY", help="compress them first: 1 to 100")
     add("--each", action="store_true", help="also print a row for each picture")
     add_img_range(parser)
     add("--device", default="cpu", choices=DEVICES, help="default: cpu")
@@ -189,7 +161,3 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
 
 def main(argv: Optional[List[str]] = None) -> int:
     return exit_code("aether-evaluate", lambda: evaluate(parse_args(argv)), "nothing was written.")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

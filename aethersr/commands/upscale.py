@@ -3,10 +3,8 @@
     python upscale.py --model 4x_MyModel_fused.safetensors --input photo.png --output photo_4x.png
     python upscale.py --model 4x_MyModel_fp16.onnx --input folder --output upscaled --format png
 
-Takes weights of every form (.pth, .safetensors) and every ONNX file that fuse_aether.py writes, also those of
-fixed size. Reads and writes PNG, JPEG, WebP, TIFF, BMP, AVIF and still GIF, and keeps what they hold. The
-network sees one tile at a time, so its memory doesn't grow with the picture. From Python:
-``aethersr.upscale_tiled(net, image)``.
+Takes weights of every form and every ONNX file that fuse_aether.py writes. Reads and writes PNG, JPEG, WebP,
+TIFF, BMP, AVIF and still GIF, and keeps what they hold.
 """
 
 from __future__ import annotations
@@ -14,7 +12,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
 from typing import Any, List, Optional, Union
 
 import torch
@@ -26,38 +23,32 @@ from aethersr.identify import add_img_range
 PROGRAM = program_name("aether-upscale", "upscale.py")
 ENDINGS = ("png", "jpg", "webp", "tif", "bmp", "gif", "avif")
 _SCALE = "the scale comes from the model, so pass another --model"
-HINTS = {"--scale": _SCALE, "--upscale": _SCALE, "-s": _SCALE, "-x": _SCALE, "-i": "pass --input",
-         "-o": "pass --output", "-m": "pass --model", "--half": "pass --fp16"}  # fmt: skip
+HINTS = {"--scale": _SCALE, "--upscale": _SCALE, "-s": _SCALE}
 
 
 class Progress:
-    """Shows what is done and the time left, if the standard error is a terminal: of one picture its tiles,
-    of several the pictures."""
+    """On a terminal, what is done and the time left: of one picture its tiles, of several the pictures."""
 
     def __init__(self, count: int) -> None:
         from tqdm import tqdm
 
-        self.count, self.done, self.pixels, self.begin = count, 0, 0, time.monotonic()
+        self.count, self.done = count, 0
         form = "{percentage:3.0f}% |{bar}| {desc}{remaining} left"
         quiet = None if sys.stderr else True  # None: unless it is a terminal
         self.bar: Any = tqdm(total=count, bar_format=form, disable=quiet, miniters=0, leave=False)
 
     def tick(self, tiles: int, count: int) -> None:
         """``tiles`` more of a picture's tiles are done, of ``count``."""
+        part, words = tiles / count, f"{self.done} of {self.count} pictures, "
         if self.count == 1:
             self.bar.total, part = count, float(tiles)
             words = f"{self.bar.n + tiles:.0f} of {count} tiles, "
-        else:
-            part = tiles / count
-            speed = self.pixels / 1e6 / max(time.monotonic() - self.begin, 1e-3)
-            words = f"{self.done} of {self.count} pictures, {speed:.2f} megapixels/s, "
         self.bar.set_description_str(words, refresh=False)
         self.bar.update(part)
 
-    def finish(self, line: str, pixels: int) -> None:
+    def finish(self, line: str) -> None:
         """A picture is written or skipped; ``line`` says so, or is empty."""
         self.done += 1
-        self.pixels += pixels
         if self.done == self.count:
             self.bar.close()  # else it would be drawn again below the line
         else:
@@ -90,18 +81,18 @@ def device_of(network: Any) -> str:
     """Where it runs, in words."""
     if hasattr(network, "session"):
         return f"{network.session.get_providers()[0].replace('ExecutionProvider', '')} (ONNX Runtime)"
-    like = getattr(network, "like", None)
-    if like is None:
+    if not hasattr(network, "like"):
         return "CPU"
-    half = " in half precision" if like.dtype == torch.float16 else ""
-    return {"cuda": "GPU", "mps": "Apple GPU"}.get(like.device.type, like.device.type.upper()) + half
+    half = " in half precision" if network.like.dtype == torch.float16 else ""
+    kind = network.like.device.type
+    return {"cuda": "GPU", "mps": "Apple GPU"}.get(kind, kind.upper()) + half
 
 
 def upscale(args: argparse.Namespace) -> None:
     """What the command does; raises UserError."""
-    if args.device:
-        check_device(args.device)
-    if args.fp16 and (args.device or ("cuda" if torch.cuda.is_available() else "cpu")) == "cpu":
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_device(device)
+    if args.fp16 and device == "cpu":
         raise UserError("--fp16 is slower than float32 on a CPU; pass --device cuda, or leave --fp16 out.")
     if args.tile < 1:
         raise UserError(f"--tile {args.tile} is not possible; expected 1 or more pixels.")
@@ -113,10 +104,8 @@ def upscale(args: argparse.Namespace) -> None:
         from aethersr.upscaling import Upscaler
     except ImportError as error:
         raise missing_package(error, PROGRAM, "upscale") from None
-    ending = f".{args.format}" if args.format else ""
-    jobs, problems, others = find_jobs(
-        args.input, args.output, args.recursive, args.overwrite, args.skip_existing, ending
-    )
+    how = (args.recursive, args.overwrite, args.skip_existing, f".{args.format}" if args.format else "")
+    jobs, problems, others = find_jobs(args.input, args.output, *how)
     network = load_network(args.model, args.device, args.fp16, args.img_range)
     overlap = choose_overlap(network, args.overlap)
     if others:
@@ -132,56 +121,42 @@ def upscale(args: argparse.Namespace) -> None:
     try:
         for job, (width, height), lost, problem in work.run(jobs, progress.tick):
             without = f" without {', '.join(lost)}: {job.target.suffix} can't hold it" if lost else ""
-            line = "" if problem else f"Wrote {job.target} ({width}x{height}){without}"
-            progress.finish(line, width * height)
+            progress.finish("" if problem else f"Wrote {job.target} ({width}x{height}){without}")
             problems += [problem] if problem else []
             written += not problem
     finally:
         progress.bar.close()
     if problems:
         if os.path.isdir(args.input):
-            number = len(problems)
-            problems.append(f"{number} of {number + written} pictures were skipped, for the reasons above; "
-                            "the others are written. Mend them and pass --skip-existing.")  # fmt: skip
+            count = f"{len(problems)} of {len(problems) + written} pictures were skipped"
+            problems.append(f"{count}; the others are written. Mend them and pass --skip-existing.")
         raise UserError(f"\n{PROGRAM}: error: ".join(problems))
 
 
 def _overlap(text: str) -> Union[int, str]:
-    if text == "exact":
-        return text
-    try:
-        pixels = int(text)
-    except ValueError:
-        pixels = -1
-    if pixels < 0:
-        raise argparse.ArgumentTypeError(f"{text} is not possible; expected 0 or more pixels, or 'exact'")
-    return pixels
+    if text == "exact" or text.isdecimal():
+        return text if text == "exact" else int(text)
+    raise argparse.ArgumentTypeError(f"{text} is not possible; expected 0 or more pixels, or 'exact'")
 
 
 def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser = Parser(PROGRAM, __doc__, HINTS)
-    add = parser.add_argument
-    add("--model", type=local_path, required=True, help="weights (.pth, .safetensors; fused or not) or an "
-        "exported network (.onnx)")  # fmt: skip
+    add: Any = parser.add_argument
+    flag = {"action": "store_true"}
+    add("--model", type=local_path, required=True, help="weights (.pth, .safetensors) or a network (.onnx)")
     add("--input", type=local_path, required=True, help="a picture, or a folder of pictures")
     add("--output", required=True, help="the picture to write, or a folder (names stay the same)")
-    add("--format", choices=ENDINGS, help="of the pictures to write (default: as --output ends, in a folder "
-        "as each is)")  # fmt: skip
-    add("--recursive", action="store_true", help="also upscale the pictures in subfolders")
-    add(
-        "--skip-existing", action="store_true", help="skip pictures whose output exists, to continue a folder"
-    )
-    add("--overwrite", action="store_true", help="replace existing files")
-    add("--wrap", nargs="?", choices=("x", "y", "xy"), const="xy", default="",
-        help="the picture is a tileable texture: horizontally (x), vertically (y), or both "
-        "(xy, the default of --wrap alone)")  # fmt: skip
-    add("--tile", type=int, default=512, help="largest side of a tile in input pixels; smaller tiles need "
-        "less memory (default: 512). Ignored for an ONNX file of fixed size")  # fmt: skip
-    add("--overlap", type=_overlap, metavar="PIXELS", help="margin round each tile that the network also "
-        "sees; 'exact' makes tiles equal to the whole picture (default: less, and within half a step of "
-        "1/255)")  # fmt: skip
+    add("--format", choices=ENDINGS, help="to write (default: as --output ends, in a folder as each is)")
+    add("--recursive", **flag, help="also upscale the pictures in subfolders")
+    add("--skip-existing", **flag, help="skip pictures whose output exists, to continue a folder")
+    add("--overwrite", **flag, help="replace existing files")
+    text = "the picture is a tileable texture: horizontally (x), vertically (y), or both (--wrap alone)"
+    add("--wrap", nargs="?", choices=("x", "y", "xy"), const="xy", default="", help=text)
+    add("--tile", type=int, default=512, help="largest side of a tile in input pixels (default: 512)")
+    text = "margin round each tile that the network also sees; 'exact' makes tiles equal to the whole picture"
+    add("--overlap", type=_overlap, metavar="PIXELS", help=f"{text} (default: within half a step of 1/255)")
     add("--device", choices=DEVICES, help="default: the GPU, if there is one that can run the file")
-    add("--fp16", action="store_true", help="half precision, on a GPU only")
+    add("--fp16", **flag, help="half precision, on a GPU only")
     add_img_range(parser)
     args = parser.parse(argv)
     if args.overwrite and args.skip_existing:
