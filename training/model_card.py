@@ -56,13 +56,6 @@ def facts(files: list[Path]) -> dict[str, Any]:
     return {"size": size, "scale": first.scale, "inputChannels": channels, "outputChannels": channels}
 
 
-def resource(path: Path, url: str) -> dict[str, Any]:
-    content, ending = path.read_bytes(), path.suffix.lower()
-    urls = [f"{url.rstrip('/')}/{quote(path.name)}"] if url else []
-    file = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest(), "urls": urls}
-    return {"platform": PLATFORMS[ending], "type": ending[1:], **file}
-
-
 def model_id(name: str, scale: int) -> str:
     """The id in OpenModelDB: the scale, then letters and digits separated by dashes."""
     words = re.sub("[^a-zA-Z0-9]+", "-", name).strip("-")
@@ -83,7 +76,12 @@ def write_card(args: argparse.Namespace) -> None:
     check_output(target, args.files, args.overwrite, "--name")
     said = {"name": name, "author": args.author, "license": args.license, "tags": args.tags.split(",")}
     said.update(description=args.description.strip(), date=args.date.isoformat(), architecture="aethernet")
-    resources = [resource(path, args.url) for path in args.files]
+    resources = []
+    for path in args.files:
+        ending, digest = path.suffix.lower(), hashlib.sha256(path.read_bytes()).hexdigest()
+        urls = [f"{args.url.rstrip('/')}/{quote(path.name)}"] if args.url else []
+        file = {"size": path.stat().st_size, "sha256": digest, "urls": urls}
+        resources.append({"platform": PLATFORMS[ending], "type": ending[1:], **file})
     content = {**said, **network, "resources": resources, **args.more, "images": []}
     text = json.dumps(content, indent=4, ensure_ascii=False)  # as OpenModelDB's own, no line break at the end
     with Together() as files:

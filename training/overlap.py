@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any, List, NamedTuple, Optional, Tuple
+from typing import Any, List, Optional, Tuple
 
 import cv2
 import numpy as np
@@ -32,10 +32,7 @@ DISTINCT = 0.8  # Lowe's ratio: the nearest keypoint must be so much nearer than
 KEYPOINTS = 2000  # of a picture at most
 
 
-class Pair(NamedTuple):
-    shared: int
-    cut: Path
-    picture: Path
+Pair = Tuple[int, Path, Path]  # keypoints in common, cut, picture
 
 
 def keypoints(path: Path, flag: str) -> Tuple[Any, Any]:
@@ -62,31 +59,31 @@ class Folder:
 
     def nearest(self, cut: Path, places: Any, descriptors: Any) -> Pair:
         """The picture that shares most with a cut."""
-        best = Pair(0, cut, self.files[0])
+        best = (0, cut, self.files[0])
         pairs = self.index.knnMatch(descriptors, k=2) if len(places) else []
         good = [a for a, b in pairs if a.distance < DISTINCT * b.distance]
         here, there = (np.array([getattr(m, side) for m in good], int) for side in ("queryIdx", "trainIdx"))
         for owner, count in zip(*np.unique(self.owner[there], return_counts=True)):
-            if count > max(best.shared, 2):
+            if count > max(best[0], 2):
                 mine = self.owner[there] == owner
                 a, b = places[here[mine]], self.places[there[mine]]
                 _, inside = cv2.estimateAffinePartial2D(a, b, ransacReprojThreshold=4)
                 if inside is not None:  # different places there: else a pattern lies on one point
                     shared = len(np.unique(b[inside.ravel() > 0].round(), axis=0))
-                    best = max(best, Pair(shared, cut, self.files[owner]))
+                    best = max(best, (shared, cut, self.files[owner]))
         return best
 
 
 def overlap(args: argparse.Namespace) -> int:
     folders, cuts = [Folder(folder) for folder in args.tests], find_pictures(args.cuts, "CUTS")
-    best = [Pair(0, Path(), Path()) for _ in folders]
+    best = [(0, Path(), Path()) for _ in folders]
     for path in tqdm(cuts, unit="cut", disable=None):
         of = keypoints(path, "CUTS")
         best = [max(pair, test.nearest(path, *of)) for pair, test in zip(best, folders)]
-    for name, folder, pair in zip(args.tests, folders, best):
-        text = f"{pair.shared} keypoints of {pair.cut.name} in {pair.picture.name}" if pair.shared else "none"
+    for name, folder, (shared, cut, picture) in zip(args.tests, folders, best):
+        text = f"{shared} keypoints of {cut.name} in {picture.name}" if shared else "none"
         print(f"{name}: {len(folder.files)} pictures, {len(cuts)} cuts; most in common: {text}")
-    return int(max(best).shared >= LEAST)
+    return int(max(best)[0] >= LEAST)
 
 
 def main(argv: Optional[List[str]] = None) -> int:

@@ -87,9 +87,8 @@ def pictures(folder: Path, shortest: int, packages: bool) -> List[Path]:
     """Every picture once: no links, and only the largest if a package has it in several sizes."""
     best: Dict[Path, Tuple[int, Path]] = {}
     for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() not in KINDS or path.is_symlink():
-            continue
-        if folder.name in TEXTURES and NO_PICTURE.search(path.stem):
+        no_picture = folder.name in TEXTURES and NO_PICTURE.search(path.stem)
+        if path.suffix.lower() not in KINDS or path.is_symlink() or no_picture:
             continue
         try:
             with readable(path, "--pictures"), Image.open(path) as image:
@@ -132,17 +131,14 @@ def write_pairs(args: argparse.Namespace, pairs: Path, unpacked: Path) -> List[T
     """Write into ``pairs`` what belongs in FOLDER, and return the rows of its sources.csv."""
     for sub in ("gt", "lq"):
         (pairs / sub).mkdir(parents=True)
-    source = args.pictures or unpacked
-    if args.pictures:
-        kinds = {source: (SIZE, args.reductions)}
-    else:
+    source, kinds = args.pictures or unpacked, {args.pictures: (SIZE, args.reductions)}
+    if not args.pictures:
         kinds = {unpacked / name: (SHORTEST, args.reductions) for name in WALLPAPERS}
         kinds.update({unpacked / name: (2 * SIZE, OF_TEXTURES) for name in TEXTURES if args.textures})
         unpack([folder.name for folder in kinds], args.folder / "packages", unpacked)
         (pairs / "copyright").mkdir()
         for folder in kinds:
-            copyright = folder / "usr/share/doc" / folder.name / "copyright"
-            shutil.copy(copyright, pairs / "copyright" / folder.name)
+            shutil.copy(folder / f"usr/share/doc/{folder.name}/copyright", pairs / "copyright" / folder.name)
     found: Dict[Path, Sequence[int]] = {}
     for folder, (shortest, reductions) in kinds.items():
         found.update(dict.fromkeys(pictures(folder, shortest, not args.pictures), reductions))

@@ -50,10 +50,10 @@ class Instead:
         return getattr(self.module, name)
 
 
-def torch_with_cuda(**names: Any) -> Instead:
+def torch_with_cuda() -> Instead:
     """torch for scripts that refuse to start without a card."""
     cuda = {"is_available": lambda: True, "set_per_process_memory_fraction": lambda *_, **__: None}
-    return Instead(torch, cuda=Instead(torch.cuda, **cuda), **names)
+    return Instead(torch, cuda=Instead(torch.cuda, **cuda))
 
 
 def no_cuda() -> None:

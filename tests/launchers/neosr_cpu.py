@@ -8,8 +8,10 @@ The released package (0.1.0) has no train.py. The loop below then calls the same
 from __future__ import annotations
 
 import importlib
+import itertools
 import os
 import sys
+from pathlib import Path
 from typing import Any, Dict, Optional, Tuple
 
 import cpu
@@ -74,10 +76,9 @@ def train_released(root: str) -> None:
     opt, args = parse_options(root, is_train=True)
     opt["root_path"] = root
     state = None
-    states = os.path.join("experiments", opt["name"], "training_states")
-    if args.auto_resume and os.path.isdir(states):
-        latest = max(int(name.split(".")[0]) for name in os.listdir(states))
-        opt["path"]["resume_state"] = os.path.join(states, f"{latest}.state")
+    states = list(Path("experiments", opt["name"], "training_states").glob("*.state"))
+    if args.auto_resume and states:
+        opt["path"]["resume_state"] = str(max(states, key=lambda path: int(path.stem)))
         state = torch.load(opt["path"]["resume_state"], weights_only=True)
         check_resume(opt, state["iter"])
     else:
@@ -99,10 +100,8 @@ def train_released(root: str) -> None:
         iteration, epoch = int(state["iter"]), state["epoch"]
     while iteration < total:
         sampler.set_epoch(epoch)
-        for batch in loader:
+        for batch in itertools.islice(loader, total - iteration):
             iteration += 1
-            if iteration > total:
-                break
             model.feed_data(batch)
             model.optimize_parameters(iteration)
             model.update_learning_rate(iteration, warmup_iter=opt["train"].get("warmup_iter", -1))
