@@ -31,8 +31,8 @@ def prepare(folder: Path, *arguments: Any) -> int:
 
 
 def sources(folder: Path) -> Set[str]:
-    with (folder / "sources.csv").open(encoding="utf-8") as file:
-        return {Path(row["picture"]).name for row in csv.DictReader(file)}
+    rows = csv.DictReader((folder / "sources.csv").read_text(encoding="utf-8").splitlines())
+    return {Path(row["picture"]).name for row in rows}
 
 
 @pytest.fixture
@@ -50,15 +50,14 @@ def test_pairs_are_sharp_cuts_and_their_place_in_the_reduced_picture(mine: Path,
     assert prepare(tmp_path / "pairs", "--pictures", mine, "--reductions", 1) == 0
     assert sources(tmp_path / "pairs") == {"a.png"}
     low = np.asarray(Image.fromarray(PICTURE).resize((256, 256), Image.Resampling.BICUBIC))
-    places = {}
-    for y, x in ((0, 0), (0, 192), (192, 0), (192, 192)):
-        cut = low[y // 2 : y // 2 + 96, x // 2 : x // 2 + 96]
-        places[PICTURE[y : y + 192, x : x + 192].tobytes()] = cut.tobytes()
-    found = list((tmp_path / "pairs/gt").iterdir())
-    assert found
-    for path in found:
-        gt, lq = (np.asarray(Image.open(path.parents[1] / sub / path.name)).tobytes() for sub in ("gt", "lq"))
-        assert places[gt] == lq
+    places = {
+        PICTURE[y : y + 192, x : x + 192].tobytes(): low[y // 2 : y // 2 + 96, x // 2 : x // 2 + 96].tobytes()
+        for y, x in ((0, 0), (0, 192), (192, 0), (192, 192))
+    }
+    gt, lq = (sorted((tmp_path / "pairs" / sub).iterdir()) for sub in ("gt", "lq"))
+    assert gt
+    for large, small in zip(gt, lq):
+        assert places[Image.open(large).tobytes()] == Image.open(small).tobytes()
 
 
 @pytest.mark.parametrize("place", [".", "unpacked", "packages", "unfinished-1"])
