@@ -1,12 +1,9 @@
 """Train an AetherNet in an unmodified BasicSR, as installed by pip.
 
-Usage:
     python demo/basicsr_train.py [--root DIR] -opt options/basicsr/X.yml [BasicSR's own flags]
 
-Registers archs/aether_arch.py in BasicSR and runs BasicSR's own train_pipeline. ``--root`` (default: the
-current folder) is where experiments/ goes and where relative paths in the options file start. Works with
-BasicSR 1.4.2 and animesisr-basicsr. In a checkout of BasicSR you can also copy archs/aether_arch.py into
-basicsr/archs/ and use BasicSR's train.py.
+BasicSR's own train_pipeline runs, with archs/aether_arch.py in its registry. ``--root`` is where experiments/
+goes and where relative paths in the options file start. For BasicSR 1.4.2 and animesisr-basicsr.
 """
 
 from __future__ import annotations
@@ -16,8 +13,8 @@ import importlib
 import importlib.util
 import os
 import sys
-import types
 from pathlib import Path
+from types import ModuleType
 from typing import List, Optional
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,17 +24,16 @@ from cpu_speed import speed_up_on_cpu  # noqa: E402
 from trainner_redux_cpu import import_torchvision  # noqa: E402
 
 
-def register_aether() -> types.ModuleType:
+def register_aether() -> ModuleType:
     """Import BasicSR with AetherNet in its registry, and return the module that registered it."""
     import_torchvision()
     name = "torchvision.transforms.functional_tensor"  # BasicSR 1.4.2 imports it; torchvision 0.17 dropped it
     if name not in sys.modules and importlib.util.find_spec(name) is None:
         functional = importlib.import_module("torchvision.transforms.functional")
-        sys.modules[name] = shim = types.ModuleType(name)
+        sys.modules[name] = shim = ModuleType(name)
         shim.rgb_to_grayscale = functional.rgb_to_grayscale  # type: ignore[attr-defined]
     package = importlib.import_module("basicsr.archs")
-    if str(ROOT / "archs") not in package.__path__:  # searched last: a copy inside BasicSR comes first
-        package.__path__.append(str(ROOT / "archs"))
+    package.__path__.append(str(ROOT / "archs"))  # searched last: a copy inside BasicSR comes first
     return importlib.import_module("basicsr.archs.aether_arch")
 
 

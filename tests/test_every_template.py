@@ -66,8 +66,23 @@ def test_every_template_of_a_size_and_scale_trains(
     saved: Optional[Path] = None
     for kind in order:
         first = (size, scale, kind) == ("small", 2, "fidelity")
-        start = saved if "gan" in kind or kind == "qat" else None
-        weights = train(framework, found[kind], kind, images, start, first, tmp_path)
+        iterations, name = 20 if first else 2, found[kind].stem
+        batch, side = (2, SIDE // 2) if first and isinstance(framework, Redux) else (BATCH, SIDE)
+        changes = extra(framework, images, kind, saved if "gan" in kind or kind == "qat" else None, first)
+        text = found[kind].read_text(encoding="utf-8")
+        options = framework.unedited(name, text, images, batch, side, scale, iterations, **changes)
+        output = framework.run(options, timeout=600)
+        losses, weights = framework.losses(name), framework.weights(name)
+        assert sorted(losses) == list(range(1, iterations + 1)), f"{name}:\n{output[-3000:]}"
+        assert all(math.isfinite(loss) for loss in losses.values()), losses
+        assert weights.is_file(), output[-3000:]
+        # What was saved, fused by the command, is what the framework showed.
+        shown, fused = framework.validated(name, iterations), tmp_path / f"{kind}{weights.suffix}"
+        paths = ["--model_path", str(weights), "--output_path", str(fused)]
+        assert fuse.main([*paths, "--device", "cpu"]) == 0
+        upscaled = output_of(aether_from_state_dict(load(fused)), images / "val_lr" / f"{shown.name[0]}.png")
+        difference = np.abs(upscaled - np.array(Image.open(shown))).max()
+        assert difference <= 1, f"{kind}: the validation and the fused network differ by {difference}/255"
         saved = saved or weights
 
 
@@ -76,43 +91,11 @@ def extra(framework: Framework, images: Path, kind: str, start: Optional[Path], 
     changes: Dict[str, Any] = {"path": {"pretrain_network_g": str(start)}} if start else {}
     if isinstance(framework, Redux) and not amp:
         changes["use_amp"] = False
-    if "otf" not in kind.lower():
-        return changes
-    if isinstance(framework, Neosr):
-        return {**changes, "datasets": {"train": {"dataroot_lq": None}}}
-    changes["queue_size"] = BATCH
-    if isinstance(framework, BasicSR):
-        meta = {"train": {"meta_info": str(images / "meta_info.txt")}}
-        changes.update(gt_size=SIDE * int(images.name[1:]), datasets=meta)
+    if "otf" in kind.lower() and isinstance(framework, Neosr):
+        changes["datasets"] = {"train": {"dataroot_lq": None}}
+    elif "otf" in kind.lower():
+        changes["queue_size"] = BATCH
+        if isinstance(framework, BasicSR):
+            meta = {"train": {"meta_info": str(images / "meta_info.txt")}}
+            changes.update(gt_size=SIDE * int(images.name[1:]), datasets=meta)
     return changes
-
-
-def train(
-    framework: Framework,
-    template: Path,
-    kind: str,
-    images: Path,
-    start: Optional[Path],
-    first: bool,
-    folder: Path,
-) -> Path:
-    """Train from a template and compare what was saved with what was shown; returns the saved weights."""
-    scale, iterations, name = int(images.name[1:]), 20 if first else 2, template.stem
-    batch, side = (2, SIDE // 2) if first and isinstance(framework, Redux) else (BATCH, SIDE)
-    changes = extra(framework, images, kind, start, amp=first)
-    text = template.read_text(encoding="utf-8")
-    options = framework.unedited(name, text, images, batch, side, scale, iterations, **changes)
-    output = framework.run(options, timeout=600)
-    losses = framework.losses(name)
-    assert sorted(losses) == list(range(1, iterations + 1)), f"{name}:\n{output[-3000:]}"
-    assert all(math.isfinite(loss) for loss in losses.values()), losses
-    weights = framework.weights(name)
-    assert weights.is_file(), output[-3000:]
-    # What was saved, fused by the command, is what the framework showed.
-    shown, fused = framework.validated(name, iterations), folder / f"{kind}{weights.suffix}"
-    paths = ["--model_path", str(weights), "--output_path", str(fused)]
-    assert fuse.main([*paths, "--device", "cpu"]) == 0
-    upscaled = output_of(aether_from_state_dict(load(fused)), images / "val_lr" / f"{shown.name[0]}.png")
-    difference = np.abs(upscaled - np.array(Image.open(shown))).max()
-    assert difference <= 1, f"{kind}: the validation and the fused network differ by {difference}/255"
-    return weights

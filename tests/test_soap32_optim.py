@@ -6,7 +6,7 @@ import copy
 import importlib.util
 import sys
 import types
-from typing import Any, Callable, Dict
+from typing import Any
 
 import pytest
 import torch
@@ -14,60 +14,54 @@ from conftest import ROOT
 from pytorch_optimizer import SOAP
 from torch import nn
 
-STEPS = 25  # the bases are renewed every ten
 OPTIONS = {"lr": 2e-3, "weight_decay": 0, "betas": (0.95, 0.95)}
-
-
-class Registry(Dict[str, Any]):
-    def register(self) -> Callable[[Any], Any]:
-        return lambda kind: self.setdefault(kind.__name__, kind)
+STEPS = 25  # the bases are renewed every ten
 
 
 @pytest.fixture
-def registry(monkeypatch: pytest.MonkeyPatch) -> Registry:
-    registry = Registry()
+def soap32(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The class, as it is registered where traiNNer-redux isn't installed."""
+    found: list = []
     module: Any = types.ModuleType("traiNNer.utils.registry")
-    module.OPTIMIZER_REGISTRY = registry
-    for name, content in (("traiNNer", None), ("traiNNer.utils", None), (module.__name__, module)):
-        monkeypatch.setitem(sys.modules, name, content or types.ModuleType(name))
-    spec = importlib.util.spec_from_file_location("soap32_optim", ROOT / "archs" / "soap32_optim.py")
-    assert spec is not None
-    assert spec.loader is not None
+    module.OPTIMIZER_REGISTRY = types.SimpleNamespace(register=lambda: found.append)
+    for name in ("traiNNer", "traiNNer.utils", module.__name__):
+        monkeypatch.setitem(sys.modules, name, module)
+    spec: Any = importlib.util.spec_from_file_location("soap32_optim", ROOT / "archs" / "soap32_optim.py")
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
-    return registry
+    assert [kind.__name__ for kind in found] == ["SOAP32"]
+    return found[0]
 
 
-def trained(kind: Any, autocast: bool) -> nn.Conv2d:
-    """A convolution after some steps, with gradients that fp16 can't square."""
-    torch.manual_seed(0)
-    net = nn.Conv2d(4, 6, 3)
-    optimizer = kind(net.parameters(), **OPTIONS)
+def step(net: nn.Module, optimizer: Any, picture: torch.Tensor, autocast: bool = False) -> None:
+    """With gradients that fp16 can't square."""
+    optimizer.zero_grad()
+    (net(picture).square().mean() * 1e-4).backward()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        optimizer.step()
+
+
+def test_the_step_is_that_of_soap_without_autocast(soap32: Any) -> None:
+    nets = [nn.Conv2d(4, 6, 3)]
+    nets.append(copy.deepcopy(nets[0]))
+    optimizers = [kind(net.parameters(), **OPTIONS) for kind, net in zip((SOAP, soap32), nets)]
     for _ in range(STEPS):
-        optimizer.zero_grad()
-        (net(torch.rand(2, 4, 8, 8)).square().mean() * 1e-4).backward()
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            optimizer.step()
-    return net
+        picture = torch.rand(2, 4, 8, 8)
+        for net, optimizer in zip(nets, optimizers):
+            step(net, optimizer, picture, autocast=isinstance(optimizer, soap32))
+    assert all(torch.equal(one, other) for one, other in zip(nets[0].parameters(), nets[1].parameters()))
 
 
-def test_the_step_is_that_of_soap_without_autocast(registry: Registry) -> None:
-    expected, found = trained(SOAP, autocast=False), trained(registry["SOAP32"], autocast=True)
-    assert torch.equal(expected.weight, found.weight)
-    assert torch.equal(expected.bias, found.bias)
-
-
-def test_a_training_goes_on_from_its_saved_state(registry: Registry) -> None:
+def test_a_training_goes_on_from_its_saved_state(soap32: Any) -> None:
     first, second = nn.Conv2d(4, 6, 3), nn.Conv2d(4, 6, 3)
-    optimizer, resumed = (registry["SOAP32"](net.parameters(), **OPTIONS) for net in (first, second))
-    for step in range(STEPS):
-        if step == 13:
+    optimizer, resumed = (soap32(net.parameters(), **OPTIONS) for net in (first, second))
+    for number in range(STEPS):
+        if number == 13:
             second.load_state_dict(first.state_dict())
             resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # as from a file
         picture = torch.rand(2, 4, 8, 8)
-        for net, its in ((first, optimizer), (second, resumed))[: 1 if step < 13 else 2]:
-            its.zero_grad()
-            net(picture).square().mean().backward()
-            its.step()
+        step(first, optimizer, picture)
+        if number >= 13:
+            step(second, resumed, picture)
     assert torch.allclose(first.weight, second.weight, rtol=0, atol=1e-6)
 
 
@@ -75,24 +69,22 @@ def test_a_training_goes_on_from_its_saved_state(registry: Registry) -> None:
     ("began", "name"), [(torch.optim.AdamW, "Adam or AdamW"), (torch.optim.SGD, "another optimizer")]
 )
 def test_the_state_of_another_optimizer_is_refused_by_name_with_the_way_on(
-    registry: Registry, began: Any, name: str
+    soap32: Any, began: Any, name: str
 ) -> None:
     net = nn.Conv2d(4, 6, 3)
-    other, optimizer = began(net.parameters(), lr=1e-3), registry["SOAP32"](net.parameters(), **OPTIONS)
-    net(torch.rand(2, 4, 8, 8)).sum().backward()
-    other.step()
+    other, optimizer = began(net.parameters(), lr=1e-3), soap32(net.parameters(), **OPTIONS)
+    step(net, other, torch.rand(2, 4, 8, 8))
     before = copy.deepcopy(optimizer.state_dict())
     with pytest.raises(RuntimeError, match=f"began with {name}, .* says SOAP32: .*pretrain_network_g"):
         optimizer.load_state_dict(other.state_dict())
     assert optimizer.state_dict() == before
 
 
-def test_adamw_fails_on_the_state_of_soap32_as_the_page_says(registry: Registry) -> None:
+def test_adamw_fails_on_the_state_of_soap32_as_the_page_says(soap32: Any) -> None:
     net = nn.Conv2d(4, 6, 3)
-    optimizer = registry["SOAP32"](net.parameters(), **OPTIONS)
+    optimizer = soap32(net.parameters(), **OPTIONS)
     for _ in range(2):
-        net(torch.rand(2, 4, 8, 8)).sum().backward()
-        optimizer.step()
+        step(net, optimizer, torch.rand(2, 4, 8, 8))
     with pytest.raises(KeyError) as raised:
         torch.optim.AdamW(net.parameters()).load_state_dict(optimizer.state_dict())
     page = (ROOT / "docs" / "traiNNer-redux.md").read_text(encoding="utf-8")

@@ -1,7 +1,4 @@
-"""Speeds up training on a CPU several times: a weight gradient for depthwise kernels, and channels_last.
-
-Call ``speed_up_on_cpu()`` once, after importing aether_arch. The results stay the same.
-"""
+"""Training on a CPU, several times as fast: a weight gradient for depthwise kernels, and channels_last."""
 
 from __future__ import annotations
 
@@ -14,11 +11,10 @@ from torch.nn import functional as F
 
 
 class _DepthwiseConv(torch.autograd.Function):
-    """F.conv2d(x, weight, bias, padding="same", groups=channels) with a fast weight gradient.
+    """oneDNN has no weight gradient for depthwise kernels, and PyTorch's own takes most of a training step.
 
-    oneDNN has none for depthwise convolutions, and PyTorch's own takes most of a training step. But that
-    gradient is itself a depthwise convolution, of each input channel with its output gradient as kernel,
-    summed over the batch.
+    But it is itself a depthwise convolution, of each input channel with its output gradient, summed over the
+    batch.
     """
 
     @staticmethod
@@ -55,7 +51,7 @@ def _call(net: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
 
 
 def speed_up_on_cpu() -> int:
-    """Speed up every loaded copy of aether_arch, including frameworks'. Returns the number of copies."""
+    """Speed up every loaded copy of aether_arch, with the same results. Returns how many."""
     copies: Any = [module for name, module in sys.modules.items() if name.split(".")[-1] == "aether_arch"]
     for module in copies:
         module.depthwise_conv = depthwise_conv

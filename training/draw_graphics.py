@@ -2,10 +2,10 @@
 
     python training/draw_graphics.py FOLDER [--count 900] [--scale 2] [--fonts DIR]
 
-Adds pairs to FOLDER/gt and FOLDER/lq, which may hold those of prepare_pictures.py. A network that has seen
-only bicubic reductions of photographs overshoots hard edges. Here each picture is drawn once, eight times as
-large, and both of a pair are sampled from that, at pixel centres (hard) or as the mean of an area (smooth),
-or the small one is a bicubic or Lanczos reduction of the large one. So their pixel grids fit exactly.
+Adds pairs to FOLDER/gt and FOLDER/lq, beside those of prepare_pictures.py. A network that has seen only
+bicubic reductions of photographs overshoots hard edges. Here each picture is drawn eight times as large, and
+both of a pair are sampled from that, at pixel centres (hard) or as the mean of an area (smooth), or the small
+one is a bicubic or Lanczos reduction of the large one. So their pixel grids fit exactly.
 """
 
 from __future__ import annotations
@@ -65,16 +65,14 @@ class Canvas:
             width, height, line = (self.length(3 * FINE, high * FINE) for high in (90, 90, 16))
             height = width if self.random.random() < 0.3 else height
             style = (None, colour, line) if self.random.random() < 0.3 else (colour, colour, 1)
-            if kind < 2:
-                self.draw.ellipse((x, y, x + width, y + height), *style)
-            elif kind == 2:
-                self.draw.rectangle((x, y, x + width, y + height), *style)
+            box = (x, y, x + width, y + height)
+            if kind < 3:
+                (self.draw.rectangle if kind == 2 else self.draw.ellipse)(box, *style)
             elif kind == 3:
                 end = (x + 2 * width * np.cos(angle), y + 2 * width * np.sin(angle))
                 self.draw.line((x, y, *end), colour, self.length(0.7 * self.unit, 16 * FINE))
             elif kind == 4:
-                degrees = float(np.degrees(angle))
-                self.draw.arc((x, y, x + width, y + height), degrees, degrees + 200, colour, line)
+                self.draw.arc(box, np.degrees(angle), np.degrees(angle) + 200, colour, line)
             else:
                 turns = np.sort(self.random.uniform(0, 2 * np.pi, self.random.integers(3, 8)))
                 points = zip(x + width * np.cos(turns), y + height * np.sin(turns))
@@ -110,8 +108,8 @@ class Canvas:
             for row in range(y + size // 2, bottom - 2 * size, 2 * size):
                 kind, end = self.random.integers(4), int(self.random.uniform(x + 2 * size, right))
                 if kind == 0:
-                    box = (x + size, row, max(end, x + 3 * size), row + size)
-                    self.draw.rounded_rectangle(box, radius, accent, frame, self.unit)
+                    button = (x + size, row, max(end, x + 3 * size), row + size)
+                    self.draw.rounded_rectangle(button, radius, accent, frame, self.unit)
                 elif kind == 1:
                     self.draw.ellipse((x + size, row, x + 2 * size, row + size), accent, frame, self.unit)
                 self.write(x + (2 + int(kind == 1)) * size, row, size)
@@ -120,17 +118,17 @@ class Canvas:
 DRAWINGS = (Canvas.shapes, Canvas.shapes, Canvas.text, Canvas.pixel_art, Canvas.screen)
 
 
-def hard(image: Image.Image, step: int) -> Image.Image:
-    """The colours at pixel centres. A centre lies between four canvas pixels: always the one below right."""
-    return Image.fromarray(np.asarray(image)[step // 2 :: step, step // 2 :: step])
-
-
 def pair(image: Image.Image, random: np.random.Generator, scale: int) -> Tuple[Image.Image, Image.Image]:
     """The large and the small picture."""
-    gt = hard(image, FINE) if random.random() < 0.4 else image.reduce(FINE)
+
+    def hard(step: int) -> Image.Image:
+        """A pixel's centre lies between four canvas pixels: always the one below right."""
+        return Image.fromarray(np.asarray(image)[step // 2 :: step, step // 2 :: step])
+
+    gt = hard(FINE) if random.random() < 0.4 else image.reduce(FINE)
     kind = random.random()
     if kind < 0.75:
-        return gt, hard(image, FINE * scale) if kind < 0.5 else image.reduce(FINE * scale)
+        return gt, hard(FINE * scale) if kind < 0.5 else image.reduce(FINE * scale)
     method = Image.Resampling.LANCZOS if kind < 0.85 else Image.Resampling.BICUBIC
     return gt, gt.resize((SIZE // scale, SIZE // scale), method)
 
@@ -140,14 +138,15 @@ def draw(args: argparse.Namespace) -> None:
     existing = next(args.folder.glob("gt/graphics_*.png"), None)
     if existing:
         raise UserError(f"{existing} exists; remove the drawn pairs or name another folder (FOLDER).")
-    for sub in ("gt", "lq"):
-        (args.folder / sub).mkdir(parents=True, exist_ok=True)
+    folders = [args.folder / sub for sub in ("gt", "lq")]
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
     for index in tqdm(range(args.count), unit="pair"):
         random = np.random.default_rng(index)
         canvas = Canvas(random, args.scale, fonts)
         DRAWINGS[index % len(DRAWINGS)](canvas)
-        for sub, picture in zip(("gt", "lq"), pair(canvas.image, random, args.scale)):
-            picture.save(args.folder / sub / f"graphics_{index:05d}.png")
+        for folder, picture in zip(folders, pair(canvas.image, random, args.scale)):
+            picture.save(folder / f"graphics_{index:05d}.png")
     print(f"{args.count} drawn pairs with {len(fonts)} fonts in {args.folder}")
 
 
@@ -156,8 +155,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="pairs are added to its gt/ and lq/")
     parser.add_argument("--count", type=int, default=900)
     parser.add_argument("--scale", type=int, choices=(2, 3, 4), default=2)
-    fonts = Path("/usr/share/fonts")
-    parser.add_argument("--fonts", type=Path, default=fonts, help="folder of .ttf and .otf files")
+    text = "folder of .ttf and .otf files"
+    parser.add_argument("--fonts", type=Path, default=Path("/usr/share/fonts"), help=text)
     args = parser.parse_args(argv)
     return exit_code("draw_graphics.py", lambda: draw(args), "pairs drawn before are kept.")
 

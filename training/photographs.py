@@ -1,7 +1,6 @@
 """Write scikit-image's photographs to a folder, to validate on: python training/photographs.py FOLDER
 
-No training here uses them. Choose recipes and compare weights on these, or on your own pictures; keep Set5,
-Set14 and the like for the final measurement.
+Choose recipes on these, or on your own pictures; keep Set5, Set14 and the like for the final measurement.
 """
 
 from __future__ import annotations

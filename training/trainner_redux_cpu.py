@@ -2,9 +2,8 @@
 
     python AetherNet/training/trainner_redux_cpu.py train --auto_resume -opt X.yml
 
-traiNNer-redux refuses to start without CUDA, although its steps run on a CPU. This replaces what asks for a
-card, and makes the steps faster (cpu_speed.py). Nothing in the folder is edited or copied: AetherNet and
-SOAP32 come from archs/, unless the folder has copies of its own.
+Replaces what asks for a card, and makes the steps faster (cpu_speed.py). Nothing in the folder is edited or
+copied: AetherNet and SOAP32 come from archs/, unless the folder has copies of its own.
 """
 
 from __future__ import annotations
@@ -19,15 +18,13 @@ from typing import Any
 import torch
 
 HERE = Path(__file__).resolve().parent
-TASKS = ("train", "test")
 _declared: list = []  # a torch.library.Library removes its operators when it is garbage-collected
 
 
 def import_torchvision() -> types.ModuleType:
     """Import torchvision, even a build for CUDA beside a PyTorch for CPU.
 
-    The operators of such a build don't load, and the import stops at the first one that is missing. Trainings
-    don't call them, so declaring their names is enough.
+    Its operators don't load there. Trainings don't call them, so declaring the first two is enough.
     """
     try:
         return importlib.import_module("torchvision")
@@ -43,28 +40,20 @@ def import_torchvision() -> types.ModuleType:
     return importlib.import_module("torchvision")
 
 
-class Cuda:
-    """torch.cuda as the training scripts see it: they refuse to start without."""
+class Instead:
+    """A module as a training script sees it: with some names of its own."""
+
+    def __init__(self, module: Any, **names: Any) -> None:
+        self.__dict__.update(names, module=module)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(torch.cuda, name)
-
-    @staticmethod
-    def is_available() -> bool:
-        return True
-
-    @staticmethod
-    def set_per_process_memory_fraction(*args: Any, **kwargs: Any) -> None:
-        pass
+        return getattr(self.module, name)
 
 
-class Torch:
-    """torch as the training scripts see it."""
-
-    cuda = Cuda()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch, name)
+def torch_with_cuda() -> Instead:
+    """torch for scripts that refuse to start without a card."""
+    cuda = {"is_available": lambda: True, "set_per_process_memory_fraction": lambda *_, **__: None}
+    return Instead(torch, cuda=Instead(torch.cuda, **cuda))
 
 
 def no_cuda() -> None:
@@ -104,21 +93,20 @@ def load(task: str) -> Any:
     no_cuda()
     script: Any = importlib.import_module(task)
     for package, name in (("traiNNer.archs", "aether_arch"), ("traiNNer.optimizers", "soap32_optim")):
-        if f"{package}.{name}" not in sys.modules:  # the folder has no copy
-            importlib.import_module(package).__path__.append(str(HERE.parent / "archs"))
-            importlib.import_module(f"{package}.{name}")
+        importlib.import_module(package).__path__.append(str(HERE.parent / "archs"))  # after its own copies
+        importlib.import_module(f"{package}.{name}")
     contiguous_filter2d("traiNNer.models.realesrgan_model", function="filter2d")
     sys.path.append(str(HERE))
     importlib.import_module("cpu_speed").speed_up_on_cpu()
-    script.torch = Torch()
+    script.torch = torch_with_cuda()
     script.get_env_info = lambda: f"CPU, torch {torch.__version__}"
     return script
 
 
 def main() -> None:
     task = sys.argv.pop(1) if len(sys.argv) > 1 else ""
-    if task not in TASKS:
-        sys.exit(f"trainner_redux_cpu.py: error: expected {' or '.join(TASKS)} before -opt, found {task!r}.")
+    if task not in ("train", "test"):
+        sys.exit(f"trainner_redux_cpu.py: error: expected train or test before -opt, found {task!r}.")
     if not os.path.isdir("traiNNer"):
         sys.exit(f"trainner_redux_cpu.py: error: {os.getcwd()} is no traiNNer-redux; run this in its folder.")
     getattr(load(task), f"{task}_pipeline")(os.getcwd())

@@ -1,6 +1,6 @@
 """Run neosr's own training without CUDA, in a checkout or in a folder that holds the released package.
 
-    python neosr_cpu.py -opt X.toml [--auto_resume] [--launcher pytorch] [--dump FOLDER]
+python neosr_cpu.py -opt X.toml [--auto_resume] [--launcher pytorch] [--dump FOLDER]
 
 The released package (0.1.0) has no train.py. The loop below then calls the same parts in the same order.
 """
@@ -8,10 +8,11 @@ The released package (0.1.0) has no train.py. The loop below then calls the same
 from __future__ import annotations
 
 import importlib
-import importlib.util
+import itertools
 import os
 import sys
-from typing import Any, Dict, List, Optional, Tuple
+from pathlib import Path
+from typing import Any, Dict, Optional, Tuple
 
 import cpu
 import torch
@@ -19,11 +20,8 @@ from torch.overrides import TorchFunctionMode
 
 
 def off_cuda(value: Any) -> Any:
-    return (
-        torch.device("cpu")
-        if isinstance(value, (str, torch.device)) and str(value).startswith("cuda")
-        else value
-    )
+    named = isinstance(value, (str, torch.device)) and str(value).startswith("cuda")
+    return torch.device("cpu") if named else value
 
 
 class OnCpu(TorchFunctionMode):
@@ -53,7 +51,7 @@ def without_cuda() -> None:
     cpu.no_cuda()
     load: Any = torch.load
     generator, autocast, scaler = torch.Generator, torch.autocast, torch.amp.GradScaler
-    for owner, name, value in (
+    cpu.replace(
         (torch, "load", lambda file, map_location=None, **kwargs: load(file, map_location="cpu", **kwargs)),
         (torch, "Generator", lambda device="cpu": generator("cpu")),
         (torch, "autocast", lambda device_type="cpu", **kwargs: autocast("cpu", **kwargs)),
@@ -64,11 +62,10 @@ def without_cuda() -> None:
         (torch.cuda, "manual_seed", lambda seed: None),
         (torch.cuda, "manual_seed_all", lambda seed: None),
         (torch.cuda, "empty_cache", lambda: None),
-    ):
-        setattr(owner, name, value)
+    )
 
 
-def train_released(root: str) -> List[Any]:
+def train_released(root: str) -> None:
     """What neosr's train.py does, for the package that comes without it."""
     from neosr.data import build_dataloader, build_dataset
     from neosr.data.data_sampler import EnlargedSampler
@@ -79,10 +76,9 @@ def train_released(root: str) -> List[Any]:
     opt, args = parse_options(root, is_train=True)
     opt["root_path"] = root
     state = None
-    states = os.path.join("experiments", opt["name"], "training_states")
-    if args.auto_resume and os.path.isdir(states):
-        latest = max(int(name.split(".")[0]) for name in os.listdir(states))
-        opt["path"]["resume_state"] = os.path.join(states, f"{latest}.state")
+    states = list(Path("experiments", opt["name"], "training_states").glob("*.state"))
+    if args.auto_resume and states:
+        opt["path"]["resume_state"] = str(max(states, key=lambda path: int(path.stem)))
         state = torch.load(opt["path"]["resume_state"], weights_only=True)
         check_resume(opt, state["iter"])
     else:
@@ -91,14 +87,12 @@ def train_released(root: str) -> List[Any]:
     train = opt["datasets"]["train"]
     train.update(opt.get("degradations") or {})
     train_set = build_dataset(train)
-    sampler = EnlargedSampler(
-        train_set, opt["world_size"], opt["rank"], train.get("dataset_enlarge_ratio", 1)
-    )
+    enlarged = train.get("dataset_enlarge_ratio", 1)
+    sampler = EnlargedSampler(train_set, opt["world_size"], opt["rank"], enlarged)
     common = {"num_gpu": opt["num_gpu"], "dist": opt["dist"], "seed": opt["manual_seed"]}
     loader = build_dataloader(train_set, train, sampler=sampler, **common)
-    validation = build_dataloader(
-        build_dataset(opt["datasets"]["val"]), opt["datasets"]["val"], sampler=None, **common
-    )
+    val = opt["datasets"]["val"]
+    validation = build_dataloader(build_dataset(val), val, sampler=None, **common)
     model = build_model(opt)
     iteration, epoch, total = 0, 0, int(opt["logger"]["total_iter"])
     if state is not None:
@@ -106,54 +100,39 @@ def train_released(root: str) -> List[Any]:
         iteration, epoch = int(state["iter"]), state["epoch"]
     while iteration < total:
         sampler.set_epoch(epoch)
-        for batch in loader:
+        for batch in itertools.islice(loader, total - iteration):
             iteration += 1
-            if iteration > total:
-                break
             model.feed_data(batch)
             model.optimize_parameters(iteration)
             model.update_learning_rate(iteration, warmup_iter=opt["train"].get("warmup_iter", -1))
             if iteration % opt["logger"]["print_freq"] == 0:
-                logger.info(
-                    f"iter: {iteration} "
-                    + " ".join(f"{name}: {value:.4e}" for name, value in model.get_current_log().items())
-                )
+                losses = (f"{name}: {value:.4e}" for name, value in model.get_current_log().items())
+                logger.info(f"iter: {iteration} {' '.join(losses)}")
             if iteration % opt["logger"]["save_checkpoint_freq"] == 0:
                 model.save(epoch, iteration)
             if "val" in opt and iteration % opt["val"]["val_freq"] == 0:
                 model.validation(validation, iteration, None, True)
         epoch += 1
     model.save(epoch=-1, current_iter=-1)
-    return [model]
 
 
 def main() -> None:
-    folder = cpu.option("--dump")
-    cpu.without_downloads()
-    root = os.getcwd()
-    sys.path.insert(0, root)
-    cpu.import_torchvision()
+    cpu.prepare()
+    sys.path.insert(0, os.getcwd())
     without_cuda()
-    distributed = "--launcher" in sys.argv
-    if distributed:
-        cpu.use_gloo()
     with OnCpu():
         cpu.contiguous_filter2d("neosr.models.otf")
-        if distributed:
+        if "--launcher" in sys.argv:
             # Its own averaging of the losses stacks tensors of two shapes and uses what reduce returns, None.
             base: Any = importlib.import_module("neosr.models.base").base
-            base.reduce_loss_dict = lambda self, losses: {
-                name: value.mean().item() for name, value in losses.items()
-            }
+            base.reduce_loss_dict = lambda self, losses: {k: v.mean().item() for k, v in losses.items()}
         if os.path.exists("train.py"):
             script: Any = importlib.import_module("train")
             script.CUDAPrefetcher = Prefetcher
-            script.torch = cpu.Torch()
-            models = cpu.remember_model(script)
-            script.train_pipeline(root)
+            script.torch = cpu.torch_with_cuda()
+            cpu.run(script, script.train_pipeline)
         else:
-            models = train_released(root)
-    cpu.dump(folder, models)
+            cpu.run(importlib.import_module("neosr.models"), train_released)
 
 
 if __name__ == "__main__":
