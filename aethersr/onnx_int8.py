@@ -15,10 +15,8 @@ LARGEST_INT32 = 2**31 - 1
 def integer_convolutions(model: Any, target: str) -> None:
     """Rewrite an onnx.ModelProto in place for one of aether_quant.TARGETS.
 
-    Convolutions with a quantised input get integer weights. Depthwise ones stay float, because integer 11x11
-    kernels are slower. ONNX Runtime would still make them integer; a LeakyRelu with slope 1, the identity,
-    prevents that at no cost. TensorRT accepts no computed weights next to quantisers, so it gets float
-    constants.
+    Convolutions with a quantised input get integer weights. TensorRT accepts no computed weights next to
+    quantisers, so its other weights become float constants.
     """
     import numpy as np
     from onnx import helper, numpy_helper
@@ -54,11 +52,7 @@ def integer_convolutions(model: Any, target: str) -> None:
         if source is None or source.op_type != "DequantizeLinear":
             continue
         weight = made_by.get(node.input[1])
-        if any(attribute.name == "group" and attribute.i > 1 for attribute in node.attribute):
-            if target == "onnxruntime":
-                output, node.output[0] = node.output[0], f"{node.output[0]}_float"
-                nodes.append(helper.make_node("LeakyRelu", [node.output[0]], [output], alpha=1.0))
-        elif weight is not None and weight.op_type == "Mul":
+        if weight is not None and weight.op_type == "Mul":
             nodes.pop()
             codes, scale = made_by[weight.input[0]].input[0], values[weight.input[1]].reshape(-1)
             name = node.input[1]

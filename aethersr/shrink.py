@@ -11,7 +11,7 @@ import inspect
 import re
 import statistics
 import time
-from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Tuple
 
 import torch
 from aether_arch import VARIANTS, FusedAetherNet
@@ -92,10 +92,9 @@ def with_hidden(state: Mapping[str, Tensor], channels: Mapping[str, Tensor]) -> 
     return kept
 
 
-def fused(state: Mapping[str, Tensor], img_range: Optional[float] = None) -> FusedAetherNet:
-    """The network to measure, in float32. ``img_range``: if it is not 1 and the weights don't record it."""
-    given = {} if img_range is None else {"img_range": img_range}
-    return aether_from_state_dict(state, **given).fused()
+def fused(state: Mapping[str, Tensor]) -> FusedAetherNet:
+    """The network to measure, in float32."""
+    return aether_from_state_dict(state).fused()
 
 
 @torch.no_grad()
@@ -134,31 +133,30 @@ def strongest_channels(net: FusedAetherNet, pairs: Pairs, hidden: int) -> Dict[s
     return {name: share.topk(hidden).indices.sort().values for name, share in shares.items()}
 
 
-def steps(state: State, pairs: Pairs, left: Size, img_range: Optional[float] = None) -> Iterator[Step]:
+def steps(state: State, pairs: Pairs, left: Size) -> Iterator[Step]:
     """The weights as they are, then after each block that goes, after the kernels and after the channels.
 
     Args:
         state: a training form without wrappers.
         pairs: small and large pictures, (1, in_chans, H, W) in [0, 1].
         left: the size to reach. A stage keeps one block.
-        img_range: the training option, if the weights don't record it.
     """
-    net = fused(state, img_range)
+    net = fused(state)
     size = Size.of(net.options)
     yield Step("nothing", state, decibels(net, pairs))
     for _ in range(size.blocks - left.blocks):
         stage, block = least_missed(net, pairs)
         state = without_block(state, stage, block)
-        net = fused(state, img_range)
+        net = fused(state)
         yield Step(f"block {stage}.{block}", state, decibels(net, pairs))
     if left.kernel < size.kernel:
         state = with_kernel(state, left.kernel)
-        net = fused(state, img_range)
+        net = fused(state)
         yield Step(f"kernels outside {left.kernel}x{left.kernel}", state, decibels(net, pairs))
     if left.hidden < size.hidden:
         state = with_hidden(state, strongest_channels(net, pairs, left.hidden))
         what = f"{size.hidden - left.hidden} of {size.hidden} channels"
-        yield Step(what, state, decibels(fused(state, img_range), pairs))
+        yield Step(what, state, decibels(fused(state), pairs))
 
 
 def times(nets: Mapping[str, Any]) -> Comparison:

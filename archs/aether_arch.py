@@ -322,7 +322,7 @@ class AetherBase(nn.Module):
         if frozen:
             log.warning("AetherNet: merged with others, no longer frozen: %s.", ", ".join(sorted(frozen)))
         self.__class__ = type(other)  # as torch.nn.utils.parametrize does: forward belongs to the class
-        for name in ("_parameters", "_buffers", "_modules", "options", "keep_norm", "placement", "is_int8"):
+        for name in ("_parameters", "_buffers", "_modules", "options", "keep_norm", "is_int8"):
             self.__dict__.pop(name, None)
             if name in vars(other):  # some forms have it, others don't
                 self.__dict__[name] = vars(other)[name]
@@ -775,7 +775,7 @@ def _import_sibling(module: str) -> Any:
 def __getattr__(name: str) -> Any:
     """Names that can be imported from here but live in other modules."""
     homes = {"export_onnx": "aethersr.onnx", "aether_from_state_dict": "aethersr.identify"}
-    homes.update(dict.fromkeys(("QuantAetherNet", "Quantizer", "PLACEMENTS", "TARGETS"), "aether_quant"))
+    homes.update(dict.fromkeys(("QuantAetherNet", "Quantizer", "TARGETS"), "aether_quant"))
     if name not in homes:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(_import_sibling(homes[name]), name)
@@ -869,7 +869,7 @@ def _initialize(net: AetherNet) -> None:
 
 
 def _variant(name: str, doc: str, width: int, depths: Tuple[int, ...], attention: bool) -> Any:
-    """A function that builds this variant. Options: AetherNet's, and ``qat`` (true, or a placement)."""
+    """A function that builds this variant. Options: AetherNet's, and ``qat``."""
     own = {"embed_dim": width, "depths": depths, "use_channel_attn": attention, "use_spatial_attn": attention}
     parameters = inspect.signature(AetherNet).parameters.values()
     options = [option.replace(default=own.get(option.name, option.default)) for option in parameters]

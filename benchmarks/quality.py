@@ -253,7 +253,7 @@ def read_results(path: Path) -> Dict[str, Any]:
 
 
 def show(args: argparse.Namespace) -> None:
-    """A row for each run, the mean of its seeds."""
+    """Print a row for each run, the mean of its seeds."""
     result = read_results(args.file)
     of_run: Dict[str, Any] = {}
     for row in result["rows"]:

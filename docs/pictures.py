@@ -97,6 +97,7 @@ def main() -> None:
         [{name: cuts[name] for name in ("float", "int8")} | {"32 times the difference": difference}]
     )
     picture.save(DOCS / "int8.png")
+    print(f"Wrote photo.png, demo.jpg, jpeg.jpg and int8.png to {DOCS}")
 
 
 if __name__ == "__main__":

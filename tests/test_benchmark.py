@@ -132,11 +132,6 @@ def test_the_published_fusion_computes_the_same() -> None:
     assert float((found - expected).abs().max() / expected.abs().max()) < 1e-12
 
 
-def test_no_weight_of_what_is_measured_is_zero_everywhere() -> None:
-    net = bench().build("aether_small", 2)
-    assert not [name for name, value in net.named_parameters() if not value.any()]
-
-
 def test_what_is_not_possible_is_said_and_the_rest_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     def impossible(bench: Any) -> cases.Case:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried\nto allocate more")
@@ -256,6 +251,7 @@ QUALITY = ["train", "{tmp}/x.json", "--data", "{folder}", "--validation", "{fold
         (speed, ["--output", "{tmp}/no/x.md"], "no does not exist; make it or pass another --output"),
         (speed, ["--cases", "runtimes", "--weights", "{tmp}/no.pth"], "does not exist"),
         (speed, ["--cases", "peers", "--traiNNer-redux", "{tmp}"], r"can't be imported .*--traiNNer-redux"),
+        (quality, ["train", "{folder}/two.json", *QUALITY[2:], "--run", TINY], r"another comparison \(x4"),
         (quality, ["table", "{tmp}/no.json"], "no.json holds no runs; quality.py train writes"),
         (quality, ["table", "{folder}/net.safetensors"], "net.safetensors holds no runs"),
         (quality, [*QUALITY, "--data", "{tmp}", "--run", "AetherNet"], "holds no .png; .*prepare_pict"),
@@ -294,13 +290,6 @@ def test_bad_input_ends_with_2_and_one_line(
 def test_without_a_card_one_line_says_what_to_do(capsys: pytest.CaptureFixture) -> None:
     assert speed.main(["--device", "cuda"]) == 2
     assert "pass --device cpu" in one_line(capsys.readouterr().err, "speed.py")
-
-
-def test_another_comparison_is_not_mixed_in(folder: Path, tmp_path: Path) -> None:
-    train(folder, tmp_path / "x.json", "--iterations", "1", "--run", TINY)
-    with pytest.raises(quality.UserError, match=r"holds another comparison .*--iterations 1\)"):
-        quality.train(quality.parse_args(["train", str(tmp_path / "x.json"), "--data", str(folder),
-            "--validation", str(folder / "val"), "--iterations", "2", "--run", TINY]))  # fmt: skip
 
 
 @pytest.mark.parametrize("script", ["speed.py", "quality.py"])

@@ -190,7 +190,7 @@ def test_calibration_measures_the_middle_picture_without_a_margin() -> None:
 @pytest.mark.parametrize("form", ["training", "quantised", "int8"])
 @pytest.mark.parametrize(
     ("images", "error"),
-    [([], "finite"), ([torch.ones(1, 3, 8, 8) / 0], "finite"), ([torch.rand(1, 4, 8, 8)], "channels")],
+    [([], "finite"), ([torch.ones(1, 3, 8, 8) / 0], "finite"), ([torch.rand(1, 4, 8, 8)], "must match")],
 )
 def test_a_preparation_or_calibration_that_fails_changes_nothing(form: str, images: Any, error: str) -> None:
     net: Any = float_net() if form == "training" else quantised()

@@ -19,6 +19,7 @@ from aethersr import shrink
 from aethersr.commands.fuse import main as fuse
 from aethersr.commands.shrink import main
 from aethersr.identify import aether_from_state_dict, read_options
+from aethersr.ncnn import run as run_ncnn
 from aethersr.timing import Comparison
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -67,7 +68,7 @@ def test_smaller_weights_compute_what_the_network_does_without_the_parts(kind: s
             name = f"stages.{stage}.{int(block) - (stage == '0')}."
             channels[name] = torch.arange(1, module.conv_out.in_channels, 2)
             module.conv_out.weight[:, ::2] = 0
-    smaller = aether_from_state_dict(shrink.with_hidden(state, channels), KINDS[kind].get("img_range", 1.0))
+    smaller = aether_from_state_dict(shrink.with_hidden(state, channels))
     assert shrink.Size.of(smaller.options) == (
         sum(net.options["depths"]) - 1,
         5,
@@ -87,6 +88,14 @@ def test_with_nothing_taken_out_every_tensor_is_equal(tmp_path: Path, pictures: 
         assert sorted(found) == sorted(state)
         assert all(found[name].dtype == torch.half for name in state)
         assert all(torch.equal(found[name], value) for name, value in state.items())
+
+
+def test_img_range_of_an_older_file_is_recorded(tmp_path: Path, pictures: Path, capsys: Any) -> None:
+    state = network(img_range=255.0, **PLAIN).state_dict()
+    torch.save({name: value for name, value in state.items() if name != "img_range"}, tmp_path / "net.pth")
+    assert run(tmp_path, "--img_range", 255) == 0
+    assert torch.load(tmp_path / "small.pth", weights_only=True)["img_range"].equal(state["img_range"])
+    assert "img_range: 255.0" in capsys.readouterr().out
 
 
 @torch.no_grad()
@@ -187,3 +196,9 @@ def test_every_tool_opens_uneven_depths(tmp_path: Path, pictures: Path, capsys: 
         session = onnxruntime.InferenceSession(str(tmp_path / f"2x_{precision}.onnx"))
         out = session.run(None, {session.get_inputs()[0].name: image.numpy()})[0]
         assert np.abs(out - expected).max() < allowed * largest
+    ncnn = pytest.importorskip("ncnn")
+    pytest.importorskip("pnnx")
+    assert fuse([*files, "--overwrite", "--ncnn"]) == 0
+    opened = ncnn.Net()
+    assert opened.load_param(str(tmp_path / "2x.param")) == opened.load_model(str(tmp_path / "2x.bin")) == 0
+    assert np.abs(run_ncnn(opened, image).numpy() - expected).max() < 1e-3 * largest

@@ -168,6 +168,9 @@ def test_a_second_picture_follows_the_first_and_may_interrupt_it(
     page.wait(f"{STATE} === 'working'")
     check(page, tiny, photograph(tmp_path, 31, 40, "second.jpg"))
     assert page.js(STATUS) == "Done: 31x40 became 62x80."
+    assert (
+        page.js("document.getElementById('count').textContent") == "0 of 1 tiles"
+    )  # the first run has ended
 
 
 def test_the_javascript_of_the_documentation_runs(page: Any, tmp_path: Path) -> None:

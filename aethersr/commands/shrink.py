@@ -12,6 +12,7 @@ import argparse
 from pathlib import Path
 from typing import Any, List, Mapping, Optional, Sequence, Tuple
 
+import torch
 from aether_arch import AetherBase, __version__
 from torch import Tensor
 
@@ -21,7 +22,7 @@ from aethersr.checkpoint import ENDINGS, read_checkpoint, write_state
 from aethersr.commands import exit_code
 from aethersr.errors import UserError
 from aethersr.files import Together, check_output
-from aethersr.identify import form_name, read_options, variant_name
+from aethersr.identify import aether_from_state_dict, form_name, read_options, variant_name
 
 PICTURES, SIDE = 16, 48  # pictures at most, and low-resolution pixels of a side, to choose on
 KERNEL = 7  # with --time: the borders of larger ones take time and hardly help
@@ -50,17 +51,21 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def build(args: argparse.Namespace, state: Mapping[str, Tensor]) -> AetherBase:
-    """The fused network of a training form."""
+def training_form(args: argparse.Namespace) -> shrink.State:
+    """The checkpoint's weights, with the img_range that the user says."""
+    state, chosen = read_checkpoint(args.model_path)
+    print(f"Weights: {chosen}")
     form = form_name(state)
     if form not in ("training", ""):
         found = f"{args.model_path} is in {form} form, which can't be fine-tuned"
         raise UserError(f"{found}; pass the training form that it was made from (--model_path).")
     try:
-        return shrink.fused(state, args.img_range)
+        aether_from_state_dict(state, args.img_range)
     except ValueError as error:
         given = "" if args.img_range is None else " or another --img_range"
         raise UserError(f"{args.model_path}: {error} Pass a training form (--model_path){given}.") from None
+    recorded = {} if args.img_range in (None, 1) else {"img_range": torch.tensor([args.img_range])}
+    return {**state, **recorded}
 
 
 def size_left(args: argparse.Namespace, options: Mapping[str, Any]) -> shrink.Size:
@@ -103,19 +108,18 @@ def run(args: argparse.Namespace) -> None:
     if target.suffix.lower() not in ENDINGS:
         raise UserError(f"{target} does not end in .pth or .safetensors; pass another --output_path.")
     check_output(target, [args.model_path], args.overwrite, "--output_path")
-    state, chosen = read_checkpoint(args.model_path)
-    before: Any = build(args, state)
+    state = training_form(args)
+    before = shrink.fused(state)
     pairs = read_pictures(args.pictures, before)
-    left = size_left(args, {**before.options, **read_options(state)})
-    print(f"Weights: {chosen}\nOn {len(pairs)} pictures of {args.pictures}, before any training:\n")
+    left = size_left(args, read_options(state))
+    print(f"On {len(pairs)} pictures of {args.pictures}, before any training:\n")
     print(f"{'taken out':<24}{'blocks in each stage':<24}{'PSNR, dB':>8}")
-    for step in shrink.steps(state, pairs, left, args.img_range):
+    for step in shrink.steps(state, pairs, left):
         depths = ", ".join(map(str, read_options(step.state)["depths"]))
         print(f"{step.what:<24}{depths:<24}{step.decibels:>8.2f}", flush=True)
-    options = {**before.options, **read_options(step.state)}
-    ratio = shrink.times({"before": before, "after": shrink.fused(step.state, args.img_range)}).ratio(
-        "after", "before"
-    )
+    options = read_options(step.state)
+    times = shrink.times({"before": before, "after": shrink.fused(step.state)})
+    ratio = times.ratio("after", "before")
     measured = f"{shrink.SIDE}x{shrink.SIDE} pixels in PyTorch, one thread"
     print(f"\nTime: {ratio.value:.2f} of the network's ({ratio.low:.2f} to {ratio.high:.2f}; {measured})")
     name, metadata = variant_name(options), {"format": "pt", "form": "training", "scale": str(before.scale)}
