@@ -60,16 +60,6 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
-def no_timing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The fuse command measures no speed, which takes most of a run's time."""
-    from aethersr import verify
-    from aethersr.timing import Comparison
-
-    times = Comparison({"unfused": [2.0], "fused": [1.0]})
-    monkeypatch.setattr(verify, "compare_times", lambda *networks: times)
-
-
-@pytest.fixture
 def reader(tmp_path: Path, capfd: pytest.CaptureFixture) -> Any:
     """A folder in which one checkpoint after another is read or refused: see checkpoints.Reader."""
     from checkpoints import Reader

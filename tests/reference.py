@@ -31,11 +31,10 @@ def reference(
 
     def block(x: Tensor, name: str) -> Tensor:
         channels = x.shape[1]
-        large = conv(x, f"{name}.conv.lk_conv", groups=channels) + state[f"{name}.conv.lk_bias"].view(
-            1, -1, 1, 1
-        )
-        small = conv(x, f"{name}.conv.sk_conv", groups=channels) + state[f"{name}.conv.sk_bias"].view(
-            1, -1, 1, 1
+        large, small = (
+            conv(x, f"{name}.conv.{kind}_conv", groups=channels)
+            + state[f"{name}.conv.{kind}_bias"].view(-1, 1, 1)
+            for kind in ("lk", "sk")
         )
         out = norm(large + small, f"{name}.norm")
         if "bound" in state:
@@ -43,10 +42,8 @@ def reference(
         gate = conv(out, f"{name}.ffn.conv_gate") * state[f"{name}.ffn.temperature"]
         out = conv(gate * torch.sigmoid(gate) * conv(out, f"{name}.ffn.conv_main"), f"{name}.ffn.conv_out")
         if f"{name}.channel_attn.fc.0.weight" in state:
-            squeezed = out.mean((2, 3), keepdim=True)
-            out = out * torch.sigmoid(
-                conv(torch.relu(conv(squeezed, f"{name}.channel_attn.fc.0")), f"{name}.channel_attn.fc.2")
-            )
+            squeezed = torch.relu(conv(out.mean((2, 3), keepdim=True), f"{name}.channel_attn.fc.0"))
+            out = out * torch.sigmoid(conv(squeezed, f"{name}.channel_attn.fc.2"))
         if f"{name}.spatial_attn.conv.weight" in state:
             pooled = torch.cat([out.max(1, keepdim=True)[0], out.mean(1, keepdim=True)], 1)
             out = out * torch.sigmoid(conv(pooled, f"{name}.spatial_attn.conv"))
@@ -61,17 +58,12 @@ def reference(
             j += 1
         features.append(conv(out, f"fusion_convs.{i}"))
         i += 1
-    body = (
-        conv(
-            torch.cat(features, 1) + state["quant_fusion_layer.error_comp"], "quant_fusion_layer.fusion_conv"
-        )
-        + shallow
-    )
+    joined = torch.cat(features, 1) + state["quant_fusion_layer.error_comp"]
+    body = conv(joined, "quant_fusion_layer.fusion_conv") + shallow
     body = conv(norm(body, "norm"), "conv_after_body") + body
     out = F.leaky_relu(conv(body, "conv_before_upsample.0"), 0.01)
-    steps = [name for name in state if name.startswith("upsample.blocks.") and name.endswith(".weight")]
-    for k, name in enumerate(sorted(steps)):
+    steps = sorted(name for name in state if name.startswith("upsample.") and name.endswith(".weight"))
+    for name, following in zip(steps, [*steps[1:], "conv_last.weight"]):
         out = conv(out, name[: -len(".weight")])
-        following = state[sorted(steps)[k + 1]] if k + 1 < len(steps) else state["conv_last.weight"]
-        out = F.pixel_shuffle(out, round((out.shape[1] / following.shape[1]) ** 0.5))
+        out = F.pixel_shuffle(out, round((out.shape[1] / state[following].shape[1]) ** 0.5))
     return conv(out, "conv_last") / img_range + state["mean"], after

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, Dict, List
 
 import pytest
 import torch
@@ -13,13 +13,14 @@ from conftest import small_net
 from aethersr.exported import ExportTail, for_export
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+TINY: Dict[str, Any] = {"embed_dim": 8, "depths": (1,), "lk_kernel": 5}
 SIZES = ((1, 1), (1, 9), (2, 1), (2, 2), (3, 4), (7, 12))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("scale", SCALES)
 def test_it_computes_the_same_at_every_size(scale: int) -> None:
-    net = small_net(scale, embed_dim=8, depths=(1,), lk_kernel=5).fused()
+    net = small_net(scale, **TINY).fused()
     exported = for_export(net).double()
     for height, width in SIZES:
         image = torch.rand(2, 3, height, width, dtype=torch.float64)
@@ -29,14 +30,14 @@ def test_it_computes_the_same_at_every_size(scale: int) -> None:
 
 
 def test_all_of_it_is_on_the_networks_device() -> None:
-    net = small_net(2, embed_dim=8, depths=(1,), lk_kernel=5).fused().to("meta")
+    net = small_net(2, **TINY).fused().to("meta")
     assert {value.device.type for value in ExportTail(net.tail, 3).state_dict().values()} == {"meta"}
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("scale", [2, 4])
 def test_int8_weights_stay_int8_and_compute_the_same(scale: int) -> None:
-    net: Any = small_net(scale, embed_dim=8, depths=(1,), lk_kernel=5).float().prepare_qat()
+    net: Any = small_net(scale, **TINY).float().prepare_qat()
     stored = net.convert_to_quantized()
     exported, image = for_export(stored), torch.rand(1, 3, 7, 12)
     assert float((exported(image) - stored(image)).abs().max()) <= 1e-5 * float(stored(image).abs().max())
@@ -46,15 +47,14 @@ def test_int8_weights_stay_int8_and_compute_the_same(scale: int) -> None:
 
 @torch.no_grad()
 def test_half_precision_is_finite_on_a_long_narrow_picture_with_features_near_its_limit() -> None:
-    net = small_net(2, embed_dim=8, depths=(1,), lk_kernel=5).float().fused()
+    net = small_net(2, **TINY).float().fused()
     image = torch.rand(1, 3, 3, 5000)
-    largest: Any = {}
-    hook = net.conv_before_upsample.register_forward_hook(
-        lambda *call: largest.update(value=call[2].abs().max())
-    )
+    largest: List[float] = []
+    hook = lambda *call: largest.append(float(call[2].abs().max()))  # noqa: E731
+    handle = net.conv_before_upsample.register_forward_hook(hook)
     net(image)
-    hook.remove()
-    factor = 3e4 / float(largest["value"])  # what comes into the tail; what goes out stays as it is
+    handle.remove()
+    factor = 3e4 / largest[0]  # what comes into the tail; what goes out stays as it is
     net.conv_before_upsample[0].weight.mul_(factor)
     net.conv_before_upsample[0].bias.mul_(factor)
     for name, value in net.tail.named_parameters():
@@ -69,7 +69,7 @@ def test_half_precision_is_finite_on_a_long_narrow_picture_with_features_near_it
 @torch.no_grad()
 @pytest.mark.parametrize("scale", [2, 4])
 def test_tracing_warns_of_nothing(scale: int) -> None:
-    net = small_net(scale, embed_dim=8, depths=(1,), lk_kernel=5).float().fused()
+    net = small_net(scale, **TINY).float().fused()
     with warnings.catch_warnings():
         warnings.simplefilter("error", torch.jit.TracerWarning)
         for network in (net, for_export(net)):

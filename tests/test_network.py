@@ -21,13 +21,12 @@ from reference import reference
 from safetensors import safe_open
 from torch import Tensor
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("*.safetensors"))
 assert len(GOLDEN) == 5
 BOTH = {"use_channel_attn": True, "use_spatial_attn": True}
 NEITHER = {"use_channel_attn": False, "use_spatial_attn": False}
-TINY: Dict[str, Any] = {"embed_dim": 8, "depths": (1,), "lk_kernel": 7, "sk_kernel": 5}  # quick to trace
-
-
+TINY: Dict[str, Any] = {"embed_dim": 8, "depths": (1,), "lk_kernel": 3}  # quick to trace
 BOUND = 0.75  # small enough that random networks reach it
 
 
@@ -51,39 +50,37 @@ def test_the_golden_vectors_are_met_in_eval_fused_and_train(path: Path) -> None:
     with safe_open(str(path), "pt") as file:
         config = json.loads(file.metadata()["config"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    sd, after = ({n[len(p) :]: v for n, v in tensors.items() if n.startswith(p)} for p in ("sd/", "after/"))
     net = AetherNet(**config, drop_path_rate=0.0).eval()
-    net.load_state_dict(
-        {name[3:]: value for name, value in tensors.items() if name.startswith("sd/")}, strict=True
-    )
+    net.load_state_dict(sd, strict=True)
     with torch.no_grad():
         assert relative(net(tensors["input"]), tensors["output"]) <= 1e-5
         assert relative(net.fused()(tensors["input"]), tensors["output"]) <= 1e-5
         assert relative(net.train()(tensors["input"]), tensors["train_output"]) <= 1e-5
-    state = net.state_dict()
-    after = {name[6:]: value for name, value in tensors.items() if name.startswith("after/")}
     assert after
     for name, value in after.items():
-        assert relative(state[name], value) <= 1e-5, name
+        assert relative(net.state_dict()[name], value) <= 1e-5, name
 
 
 @pytest.mark.parametrize("scale", aether_arch.SCALES)
-@pytest.mark.parametrize("attention", [BOTH, NEITHER], ids=["attention", "plain"])
-def test_evaluation_equals_the_written_out_network(scale: int, attention: Dict[str, bool]) -> None:
-    net = small_net(scale, img_range=2.0, **attention)
+@pytest.mark.parametrize("options", [BOTH, {**NEITHER, "bound": BOUND}], ids=["attention", "bounded"])
+def test_evaluation_equals_the_written_out_network(scale: int, options: Dict[str, Any]) -> None:
+    net = small_net(scale, img_range=2.0, **options)
     for height, width in ((1, 1), (7, 12)):
         x = torch.rand(2, 3, height, width, dtype=torch.float64)
-        assert relative(net(x), reference(net.state_dict(), x, img_range=2.0)[0]) <= 1e-12
+        expected = reference(net.state_dict(), x, img_range=2.0)[0]
+        assert relative(net(x), expected) <= 1e-12
+    if net.options["bound"]:
+        net.set_bound(None)
+        assert "bound" not in net.state_dict()
+        unbounded = reference(net.state_dict(), x, img_range=2.0)[0]
+        assert relative(net(x), unbounded) <= 1e-12 < 1e-3 < relative(expected, unbounded)
 
 
-@pytest.mark.parametrize("attention", [BOTH, NEITHER], ids=["attention", "plain"])
-def test_training_output_statistics_and_gradients_equal_the_two_branch_form(
-    attention: Dict[str, bool],
-) -> None:
-    net = small_net(2, drop_path_rate=0.0, norm="batch", **attention).train()
-    state = {
-        name: value.clone().requires_grad_(value.is_floating_point())
-        for name, value in net.state_dict().items()
-    }
+@pytest.mark.parametrize("options", [BOTH, NEITHER, {"bound": BOUND}], ids=["attention", "plain", "bounded"])
+def test_training_output_statistics_and_gradients_equal_the_two_branch_form(options: Dict[str, Any]) -> None:
+    net = small_net(2, drop_path_rate=0.0, norm="batch", **options).train()
+    state = {name: value.clone().requires_grad_() for name, value in net.state_dict().items()}
     x = torch.rand(3, 3, 9, 11, dtype=torch.float64)
     expected, after = reference(state, x, training=True)
     output = net(x)
@@ -99,19 +96,27 @@ def test_training_output_statistics_and_gradients_equal_the_two_branch_form(
         assert relative(net.state_dict()[name], value) <= 1e-12, name
 
 
-@pytest.mark.parametrize(
-    ("variant", "counts"),
-    [
-        ("aether_small", {2: 1_620_691, 3: 2_035_891, 4: 1_536_451}),
-        ("aether_medium", {2: 3_812_939, 3: 4_550_859, 4: 3_663_755}),
-        ("aether_large", {2: 10_923_843, 3: 12_382_743, 4: 10_629_813}),
-    ],
-)
-def test_the_variants_have_the_published_numbers_of_parameters(variant: str, counts: Dict[int, int]) -> None:
-    build = getattr(aether_arch, variant)
-    for scale, expected in counts.items():
-        assert sum(value.numel() for value in build(scale=scale).parameters()) == expected
-    assert build.__doc__.endswith(f" {counts[4] / 1e6:.1f} million parameters at x4.")
+COUNTS = {
+    "aether_small": (96, (4,) * 4, False, (1_371_571, 1_620_691, 2_035_891, 1_536_451, 1_522_227)),
+    "aether_medium": (128, (6,) * 4, True, (3_370_187, 3_812_939, 4_550_859, 3_663_755, 3_626_027)),
+    "aether_large": (180, (8,) * 5, True, (10_048_503, 10_923_843, 12_382_743, 10_629_813, 10_555_698)),
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_the_variants_are_those_that_weights_were_trained_for(name: str) -> None:
+    width, depths, attention, counts = COUNTS[name]
+    own = {"embed_dim": width, "depths": depths, "use_channel_attn": attention, "use_spatial_attn": attention}
+    own.update(scale=4, in_chans=3, lk_kernel=11, sk_kernel=3, mlp_ratio=2.0, img_range=1.0)
+    build = getattr(aether_arch, name)
+    options = inspect.signature(build).parameters
+    assert {key: options[key].default for key in own} == own
+    if name == "aether_medium":  # what AetherNet() alone is
+        assert [*inspect.signature(AetherNet).parameters.values()] == [*options.values()][:-1]
+    with torch.device("meta"):
+        nets = [build(scale=scale) for scale in aether_arch.SCALES]
+    assert tuple(sum(value.numel() for value in net.parameters()) for net in nets) == counts
+    assert build.__doc__.endswith(f" {counts[3] / 1e6:.1f} million parameters at x4.")
 
 
 @pytest.mark.parametrize(
@@ -232,36 +237,8 @@ def test_an_impossible_bound_is_refused_and_the_old_one_stays(value: Any) -> Non
     assert (net.options["bound"], net.stages[0][0].bound, float(net.bound)) == (BOUND, BOUND, BOUND)
 
 
-@pytest.mark.parametrize("shape", [(), (2,), (0,)])
-def test_a_bound_of_another_shape_is_refused_and_nothing_is_loaded(shape: Any) -> None:
-    net = small_net(2, bound=BOUND)
-    before = {name: value.clone() for name, value in net.state_dict().items()}
-    state = {**small_net(2, bound=BOUND).state_dict(), "bound": torch.ones(shape), "mean": net.mean + 1}
-    with pytest.raises(RuntimeError, match="'bound' is not one number"):
-        net.load_state_dict(state)
-    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
-    with pytest.raises(ValueError, match="'bound'"):
-        aether_arch.aether_from_state_dict(state)
-
-
-@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
-def test_a_bounded_network_is_the_written_out_one(training: bool) -> None:
-    net = small_net(2, bound=BOUND, drop_path_rate=0.0, norm="batch").train(training)
-    state = {name: value.clone() for name, value in net.state_dict().items()}
-    x = torch.rand(2, 3, 9, 14, dtype=torch.float64)
-    expected = reference(state, x, training=training)[0]
-    assert relative(net(x), expected) <= 1e-12
-    unbounded = {name: value for name, value in state.items() if name != "bound"}
-    assert relative(expected, reference(unbounded, x, training=training)[0]) > 1e-3, (
-        "the bound is never reached"
-    )
-    net.set_bound(None)
-    assert "bound" not in net.state_dict()
-    assert relative(net.eval()(x), reference(net.state_dict(), x)[0]) <= 1e-12
-
-
 @torch.no_grad()
-def test_a_bound_keeps_every_form_of_a_runaway_network_finite(tmp_path: Path) -> None:
+def test_a_bound_keeps_every_form_of_a_runaway_network_finite() -> None:
     image = torch.rand(1, 3, 24, 24).round()
     assert not bool(runaway()(image).isfinite().all())
     net = runaway(bound=1.0)
@@ -276,25 +253,18 @@ def test_layout_copy_and_pickle_change_nothing() -> None:
     x = torch.rand(1, 3, 9, 14, dtype=torch.float64)
     for form in (net, net.fused()):
         expected = form(x)
-        assert (
-            relative(
-                copy.deepcopy(form).to(memory_format=torch.channels_last)(
-                    x.to(memory_format=torch.channels_last)
-                ),
-                expected,
-            )
-            <= 1e-12
-        )
+        last = copy.deepcopy(form).to(memory_format=torch.channels_last)
+        assert relative(last(x.to(memory_format=torch.channels_last)), expected) <= 1e-12
         torch.testing.assert_close(pickle.loads(pickle.dumps(form))(x), expected)
 
 
 def test_torch_compile_sees_one_graph_in_every_form() -> None:
     net = small_net(2, **TINY).float()
     x = torch.rand(2, 3, 8, 8)
-    for form in (net.train(), copy.deepcopy(net).eval(), net.fused()):
+    for form in (net.train(), net.fused()):
         torch._dynamo.reset()
-        assert torch._dynamo.explain(form)(x).graph_break_count == 0
-        assert torch.compile(form, backend="aot_eager")(x).shape == (2, 3, 16, 16)
+        compiled = torch.compile(form, backend="aot_eager", fullgraph=True)  # breaks are errors
+        assert compiled(x).shape == (2, 3, 16, 16)
 
 
 def test_a_compiler_is_noticed_as_a_tracer_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -304,20 +274,13 @@ def test_a_compiler_is_noticed_as_a_tracer_is(monkeypatch: pytest.MonkeyPatch) -
     assert aether_arch._is_traced()
 
 
-@pytest.mark.parametrize(
-    ("depths", "rates"), [((1,), [0.0]), ((1, 1), [0.0, 0.25]), ((1, 2), [0.0, 0.125, 0.25])]
-)
-def test_drop_path_grows_from_nothing_to_the_last_block(depths: Any, rates: Any) -> None:
-    net = small_net(2, depths=depths, drop_path_rate=0.25)
-    assert [block.drop_path for stage in net.stages for block in stage] == rates
-
-
-def test_drop_path_drops_whole_samples_in_training_only() -> None:
+def test_drop_path_grows_from_nothing_to_the_last_block_and_drops_whole_samples_in_training() -> None:
     torch.manual_seed(0)
-    block = small_net(2, drop_path_rate=0.25).stages[1][1]
-    x = torch.rand(64, 24, 3, 3, dtype=torch.float64)
-    branch = block.eval()(x) - x
-    dropped = block.train()(x) - x
+    for depths, rates in (((1,), [0.0]), ((1, 1), [0.0, 0.25]), ((1, 2), [0.0, 0.125, 0.25])):
+        stages = small_net(2, depths=depths, drop_path_rate=0.25).stages
+        assert [block.drop_path for stage in stages for block in stage] == rates
+    x, block = torch.rand(64, 24, 3, 3, dtype=torch.float64), stages[1][1]
+    branch, dropped = block.eval()(x) - x, block.train()(x) - x
     kept = dropped.abs().amax((1, 2, 3)) > 0
     assert 36 < int(kept.sum()) < 60
     assert relative(dropped[kept], branch[kept] / 0.75) <= 1e-12
@@ -331,22 +294,6 @@ def test_dropout_falls_on_the_hidden_and_on_the_output_features() -> None:
     assert all(0.4 < float(zeros.mean()) < 0.6 for zeros in seen)
 
 
-def test_the_fused_network_can_be_trained_too() -> None:
-    net = small_net(2)
-    fused = net.fused()
-    x = torch.rand(1, 3, 6, 7, dtype=torch.float64)
-    direction = torch.randn(1, 3, 12, 14, dtype=torch.float64)
-    for form in (net, fused):
-        form.eval()
-        (form(x) * direction).sum().backward()
-    block, fused_block = net.stages[0][0], fused.stages[0][0]
-    assert relative(fused_block.out_conv.weight.grad, block.ffn.conv_out.weight.grad) <= 1e-9
-    assert (
-        relative(fused_block.gate_conv.bias.grad * block.ffn.temperature, block.ffn.conv_gate.bias.grad)
-        <= 1e-9
-    )
-
-
 def test_a_traced_network_is_the_same_function_at_any_size() -> None:
     """The exporter traces; it can't take a kernel that is summed in the graph."""
     net = small_net(2, **TINY)
@@ -357,45 +304,13 @@ def test_a_traced_network_is_the_same_function_at_any_size() -> None:
     assert "aten::pad" not in {node.kind() for node in traced.inlined_graph.nodes()}
 
 
+@torch.no_grad()
 def test_the_blocks_of_a_new_network_keep_the_size_of_what_they_get_and_add_nothing_yet() -> None:
     torch.manual_seed(0)
     net = AetherNet(scale=2, embed_dim=64, depths=(1, 1)).eval()
     block, x = net.stages[1][0], torch.randn(1, 64, 40, 40)
-    with torch.no_grad():
-        inside = block.norm(block.conv(x))
-        for name, value in (
-            ("depthwise", inside),
-            ("gate", block.ffn.conv_gate(x)),
-            ("main", block.ffn.conv_main(x)),
-        ):
-            assert 0.8 < float(value.std()) < 1.6, name
-        torch.testing.assert_close(block(x), x)
-        assert net.conv_first(torch.rand(1, 3, 40, 40)).std((2, 3)).min() > 0.1, (
-            "all channels see the picture"
-        )
-
-
-@pytest.mark.parametrize(
-    ("name", "width", "depths", "attention"),
-    [
-        ("aether_small", 96, (4, 4, 4, 4), False),
-        ("aether_medium", 128, (6, 6, 6, 6), True),
-        ("aether_large", 180, (8, 8, 8, 8, 8), True),
-    ],
-)
-def test_the_variants_are_those_that_weights_were_trained_for(
-    name: str, width: int, depths: tuple[int, ...], attention: bool
-) -> None:
-    own = {"embed_dim": width, "depths": depths, "use_channel_attn": attention, "use_spatial_attn": attention}
-    common = {"scale": 4, "in_chans": 3, "lk_kernel": 11, "sk_kernel": 3, "mlp_ratio": 2.0, "img_range": 1.0}
-    options = inspect.signature(getattr(aether_arch, name)).parameters
-    assert {key: options[key].default for key in {**own, **common}} == {**own, **common}
-    if name == "aether_medium":  # what AetherNet() alone is
-        assert [*inspect.signature(AetherNet).parameters.values()] == [
-            option for option in options.values() if option.name != "qat"
-        ]
-
-
-@pytest.mark.parametrize(("scale", "channels"), [(1, 80), (2, 80), (3, 80), (4, 40), (8, 32)])
-def test_upsampling_leaves_so_many_channels(scale: int, channels: int) -> None:
-    assert AetherNet(scale=scale, embed_dim=80, depths=(1,)).upsample.out_channels == channels
+    for part in (lambda x: block.norm(block.conv(x)), block.ffn.conv_gate, block.ffn.conv_main):
+        assert 0.8 < float(part(x).std()) < 1.6
+    torch.testing.assert_close(block(x), x)
+    sees = net.conv_first(torch.rand(1, 3, 40, 40)).std((2, 3))
+    assert sees.min() > 0.1, "all channels see the picture"

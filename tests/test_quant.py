@@ -14,7 +14,7 @@ from aether_arch import AetherBase, AetherNet, FusedAetherNet, aether_small
 from aether_quant import TARGETS, QuantAetherNet, QuantConv2d, Quantizer, StoredConv2d, insert_quantizers
 from conftest import randomize
 from torch import Tensor
-from torch.nn.functional import conv2d, mse_loss
+from torch.nn.functional import conv2d
 
 from aethersr.identify import aether_from_state_dict
 
@@ -129,21 +129,9 @@ def test_an_unknown_range_rounds_nothing_and_an_average_of_the_state_keeps_the_r
     assert torch.allclose(averaged.largest, quantizer.largest)
 
 
-def test_blocks_that_start_at_zero_are_not_clipped_after_training(image: Tensor) -> None:
-    torch.manual_seed(0)
-    net: Any = AetherNet(**TINY, **NO_ATTENTION).prepare_qat().train()
-    optimizer = torch.optim.Adam([value for value in net.parameters() if value.requires_grad], 1e-3)
-    truth, seen = torch.rand(2, 3, 40, 48), []
-    out = net.stages[0][0].out_conv
-    out.quant_out.register_forward_pre_hook(lambda module, inputs: seen.append(float(inputs[0].abs().max())))
-    for _ in range(60):
-        optimizer.zero_grad()
-        mse_loss(net(image), truth).backward()
-        optimizer.step()
-    assert float(seen[0]) == 0, "the case: the first batch holds zeros"
-    assert 0.8 < float(out.quant_out.largest) / seen[-1] < 3
-    dead: Any = AetherNet(**TINY).prepare_qat().convert_to_quantized()  # never anything but zero
-    assert bool(dead(image).isfinite().all())
+def test_what_never_held_anything_but_zero_stays_finite(image: Tensor) -> None:
+    net: Any = AetherNet(**TINY).prepare_qat().convert_to_quantized()
+    assert bool(net(image).isfinite().all())
 
 
 def distributed_worker(rank: int, folder: str) -> None:
@@ -265,41 +253,25 @@ def full_file(load: Callable[[Any], Any]) -> None:
 
 def test_training_moves_ranges_too_and_its_state_survives_a_file(image: Tensor, tmp_path: Path) -> None:
     net = quantised().train()
-    before = {name: value.clone() for name, value in net.state_dict().items()}
-    optimizer = torch.optim.Adam([value for value in net.parameters() if value.requires_grad], 1e-3)
+    before = copy.deepcopy(net.state_dict())
+    trained = [value for value in net.parameters() if value.requires_grad]
+    optimizer = torch.optim.Adam(trained, 1e-3)
     for _ in range(3):
         optimizer.zero_grad()
         net(image).square().mean().backward()
-        # DDP stops at parameters without gradient.
-        assert all(value.grad is not None for value in net.parameters() if value.requires_grad)
+        assert all(value.grad is not None for value in trained), "DDP stops there"
         optimizer.step()
     state = net.state_dict()
     moved = {name.split(".")[-1] for name, value in state.items() if not torch.equal(value, before[name])}
     assert moved >= {"weight", "bias", "range_sum", "watched"}
     assert {name for name, _ in net.named_buffers()} == {"mean", "bound"}, "BasicSR's EMA copies no buffers"
     assert all(value.is_floating_point() and value.numel() for value in state.values())
-    torch.save({"params_ema": state}, tmp_path / "qat.pth")
-    saved = torch.load(tmp_path / "qat.pth", weights_only=True)["params_ema"]
+    torch.save(state, tmp_path / "qat.pth")
+    saved = torch.load(tmp_path / "qat.pth", weights_only=True)
     resumed = insert_quantizers(float_net())
     resumed.load_state_dict(saved)
     for each in (aether_from_state_dict(saved), resumed):
         torch.testing.assert_close(each.eval()(image), net.eval()(image))
-
-
-def test_a_gradscaler_sees_what_overflows(image: Tensor) -> None:
-    net = quantised(embed_dim=8, depths=(1,)).train()
-    scaler = torch.amp.GradScaler("cpu", init_scale=65536.0)
-    optimizer = torch.optim.SGD([value for value in net.parameters() if value.requires_grad], 1e-9)
-    for _ in range(8):
-        optimizer.zero_grad()
-        with torch.autocast("cpu", torch.float16):
-            loss = ((net(image).half() * 1e-3) * 1e5).float().mean()  # overflows in its own backward pass
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-    assert 1024 <= scaler.get_scale() <= 8192
-    gradients = torch.cat([value.grad.flatten() for value in net.parameters() if value.grad is not None])
-    assert 0 < float(gradients.abs().max()) < math.inf
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
