@@ -13,10 +13,10 @@ from aether_arch import AetherBase
 from torch import Tensor
 
 from aethersr.checkpoint import read_checkpoint
-from aethersr.errors import UserError, first_line, missing_package
+from aethersr.errors import Refused, UserError, first_line, missing_package
 from aethersr.identify import aether_from_state_dict
 from aethersr.tiling import receptive_field
-from aethersr.untrusted import Refused, check_kind
+from aethersr.untrusted import check_kind
 
 
 class Network(Protocol):

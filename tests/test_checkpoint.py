@@ -8,7 +8,6 @@ from __future__ import annotations
 import collections
 import io
 import json
-import os
 import zipfile
 from pathlib import Path
 from typing import Any, Dict, Mapping
@@ -97,19 +96,6 @@ def test_averaged_weights_are_preferred_and_no_others_are_taken_for_averaged(wra
     assert_state(found.state, EMA)
     assert found.chosen.startswith("the averaged ones")
     assert "holds others" not in found.chosen
-
-
-def test_averaged_weights_without_names_take_those_of_the_network_beside_them() -> None:
-    """As torch-ema and diffusers save them: a list, without what is no parameter."""
-    names = [name for name, _ in NET.named_parameters()]
-    ema = {"decay": 0.99, "num_updates": 3, "shadow_params": [EMA[name] for name in names]}
-    for content in ({"model": STATE, "ema": ema}, {"ema": ema, **under("module.", STATE)}):
-        found = unwrap(content)
-        assert_state(found.state, {**STATE, **{name: EMA[name] for name in names}})
-        assert found.chosen.startswith("the averaged ones, 'shadow_params'")
-    for wrong in ([EMA[name] for name in names[1:]], [1.0], EMA):
-        found = unwrap({"model": STATE, "ema": {**ema, "shadow_params": wrong}})
-        assert_state(found.state, EMA if wrong is EMA else STATE)
 
 
 def test_averaged_weights_whose_statistics_never_moved_take_the_online_ones() -> None:
@@ -252,17 +238,3 @@ def test_the_same_weights_give_the_same_bytes_under_any_name(tmp_path: Path, end
     if ending == ".safetensors":
         size = int.from_bytes(first[:8], "little")
         assert json.loads(first[8 : 8 + size])["__metadata__"] == metadata
-
-
-def test_the_whole_file_is_on_the_disk_when_writing_returns(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sizes, fsync = [], os.fsync
-
-    def noted(file: int) -> None:
-        sizes.append(os.fstat(file).st_size)
-        fsync(file)
-
-    monkeypatch.setattr(os, "fsync", noted)
-    write_state({"mean": NET.mean}, tmp_path / "a.pth", {})  # less than a stream keeps to itself
-    assert sizes == [(tmp_path / "a.pth").stat().st_size]

@@ -82,7 +82,6 @@ OTHERS: Dict[str, Callable[[], bytes]] = {
     "is an archive; unpack": lambda: tarfile.TarInfo("net.pth").tobuf(),
     "is a zip archive of 'net.pth'; unpack it first": lambda: in_memory(packed),
     "is an ONNX file": lambda: b"\x08\x08\x12\x07pytorch\x1a\x052.1.0",
-    "is a picture": lambda: b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR",
     "is not a readable checkpoint: it is damaged, or something else; copy": lambda: bytes(range(256)),
     "is not a whole .safetensors file": lambda: FILES["net.safetensors"][:-9],
     "holds a Tensor, expected a state dict": lambda: saved(torch.zeros(3)),

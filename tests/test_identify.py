@@ -167,7 +167,7 @@ def test_other_networks_are_named() -> None:
         aether_from_state_dict({"params": {"layers.0.blocks.0.conv.lk_conv.bias": torch.zeros(3)}})
     with pytest.raises(ValueError, match="not an AetherNet"):
         aether_from_state_dict(nn.Conv2d(3, 3, 3).state_dict())
-    with pytest.raises(ValueError, match=r"not an AetherNet: no tensor .* among 1; the first is 'weight'"):
+    with pytest.raises(ValueError, match=r"not an AetherNet: no tensor .* among 1\."):
         read_options({"weight": ONE})
     with pytest.raises(ValueError, match=r"tail.weight.* has 1 dimensions, expected 4"):
         aether_from_state_dict({**FUSED, "tail.weight": torch.zeros(24)})
