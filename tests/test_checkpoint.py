@@ -14,8 +14,7 @@ from typing import Any, Dict, Mapping
 
 import pytest
 import torch
-from checkpoints import FILES, FUSED, NET, OLD, STATE, TINY, Reader, saved, tied, under
-from conftest import small_net
+from checkpoints import FILES, FUSED, NET, OLD, STATE, Reader, saved, tied, under
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -52,12 +51,10 @@ def online(state: Mapping[str, Tensor]) -> Dict[str, Any]:
         "three wrappers": {"state": {"models": {"net_g": state}}},
         "an unknown wrapper beside another network": {"critic": DISCRIMINATOR, "sr": state},
         "DDP": under("module.", state),
-        "torch.compile": under("_orig_mod.", state),
-        "three of them": under("_orig_mod.module._orig_mod.", state),
+        "torch.compile of DDP": under("_orig_mod.module.", state),
         "a compiled stage": inside("_orig_mod"),
         "FSDP, activations checkpointed": inside("_checkpoint_wrapped_module"),
         "Lightning, GAN": {"state_dict": gan, "loops": {}, "optimizer_states": [optimizer]},
-        "Lightning, among losses": {"state_dict": {**under("m.net_g.", state), **under("m.loss.", LOSS)}},
         "an unknown prefix of two words": under("trainer.sr.", state),
         "counters": {**state, **COUNTERS},
         "an optimizer by names": {"model": state, "optimizer": {"state": {"exp_avg": EMA}}, "optim_ema": EMA},
@@ -68,17 +65,13 @@ def online(state: Mapping[str, Tensor]) -> Dict[str, Any]:
 AVERAGED_MODEL = {**under("module.", EMA), "n_averaged": COUNT}
 AVERAGED: Dict[str, Any] = {
     "params_ema": {"params": STATE, "params_ema": EMA},
-    "params-ema": {"params-ema": EMA, "params": STATE},
     "state_dict_ema (timm)": {"state_dict": STATE, "state_dict_ema": EMA},
     "modelEMA": {"model": STATE, "modelEMA": {"module": EMA}},
-    "generator_ema": {"generator": STATE, "generator_ema": EMA, "discriminator": DISCRIMINATOR},
-    "nested": {"net_g": {"params": STATE, "params_ema": EMA}},
     "nested the other way round": {"ema": {"net_g": EMA}, "online": {"net_g": STATE}},
     "AveragedModel": AVERAGED_MODEL,
     "AveragedModel beside its network": {"model": STATE, "average": AVERAGED_MODEL},
     "SWA": {"state_dict": STATE, "swa_state_dict": {**under("module._orig_mod.", EMA), "n_averaged": COUNT}},
     "ema-pytorch": {**under("online_model.", STATE), **under("ema_model.", EMA), **COUNTERS},
-    "ema-pytorch in a wrapper": {"ema": {**under("ema_model.", EMA), **under("online_model.", STATE)}},
     "Lightning": {"state_dict": {**under("model.", STATE), **under("ema.module.", EMA), "ema.n": COUNT}},
     "beside the plain names": {**STATE, **under("ema.", EMA)},
 }
@@ -131,15 +124,12 @@ def test_what_is_not_read_is_named_by_its_top_keys_beside_the_wrappers_that_are_
         "Keys at the top: none;": {},
         "Keys at the top: 'iter', 'weights';": {"iter": 3, "weights": [STATE]},
         "Keys at the top: 'a';": {"a": {"b": {"c": {"d": STATE}}}},
-        "among 1. Keys at the top: 'params';": {"params": LOSS},
         "'4', '5' and 3 more;": {str(k): torch.zeros(1) for k in range(9)},
         f"Keys at the top: '{'k' * 40}';": {"k" * 99: 3},
     }
     for words, content in contents.items():
-        with pytest.raises(ValueError, match="not an AetherNet") as error:
+        with pytest.raises(ValueError, match=f"not an AetherNet.*{words}.*: {', '.join(WRAPPERS)}, with"):
             unwrap(content)
-        assert words in str(error.value)
-        assert all(name in str(error.value) for name in WRAPPERS)
 
 
 # -------------------------------------------------------------------------- files as the libraries write them
@@ -171,21 +161,12 @@ def test_whatever_pytorch_opens_beside_the_weights_is_opened(
     assert reader.read("a.pth", saved({"state_dict": STATE, "more": BESIDE[kind]}, **options)) == ""
 
 
-def test_weights_that_are_parameters_or_share_their_values_are_read(reader: Reader) -> None:
+def test_weights_that_are_parameters_share_their_values_or_were_packed_again_are_read(reader: Reader) -> None:
     """Without PyTorch's warning about a parameter that becomes a number: Reader makes them errors."""
     assert reader.read("a.pth", saved({name: nn.Parameter(value) for name, value in STATE.items()})) == ""
     content = saved(tied(40))
     assert len(content) < 10e6
     assert reader.read("a.pth", content) == ""
-
-
-def test_a_file_is_known_by_its_content_not_by_its_name(reader: Reader) -> None:
-    for name in ("a.pth", "a.safetensors", "a.PT", "a.ckpt", "a.bin", "a.pth.tar", "a"):
-        for content in FILES.values():
-            assert reader.read(name, content) == "", name
-
-
-def test_a_file_that_was_packed_again_with_compression_is_read(reader: Reader) -> None:
     packed = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(FILES["net.pth"])) as whole, zipfile.ZipFile(packed, "w", 8) as archive:
         for name in whole.namelist():
@@ -193,16 +174,10 @@ def test_a_file_that_was_packed_again_with_compression_is_read(reader: Reader) -
     assert reader.read("a.pth", packed.getvalue()) == ""
 
 
-def test_files_of_pytorch_itself(reader: Reader) -> None:
-    """AveragedModel, DataParallel, and what an optimizer and a scheduler keep."""
-    net = small_net(2, **TINY).float()
-    optimizer = torch.optim.AdamW(net.parameters())
-    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [3, 5])
-    net(torch.rand(1, 3, 8, 8)).sum().backward()
-    optimizer.step()
-    for wrapped in (torch.optim.swa_utils.AveragedModel(net), nn.DataParallel(net)):
-        states = [each.state_dict() for each in (wrapped, optimizer, scheduler)]
-        assert reader.read("a.pth", saved(dict(zip(("state", "optimizer", "scheduler"), states)))) == ""
+def test_a_file_is_known_by_its_content_not_by_its_name(reader: Reader) -> None:
+    for name in ("a.pth", "a.safetensors", "a.PT", "a.ckpt", "a.pth.tar", "a"):
+        for content in FILES.values():
+            assert reader.read(name, content) == "", name
 
 
 def test_weights_saved_on_a_card_open_without_one(tmp_path: Path) -> None:

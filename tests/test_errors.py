@@ -18,12 +18,10 @@ ALLOCATORS = [
     MemoryError(),
     torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
     RuntimeError("[enforce fail] data. DefaultCPUAllocator: can't allocate memory: you tried to"),
-    RuntimeError("[enforce fail] data. DefaultCPUAllocator: not enough memory: you tried to allocate"),
     RuntimeError("CUDA error: out of memory"),
 ]
 OTHERS = [
     RuntimeError("CUDA error: an illegal memory access was encountered"),
-    RuntimeError("unsupported memory format option Preserve"),
     ValueError("memory"),
 ]
 
