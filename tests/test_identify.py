@@ -17,15 +17,8 @@ from conftest import small_net
 from damage import FUZZ
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 
-from aethersr.identify import (
-    add_img_range,
-    aether_from_state_dict,
-    form_name,
-    read_options,
-    variant_name,
-)
+from aethersr.identify import add_img_range, aether_from_state_dict, form_name, read_options, variant_name
 
 X = torch.rand(1, 3, 9, 13, generator=torch.Generator().manual_seed(1))
 FORMS: Dict[str, Any] = {
@@ -45,12 +38,11 @@ def test_every_form_is_built_again_from_its_tensors_alone(form: str, kept: bool)
     if kept:
         net.norm.weight.data[0, 3] = 0.0
     made = FORMS[form](net)
-    state = made.state_dict()
-    assert form_name(state) == form
-    rebuilt = aether_from_state_dict(state)
-    assert type(rebuilt) is type(made)
-    assert not rebuilt.training
+    rebuilt = aether_from_state_dict(made.state_dict())
+    assert (form_name(made.state_dict()), type(rebuilt), rebuilt.training) == (form, type(made), False)
     torch.testing.assert_close(rebuilt(X), made(X))
+    own = "a network of its own (embed_dim=12, depths=[1, 2, 2, 3],"
+    assert variant_name(rebuilt.options).startswith(own)
 
 
 UNDETECTABLE = {"drop", "drop_path_rate", "norm"}  # no tensor holds them; they change nothing in evaluation
@@ -89,14 +81,6 @@ def test_an_older_fused_file_is_not_normalised_twice(stale_statistics: bool, wra
         expected = net(X.double())
         for other in (built.double(), built.double().fused()):
             assert float((other(X.double()) - expected).abs().max()) <= 2e-6 * float(expected.abs().max())
-
-
-@pytest.mark.parametrize("missing", ["stages.0.0.conv.fused_conv.bias", "norm.bias"])
-def test_an_older_fused_file_without_a_bias_is_named(missing: str) -> None:
-    state = older_fused(small_net(2))
-    del state[missing]
-    with pytest.raises(ValueError, match=rf"missing.*{missing}|'{missing}' is missing"):
-        aether_from_state_dict(state)
 
 
 @pytest.mark.parametrize("scale", aether_arch.SCALES)
@@ -167,20 +151,10 @@ def test_a_broken_state_dict_is_refused_with_what_is_wrong(words: str, changes: 
 def test_other_networks_are_named() -> None:
     with pytest.raises(ValueError, match=r"first layout \(v1, tensors 'layers\.\*'\): another network"):
         aether_from_state_dict({"params": {"layers.0.blocks.0.conv.lk_conv.bias": torch.zeros(3)}})
-    with pytest.raises(ValueError, match="not an AetherNet"):
-        aether_from_state_dict(nn.Conv2d(3, 3, 3).state_dict())
     with pytest.raises(ValueError, match=r"not an AetherNet: no tensor .* among 1\."):
         read_options({"weight": ONE})
     with pytest.raises(ValueError, match=r"tail.weight.* has 1 dimensions, expected 4"):
         aether_from_state_dict({**FUSED, "tail.weight": torch.zeros(24)})
-
-
-@pytest.mark.parametrize("name", ["conv_last.weight", "norm.weight", "stages.0.0.conv.fused_conv.bias"])
-def test_a_claim_of_terabytes_takes_no_memory(name: str) -> None:
-    for state in (STATE, older_fused(NET)) if name in STATE else (older_fused(NET),):
-        shape = [2**40, *state[name].shape[1:]]
-        with pytest.raises(ValueError, match="of another shape"):
-            aether_from_state_dict({**state, name: torch.zeros(1).expand(shape)})
 
 
 DAMAGED = {
