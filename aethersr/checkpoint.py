@@ -60,10 +60,7 @@ class _Candidate(NamedTuple):
 def unwrap(content: Mapping[Any, Any]) -> Checkpoint:
     """The network in a checkpoint's content, without wrappers, prefixes and anything else.
 
-    Averaged weights (EMA) are preferred, then the wrappers in the order of WRAPPERS.
-
-    Raises:
-        ValueError: there is none; the message lists the keys found and the known wrappers.
+    Averaged weights (EMA) are preferred, then WRAPPERS in their order. ValueError: there is no network.
     """
     found = _networks(content)
     candidates = [each for each in found if any(map(_KERNEL.match, each.state))] or found
@@ -147,16 +144,14 @@ def _never_updated(state: Mapping[str, Tensor]) -> bool:
 def read_checkpoint(path: Union[str, Path], flag: str = "--model_path") -> Checkpoint:
     """The network's weights in a file that torch.save or safetensors wrote, whatever its name. Runs no code.
 
-    Raises:
-        UserError: no such file, or no network of plain finite tensors in it; it names the option ``flag``.
+    UserError: no such file, or no network of plain finite tensors in it; it names the option ``flag``.
     """
     with naming(path, flag):
         content = Path(path).read_bytes()  # once, so that what is checked is what is loaded
         check_kind(content[:512])
         found = _read_safetensors(content) if content[8:9] == b"{" else load_pickled(content)
         if not isinstance(found, Mapping):
-            kind = type(found).__name__
-            raise Refused(f"holds a {kind}, expected a state dict; pass a network's checkpoint")
+            raise Refused(f"holds a {type(found).__name__}, expected a state dict; pass a checkpoint")
         checkpoint = unwrap(found)
         _check_tensors(checkpoint.state, len(content))
     return checkpoint
@@ -176,13 +171,10 @@ def _read_safetensors(content: bytes) -> Dict[str, Tensor]:
 
 def _not_dense(value: Tensor) -> str:
     """What else a tensor is: words, or none."""
-    kinds = {
-        "on the meta device, without values": value.is_meta,
-        "nested": value.is_nested,
-        "quantised": value.is_quantized,
-        "sparse": value.layout != torch.strided,
-    }
-    return next((kind for kind, found in kinds.items() if found), "")
+    if value.is_meta:
+        return "on the meta device, without values"
+    sparse = "sparse" if value.layout != torch.strided else ""
+    return "nested" if value.is_nested else "quantised" if value.is_quantized else sparse
 
 
 def _check_tensors(state: Mapping[str, Tensor], size: int) -> None:
@@ -193,8 +185,8 @@ def _check_tensors(state: Mapping[str, Tensor], size: int) -> None:
         int8 = value.dtype == torch.int8 and f"{name}_scale" in state  # a weight of the int8 form
         kind = _not_dense(value) or ("" if int8 or value.dtype in DTYPES else value.dtype)
         if kind:
-            found = f"holds tensor {name[:80]!r}, which is {kind}"
-            raise Refused(f"{found}; expected dense floating-point weights")
+            expected = "expected dense floating-point weights"
+            raise Refused(f"holds tensor {name[:80]!r}, which is {kind}; {expected}")
         storage = getattr(value, "untyped_storage", value.storage)().data_ptr()
         claimed = math.prod(value.shape) * value.element_size()
         room -= max(0, claimed - stored.get(storage, 0))

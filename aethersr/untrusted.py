@@ -63,8 +63,7 @@ def load_pickled(content: bytes) -> Any:
         if asked and b"_modules" in content:
             why = f"holds a whole module ({asked[1][:80]}), not its weights; {_ALONE}"
         elif asked:
-            why = f"asks to run code on loading ({asked[1][:80]!r}), which is refused"
-            why += f"; save the weights alone, {_ALONE}"
+            why = f"asks to run code on loading ({asked[1][:80]!r}), which is refused; save weights, {_ALONE}"
         raise Refused(why) from None
 
 
@@ -92,6 +91,7 @@ def _follow(stream: BinaryIO, file_size: int) -> Any:
     stack: List[Any] = []  # texts, numbers, tuples; of every other object a list of one number, its size
     marks: List[int] = []
     memo: Dict[Any, Any] = {}
+    made: Any
     for opcode, made, _ in pickletools.genops(stream):
         name, before = opcode.name, opcode.stack_before
         marked = pickletools.markobject in before
@@ -131,8 +131,8 @@ def _size(value: Any) -> int:
     """The bytes of a copy."""
     if isinstance(value, list):
         return int(value[0])
-    each = {tuple: 64, str: 1, bytes: 1}.get(type(value), 0)
-    return each * len(value) if each else 0
+    each = 64 if isinstance(value, tuple) else 1
+    return each * len(value) if isinstance(value, (tuple, str, bytes)) else 0
 
 
 def _size_of_call(function: Any, arguments: Any) -> int:
