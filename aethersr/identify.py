@@ -39,9 +39,7 @@ def aether_from_state_dict(state_dict: Mapping[str, Any], img_range: Optional[fl
 
     Options come from names and shapes, after a framework's wrappers are removed (see
     aethersr.checkpoint.unwrap). drop and drop_path_rate, which don't matter in evaluation, become 0.
-
-    Args:
-        img_range: for a training form that was trained with another one than 1 and is too old to record it.
+    ``img_range`` is for a training form that was trained with another one than 1 and is too old to record it.
 
     Raises:
         ValueError: not an AetherNet of a known layout; the message says what is missing or doesn't fit.
