@@ -2,11 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
+from typing import Any, Iterator
 
 
 class UserError(Exception):
     """Something that the user can fix; the message says how."""
+
+
+class Refused(Exception):
+    """Why a file isn't opened, and what to do: words that follow its name."""
+
+
+@contextlib.contextmanager
+def naming(path: Any, flag: str) -> Iterator[None]:
+    """Inside, what is wrong with a file becomes a UserError with its name and the option to change."""
+    try:
+        if not os.path.isfile(path):  # Path's own raises before Python 3.14 where a name is too long
+            raise Refused(f"{'is not a file' if os.path.exists(path) else 'does not exist'}; pass another")
+        yield
+    except Refused as error:
+        raise UserError(f"{path} {error} ({flag}).") from None
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {error.strerror}; pass another ({flag}).") from None
+    except ValueError as error:
+        raise UserError(f"{path}: {error} Pass the weights of an AetherNet ({flag}).") from None
 
 
 def first_line(error: BaseException) -> str:

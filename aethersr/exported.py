@@ -20,8 +20,8 @@ def for_export(network: Any) -> Any:
     if mean.dtype != torch.float32:
         network.tail.to(mean.dtype)
     if bool((mean == mean.flatten()[0]).all()):  # always, since it is 0.5
-        del network.mean
-        network.mean = float(mean.flatten()[0])  # a tensor would be a constant layer in ncnn
+        del network.mean  # a tensor would be a constant layer in ncnn
+        network.mean = float(mean.flatten()[0])
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             module.__class__ = nn.Conv2d  # the class that converters know; subclasses only matter in training
@@ -31,20 +31,19 @@ def for_export(network: Any) -> Any:
 class ExportTail(nn.Module):
     """aether_arch.CollapsedTail without slices, and without weights that the graph has to rearrange.
 
-    A mask selects the outermost line of features, and another places its correction. Rows are transposed to
-    columns first, so that all border kernels are columns, see aethersr.ncnn. int8 weights stay int8.
+    A mask selects the outermost line of features, another places its correction. Rows are transposed, so that
+    all border kernels are columns, see aethersr.ncnn. int8 weights stay int8.
     """
 
     def __init__(self, tail: Any, channels: int) -> None:
         super().__init__()
         self.scale = tail.scale
-        self.conv: nn.Module = convolution(tail.weight, tail.bias)
-        self.borders = nn.ModuleDict({name: along_line(name, *tail.border(name)) for name in BORDERS})
+        keep = stored if hasattr(tail, "top_weight_scale") else lambda conv, int8: conv
+        self.conv = keep(convolution(tail.weight, tail.bias), False)
+        kernels = {name: along_line(name, *tail.border(name)) for name in BORDERS}
+        self.borders = nn.ModuleDict({name: keep(kernel, True) for name, kernel in kernels.items()})
         outputs, features = tail.border("left")[0].shape[:2]
         self.masks = Masks(channels, tail.depth, features, outputs)
-        if hasattr(tail, "top_weight_scale"):  # int8 storage
-            self.borders = nn.ModuleDict({name: stored(conv, True) for name, conv in self.borders.items()})
-            self.conv = stored(self.conv, False)
         self.to(tail.border("left")[0].device)
 
     def forward(self, x: Tensor, image: Tensor) -> Tensor:
@@ -77,10 +76,9 @@ class Masks(nn.Module):
     row (N, outputs, H, 1). They have all channels, because OpenCV 5.0 fails after products with just one.
 
     In a column of ones padded with zeros, only the first row differs from the pixel before it. The ones are
-    made from the picture, whose values are small; zero times an infinite mean of features would be NaN.
-
-    There are two channels of ones, and no subtractions, because of chaiNNer: it can't read an NCNN file where
-    a layer has an odd number of weights, and its optimiser mistakes such a subtraction for a constant.
+    made from the picture: zero times an infinite mean of features would be NaN. There are two channels of
+    ones and no subtractions, because chaiNNer can't read a layer with an odd number of weights and mistakes
+    such a subtraction for a constant.
     """
 
     def __init__(self, channels: int, depth: int, features: int, outputs: int) -> None:
@@ -108,8 +106,7 @@ def along_line(name: str, weight: Tensor, bias: Tensor) -> nn.Conv2d:
     """One of CollapsedTail's corrections, as a convolution of a line that is a column."""
     row, column = BORDERS[name]
     dim, side = (2, row) if row else (3, column)
-    lines = weight.unbind(dim)
-    weight = torch.cat(lines if side < 0 else lines[::-1], 1).unsqueeze(3)
+    weight = torch.cat(weight.unbind(dim)[:: -1 if side > 0 else 1], 1).unsqueeze(3)
     if row and column:  # a corner's kernel starts or ends at its pixel: centre it
         missing = weight.shape[2] - 1
         weight = F.pad(weight, (0, 0, missing, 0) if column < 0 else (0, 0, 0, missing))
@@ -127,13 +124,8 @@ def convolution(weight: Tensor, bias: Optional[Tensor] = None) -> nn.Conv2d:
     return made
 
 
-def stored(conv: nn.Module, int8: bool) -> nn.Module:
+def stored(conv: Any, int8: bool) -> nn.Module:
     """A convolution whose weight is stored as int8 or in half precision."""
     from aether_quant import QuantConv2d, StoredConv2d
 
-    assert isinstance(conv, nn.Conv2d)
-    if int8:
-        quantised = QuantConv2d.like(conv)
-        quantised.load_state_dict(conv.state_dict())
-        conv = quantised
-    return StoredConv2d(conv)
+    return StoredConv2d(QuantConv2d.like(conv) if int8 else conv)

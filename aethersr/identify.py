@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import inspect
 import re
 from collections import Counter
 from typing import Any, Dict, List, Mapping, Optional, Tuple
 
+import aether_arch
 import torch
-from aether_arch import (
-    RECORDED,
-    SCALES,
-    VARIANTS,
-    AetherBase,
-    AetherNet,
-    DeploymentNorm,
-    FusedAetherNet,
-    described,
-    differences,
-    form_of,
-    scale_of,
-)
+from aether_arch import AetherBase, AetherNet, FusedAetherNet
 from torch import Tensor
 
-from aethersr.checkpoint import unwrap
+from aethersr.checkpoint import read_checkpoint, unwrap
+from aethersr.errors import naming
 
 OLDER_KERNEL = ".conv.fused_conv.weight"  # from older tools, which merged only the kernels
 OLDER_NORM = re.compile(r"(stages\.\d+\.\d+\.)?norm\.weight")
@@ -38,21 +29,17 @@ def form_name(state: Mapping[str, Any]) -> str:
     """The form: "training", "fused", "older fused", "quantised" or "int8"; "" for another network."""
     if any(name.endswith(OLDER_KERNEL) for name in state):
         return "older fused"
-    form = form_of(state)
-    if form is None or form in (AetherNet, FusedAetherNet):
-        return {None: "", AetherNet: "training", FusedAetherNet: "fused"}[form]
-    return "int8" if any(name.endswith(".reparam_conv.weight_scale") for name in state) else "quantised"
+    int8 = any(name.endswith(".reparam_conv.weight_scale") for name in state)
+    known = {None: "", AetherNet: "training", FusedAetherNet: "fused"}
+    return known.get(aether_arch.form_of(state), "int8" if int8 else "quantised")
 
 
 def aether_from_state_dict(state_dict: Mapping[str, Any], img_range: Optional[float] = None) -> AetherBase:
     """Build the network that a state dict belongs to and load it: any form, in evaluation mode, float32.
 
-    Variant, scale, kernels and attention come from names and shapes, after a framework's wrappers are removed
-    (see aethersr.checkpoint.unwrap). drop and drop_path_rate, which don't matter in evaluation, become 0. A
-    fused form needs no sk_kernel.
-
-    Args:
-        img_range: for a training form that was trained with another one than 1 and is too old to record it.
+    Options come from names and shapes, after a framework's wrappers are removed (see
+    aethersr.checkpoint.unwrap). drop and drop_path_rate, which don't matter in evaluation, become 0.
+    ``img_range`` is for a training form that was trained with another one than 1 and is too old to record it.
 
     Raises:
         ValueError: not an AetherNet of a known layout; the message says what is missing or doesn't fit.
@@ -61,7 +48,7 @@ def aether_from_state_dict(state_dict: Mapping[str, Any], img_range: Optional[fl
     options = read_options(state)
     if form_name(state) == "older fused":
         state = older_fused_to_training(state, options["sk_kernel"])
-    form: Any = form_of(state)
+    form: Any = aether_arch.form_of(state)
     if form is not AetherNet:
         options.update(form.options_from_names(state))
     if img_range is not None:
@@ -72,34 +59,31 @@ def aether_from_state_dict(state_dict: Mapping[str, Any], img_range: Optional[fl
             found = f"it was trained with img_range {options['img_range']:g}, which it records"
             raise ValueError(f"{found}; leave --img_range {img_range:g} out.")
         options["img_range"] = img_range
-
-    def checked() -> AetherBase:
-        net: AetherBase = form(**options)
-        wrong = differences(net, state)
-        if wrong:
-            raise ValueError(f"the file is {described(state)}, but not whole; tensors {wrong}.")
-        return net
-
-    if hasattr(torch.device, "__enter__"):  # PyTorch 2: compare shapes before allocating memory
-        with torch.device("meta"):
-            checked()
-    net = checked().eval()
+    # Compare shapes before allocating memory, which needs PyTorch 2.
+    with torch.device("meta") if hasattr(torch.device, "__enter__") else contextlib.nullcontext():
+        wrong = aether_arch.differences(form(**options), state)
+    if wrong:
+        raise ValueError(f"the file is {aether_arch.described(state)}, but not whole; tensors {wrong}.")
+    net: AetherBase = form(**options).eval()
     net.load_state_dict(state)
     return net
 
 
+def read_network(path: Any, flag: str, img_range: Optional[float] = None) -> AetherBase:
+    """The network in a file, see aether_from_state_dict. UserError: there is none; it names ``flag``."""
+    with naming(path, flag):
+        net = aether_from_state_dict(read_checkpoint(path, flag).state, img_range)
+    return net
+
+
 def add_img_range(parser: argparse.ArgumentParser) -> None:
-    """The option of every command that opens training checkpoints, for aether_from_state_dict."""
     text = "the training option of this name, if it wasn't 1 and the file is too old to record it"
     parser.add_argument("--img_range", type=float, metavar="R", help=text)
 
 
 def bounded(state: Mapping[str, Tensor], bound: float) -> Dict[str, Tensor]:
-    """The state dict with another bound. ValueError for quantised weights, and for fused ones that had none.
-
-    Fused blocks' values may be rescaled for half precision, by powers that the file doesn't hold, and a bound
-    would have to be rescaled with them.
-    """
+    """The state dict with another bound. ValueError for quantised weights, and for fused ones that had none:
+    their blocks may be rescaled, by powers that the file doesn't hold, and a bound would be with them."""
     if form_name(state) == "quantised":
         raise ValueError("it was trained with 8-bit ranges, which are bounds already; leave --bound out.")
     if form_name(state) == "fused" and "bound" not in state:
@@ -108,16 +92,10 @@ def bounded(state: Mapping[str, Tensor], bound: float) -> Dict[str, Tensor]:
 
 
 def read_options(state: Mapping[str, Tensor]) -> Dict[str, Any]:
-    """Constructor options from the shapes of a state dict without wrappers.
-
-    Raises:
-        ValueError: not an AetherNet, or a tensor is missing or has the wrong number of dimensions.
-    """
+    """Constructor options from the shapes of a state dict without wrappers. ValueError: some are missing."""
     form = form_name(state)
     if not form:
-        first = f"the first is {next(iter(state), '')[:80]!r}"
-        missing = "no tensor 'stages.0.0.conv.lk_conv.weight'"
-        raise ValueError(f"not an AetherNet: {missing} among {len(state)}; {first}.")
+        raise ValueError(f"not an AetherNet: no tensor 'stages.0.0.conv.lk_conv.weight' among {len(state)}.")
     _refuse_other_versions(state)
 
     def shape(name: str) -> Tuple[int, ...]:
@@ -134,13 +112,12 @@ def read_options(state: Mapping[str, Tensor]) -> Dict[str, Any]:
         head, gate, kernel = "head", "gate_conv", "reparam_conv"
     embed_dim, in_chans = shape(f"{head}.weight")[:2]
     hidden, lk_kernel = shape(f"stages.0.0.{gate}.weight")[0], shape(f"stages.0.0.{kernel}.weight")[2]
-    for name in state:
-        if name == "tail.weight" or re.match(r"upsample\..*\.weight$", name):
-            shape(name)
-    scale = scale_of(state)
+    for name in filter(re.compile(r"(tail|upsample\..*)\.weight$").match, state):
+        shape(name)
+    scale = aether_arch.scale_of(state)
     if scale is None:
-        raise ValueError(f"the upsampling tensors fit none of the scales {SCALES}.")
-    recorded: Dict[str, Any] = {**RECORDED}
+        raise ValueError(f"the upsampling tensors fit none of the scales {aether_arch.SCALES}.")
+    recorded: Dict[str, Any] = {**aether_arch.RECORDED}
     for name, least in (("bound", 1e-3), ("img_range", 1e-6)):
         if name in state and (tuple(state[name].shape) != (1,) or not least <= float(state[name]) < 1e6):
             raise ValueError(f"{name!r} is not one number from {least:g} to 1e6, of shape (1,).")
@@ -162,27 +139,22 @@ def read_options(state: Mapping[str, Tensor]) -> Dict[str, Any]:
 
 
 def _refuse_other_versions(state: Mapping[str, Tensor]) -> None:
-    empty = [name for name, value in state.items() if 0 in value.shape]
-    if empty:
-        raise ValueError(
-            f"tensor {empty[0][:80]!r} holds no value; its shape is {tuple(state[empty[0]].shape)}."
-        )
-    if "fusion.quant_in.range_sum" in state:
-        raise ValueError(
-            "it was quantised with placement full; AetherNet 0.2.0 is the last version to read it."
-        )
-    for name, version in OTHER_VERSIONS.items():
-        if any(key == name or key.endswith("." + name) for key in state):
-            raise ValueError(
-                f"this is the layout of AetherNet {version} (tensor {name!r}): "
-                "the same names, another function."
-            )
+    for name, value in state.items():
+        if 0 in value.shape:
+            raise ValueError(f"tensor {name[:80]!r} holds no value; its shape is {tuple(value.shape)}.")
+        if name == "fusion.quant_in.range_sum":
+            last = "AetherNet 0.2.0 is the last version to read it"
+            raise ValueError(f"it was quantised with placement full; {last}.")
+        *_, last = name.split(".")
+        if last in OTHER_VERSIONS:
+            found = f"this is the layout of AetherNet {OTHER_VERSIONS[last]} (tensor {last!r})"
+            raise ValueError(f"{found}: the same names, another function.")
 
 
 def _depths(state: Mapping[str, Tensor]) -> List[int]:
     """Blocks in each stage, from the names ``stages.i.j``."""
     matches = map(re.compile(r"stages\.(\d{1,4})\.(\d{1,4})\.").match, state)
-    blocks = {(int(match.group(1)), int(match.group(2))) for match in matches if match}
+    blocks = {(int(match[1]), int(match[2])) for match in matches if match}
     if len(state) < 8 * len(blocks):  # before creating modules for them
         raise ValueError(f"not a whole AetherNet: {len(state)} tensors for {len(blocks)} blocks.")
     found = Counter(stage for stage, _ in blocks)
@@ -193,11 +165,8 @@ def _depths(state: Mapping[str, Tensor]) -> List[int]:
 
 
 def older_fused_to_training(state: Mapping[str, Tensor], sk_kernel: int) -> Dict[str, Tensor]:
-    """An older fused form as the equivalent training form.
-
-    Its norms already hold scale and shift. The running statistics beside them are stale and would normalise
-    twice.
-    """
+    """An older fused form as the equivalent training form. Its norms hold scale and shift; the statistics
+    beside them are stale and would normalise twice."""
     state = dict(state)
     for name in [name for name in state if name.endswith(OLDER_KERNEL)]:
         conv = name[: -len("fused_conv.weight")]
@@ -210,7 +179,7 @@ def older_fused_to_training(state: Mapping[str, Tensor], sk_kernel: int) -> Dict
         state[conv + "sk_bias"] = zero.expand(bias.shape)
     for name in [name for name in state if OLDER_NORM.fullmatch(name)]:
         norm = name[: -len("weight")]
-        for statistic, value in (("running_mean", 0.0), ("running_var", 1 - DeploymentNorm.eps)):
+        for statistic, value in (("running_mean", 0.0), ("running_var", 1 - aether_arch.DeploymentNorm.eps)):
             state[norm + statistic] = torch.tensor(value).expand(state[name].shape)
     return state
 
@@ -218,9 +187,9 @@ def older_fused_to_training(state: Mapping[str, Tensor], sk_kernel: int) -> Dict
 def variant_name(options: Mapping[str, Any]) -> str:
     """The variant with these options (ignoring training options), or a description of the network."""
     own = {**options, "depths": tuple(options["depths"])}
-    for variant in VARIANTS:
-        defaults = {name: value.default for name, value in inspect.signature(variant).parameters.items()}
-        if all(own[name] == value for name, value in defaults.items() if not FREE.fullmatch(name)):
+    for variant in aether_arch.VARIANTS:
+        parameters = inspect.signature(variant).parameters
+        if all(own[name] == parameters[name].default for name in parameters if not FREE.fullmatch(name)):
             return variant.__name__
     told = ", ".join(f"{name}={options[name]}" for name in ("embed_dim", "depths", "lk_kernel", "mlp_ratio"))
     return f"a network of its own ({told})"

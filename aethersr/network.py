@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import Any, Dict, Optional, Protocol, Tuple
@@ -12,11 +11,10 @@ import torch
 from aether_arch import AetherBase
 from torch import Tensor
 
-from aethersr.checkpoint import read_checkpoint
-from aethersr.errors import UserError, first_line, missing_package
-from aethersr.identify import aether_from_state_dict
+from aethersr.errors import Refused, UserError, first_line, missing_package, naming
+from aethersr.identify import read_network
 from aethersr.tiling import receptive_field
-from aethersr.untrusted import Refused, check_kind
+from aethersr.untrusted import check_kind
 
 
 class Network(Protocol):
@@ -49,49 +47,44 @@ class TorchNetwork:
 
 
 class OnnxNetwork:
-    """An exported AetherNet. Errors name ``flag``, with which the file was passed."""
+    """An exported AetherNet. Raises Refused for other files."""
 
-    def __init__(self, path: Path, device: Optional[str], flag: str) -> None:
+    def __init__(self, path: Path, device: Optional[str]) -> None:
         try:
             import onnx
             import onnxruntime
         except ImportError as error:
             raise missing_package(error, str(path), "onnx") from None
-        again = f"export it again ({flag})"
         cuda = "CUDAExecutionProvider"
         has_cuda = cuda in onnxruntime.get_available_providers()
         if device == "cuda" and not has_cuda:
-            raise UserError(
-                f"--device cuda was given, but this ONNX Runtime has no {cuda}: "
-                "pip install onnxruntime-gpu, or pass --device cpu."
-            )
+            remedy = "pip install onnxruntime-gpu, or pass --device cpu"
+            raise UserError(f"--device cuda was given, but this ONNX Runtime has no {cuda}: {remedy}.")
         wanted = device == "cuda" or (device is None and torch.cuda.is_available())
         provider = cuda if wanted and has_cuda else "CPUExecutionProvider"
         try:
             options = onnxruntime.SessionOptions()
             options.log_severity_level = 4  # the command reports what fails
-            # It would try again on the processor, and say so.
-            more = {"providers": [provider], "enable_fallback": 0}
+            more = {"providers": [provider], "enable_fallback": 0}  # it would say that it tries another
             self.session = onnxruntime.InferenceSession(str(path), options, **more)
             self.reach = _receptive_field(onnx.load(str(path)).graph)
         except Exception as error:
-            raise UserError(f"{path} is not a readable ONNX file ({first_line(error)}); {again}.") from None
+            raise Refused(f"is not a readable ONNX file ({first_line(error)}); export it again") from None
         inputs = self.session.get_inputs()
         source, types = inputs[0], {"tensor(float)": torch.float32, "tensor(float16)": torch.float16}
         self.name, self.dtype = source.name, types.get(source.type)
-        if self.dtype is None or len(source.shape) != 4 or not isinstance(source.shape[1], int):
-            found = f"{path} takes {source.type} {source.shape}"
-            raise UserError(f"{found}, expected float (batch, channels, height, width); {again}.")
-        self.in_chans: int = source.shape[1]
         fixed = [isinstance(side, int) for side in source.shape]
-        if fixed[2] != fixed[3] or (fixed[0] and source.shape[0] != 1) or len(inputs) > 1:
-            raise UserError(
-                f"{path} takes {[value.shape for value in inputs]}, expected pictures of any size, "
-                f"or one picture of one size; {again}."
-            )
+        wrong = (
+            self.dtype is None or len(fixed) != 4 or not fixed[1] or fixed[2] != fixed[3] or len(inputs) > 1
+        )
+        if wrong or (fixed[0] and source.shape[0] != 1):
+            found = f"takes {', '.join(f'{value.type} {value.shape}' for value in inputs)}"
+            expected = "floats (batch, channels, height, width) of any size, or one picture of one size"
+            raise Refused(f"{found}, expected {expected}; export it again")
+        self.in_chans: int = source.shape[1]
         self.one_by_one = fixed[0]
         self.size: Optional[Tuple[int, int]] = tuple(source.shape[2:]) if fixed[2] else None
-        self.scale = _scale(self, path, again)
+        self.scale = _scale(self)
 
     def __call__(self, image: Tensor) -> Tensor:
         batches = image.split(1) if self.one_by_one else [image]
@@ -100,40 +93,34 @@ class OnnxNetwork:
 
 
 class NcnnNetwork:
-    """NCNN's two files. Errors name ``flag``, with which the first was passed."""
+    """NCNN's two files, by the first. Raises Refused for other files."""
 
     size: Optional[Tuple[int, int]] = None
 
-    def __init__(self, path: Path, flag: str) -> None:
+    def __init__(self, path: Path) -> None:
         from aethersr.ncnn import channels_of, run
 
         try:
             import ncnn
         except ImportError:
-            remedy = f"pip install ncnn, or leave it out ({flag})"
-            raise UserError(f"{path} needs the package ncnn: {remedy}.") from None
+            raise Refused("needs the package ncnn: pip install ncnn, or leave it out") from None
         self.net, self.run, weights = ncnn.Net(), run, path.with_suffix(".bin")
-        files = (path, weights)
-        loads = (self.net.load_param, self.net.load_model)
-        if not all(each.is_file() for each in files) or any(load(str(f)) for load, f in zip(loads, files)):
-            found = f"{path} and {weights.name} are not the two files of an NCNN network"
-            raise UserError(f"{found}; pass others ({flag}).")
+        if not weights.is_file() or self.net.load_param(str(path)) or self.net.load_model(str(weights)):
+            raise Refused(f"and {weights.name} are not the two files of an NCNN network; pass others")
         self.in_chans = channels_of(path)
         if not self.in_chans:
-            raise UserError(f"{path} takes an unknown number of channels; pass another network ({flag}).")
+            raise Refused("takes an unknown number of channels; pass another network")
         kernels = re.findall(r"(?m)^Convolution.* 1=(\d+)", path.read_text("utf-8", "replace"))
         self.reach = sum(int(kernel) // 2 for kernel in kernels)  # a little more, as if all were in a row
-        self.scale = _scale(self, path, f"pass a file that aether-fuse wrote ({flag})")
+        self.scale = _scale(self)
 
     def __call__(self, image: Tensor) -> Tensor:
         return torch.cat([self.run(self.net, each) for each in image.float().cpu().split(1)])
 
 
 def _receptive_field(graph: Any) -> int:
-    """The sum over the longest path: a convolution of size k sees k // 2 pixels round its own.
-
-    The pixel shuffle comes last, so all of it is in input pixels.
-    """
+    """The sum over the longest path: a convolution of size k sees k // 2 pixels round its own (in input
+    pixels, because the pixel shuffle comes last)."""
     reach: Dict[str, int] = {}
     for node in graph.node:  # in ONNX they are sorted: inputs come first
         kernel = next((each.ints for each in node.attribute if each.name == "kernel_shape"), [1])
@@ -142,17 +129,17 @@ def _receptive_field(graph: Any) -> int:
     return max(reach.values())
 
 
-def _scale(net: Any, path: Path, remedy: str) -> int:
+def _scale(net: Any) -> int:
     """The scale, found by running ``net`` once."""
     height, width = net.size or (8, 8)
     try:
         shape = tuple(net(torch.zeros(1, net.in_chans, height, width)).shape)
     except Exception as error:  # ONNX Runtime raises many kinds
-        raise UserError(f"{path} does not run ({first_line(error)}); {remedy}.") from None
+        raise Refused(f"does not run ({first_line(error)}); pass a file that aether-fuse wrote") from None
     scale = shape[-1] // width if len(shape) == 4 else 0
     if scale < 1 or shape != (1, net.in_chans, height * scale, width * scale):
-        found = f"{path} turns {width}x{height} pixels into {shape}"
-        raise UserError(f"{found}, expected a network that upscales pictures; {remedy}.")
+        found = f"turns {width}x{height} pixels into {shape}"
+        raise Refused(f"{found}, expected a network that upscales pictures; pass another")
     return int(scale)
 
 
@@ -165,35 +152,23 @@ def load_network(
 ) -> Network:
     """The network in a file: weights of any form, which are fused, ONNX (.onnx) or NCNN (.param).
 
-    Without ``device`` it runs on the GPU, if there is one and what runs the file can use it.
-
-    Args:
-        img_range: see aether_from_state_dict.
-        flag: the option to name in error messages.
+    Without ``device`` it runs on the GPU, if there is one and what runs the file can use it. ``img_range``:
+    see aether_from_state_dict.
 
     Raises:
-        UserError: the file holds no network, or device, precision or img_range don't fit it.
+        UserError: no network, or device, precision or img_range don't fit it; it names the option ``flag``.
     """
-    if path.suffix.lower() in (".onnx", ".param"):
+    ending = path.suffix.lower()
+    if ending in (".onnx", ".param"):
         if fp16 or img_range is not None:
             option = "--fp16" if fp16 else "--img_range"
             raise UserError(f"{option} can't change {path}; leave it out, or pass the weights ({flag}).")
-        if not os.path.isfile(path):
-            found = "is not a file" if os.path.exists(path) else "does not exist"
-            raise UserError(f"{path} {found}; pass the network with {flag}.")
-        try:
+        with naming(path, flag):
             with path.open("rb") as file:
                 check_kind(file.read(512), weights=False)
-        except Refused as error:
-            raise UserError(f"{path} {error} ({flag}).") from None
-        except OSError as error:
-            raise UserError(f"{path} can't be read: {error.strerror}; pass another ({flag}).") from None
-        ncnn = path.suffix.lower() == ".param"
-        return NcnnNetwork(path, flag) if ncnn else OnnxNetwork(path, device, flag)
-    try:
-        net = aether_from_state_dict(read_checkpoint(path, flag).state, img_range)
-    except ValueError as error:
-        raise UserError(f"{path}: {error} Pass the weights of an AetherNet ({flag}).") from None
+            exported: Network = NcnnNetwork(path) if ending == ".param" else OnnxNetwork(path, device)
+        return exported
+    net = read_network(path, flag, img_range)
     if not getattr(net, "is_int8", False):
         net = net.fused()
     elif fp16:

@@ -12,21 +12,19 @@ from typing import Any, BinaryIO, Dict, List
 
 import torch
 
+from aethersr.errors import Refused
+
 ROOM = 2**25  # bytes that a file may take beyond what its size accounts for
 _OBJECTS = 24  # Python's objects take up to so many bytes for one in a pickle
+_COSTS = {"MARK": 64, "EMPTY_SET": 216, "EMPTY_DICT": 96, "EMPTY_LIST": 96}  # of opcodes, where fixed
 
 _KINDS = {
     rb"version https://git-lfs": "a git-lfs pointer, not the file itself; git lfs pull, or download it again",
     rb"\s*<(!doctype|html|\?xml|!--)": "a web page; download the file itself (on GitHub with its Raw link)",
-    rb"\x1f\x8b|7z\xbc\xaf|Rar!|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd|.{257}ustar": "an archive; unpack it first",
+    rb"\x1f\x8b|7z\xbc\xaf|Rar!|.{257}ustar": "an archive; unpack it first",
     rb"\x08[\x01-\x20][\x12\x1a\x22\x3a\x42]": "an ONNX file; expected the weights that it was made from",
-    rb"\x89PNG|\xff\xd8\xff|RIFF|GIF8": "a picture; expected weights",
 }
 _ALONE = "torch.save(model.state_dict(), 'weights.pth')"
-
-
-class Refused(Exception):
-    """Why a file isn't opened, and what to do: words that follow its name."""
 
 
 def check_kind(head: bytes, weights: bool = True) -> None:
@@ -61,18 +59,12 @@ def load_pickled(content: bytes) -> Any:
     except Exception as error:
         # Not PyTorch's own message, which is about its internals and advises running the code.
         asked = re.search(r"(?:GLOBAL|class) ([\w.]+)", str(error))
+        why = "is not a readable checkpoint: it is damaged, or something else; copy it again"
         if asked and b"_modules" in content:
-            raise Refused(f"holds a whole module ({asked[1][:80]}), not its weights; {_ALONE}") from None
-        if asked:
-            found = f"asks to run code on loading ({asked[1][:80]!r}), which is refused"
-            raise Refused(f"{found}; save the weights alone, {_ALONE}") from None
-        if "Unsupported operand" in str(error):
-            raise Refused(
-                "has a pickle of another protocol than torch.save's own, 2; save it with that"
-            ) from None
-        raise Refused(
-            "is not a readable checkpoint: it is damaged, or something else; copy it again"
-        ) from None
+            why = f"holds a whole module ({asked[1][:80]}), not its weights; {_ALONE}"
+        elif asked:
+            why = f"asks to run code on loading ({asked[1][:80]!r}), which is refused; save weights, {_ALONE}"
+        raise Refused(why) from None
 
 
 def _pickles(content: bytes) -> List[bytes]:
@@ -99,54 +91,48 @@ def _follow(stream: BinaryIO, file_size: int) -> Any:
     stack: List[Any] = []  # texts, numbers, tuples; of every other object a list of one number, its size
     marks: List[int] = []
     memo: Dict[Any, Any] = {}
-    made: Any = None
+    made: Any
     for opcode, made, _ in pickletools.genops(stream):
         name, before = opcode.name, opcode.stack_before
         marked = pickletools.markobject in before
         begin = marks.pop() - before.index(pickletools.markobject) if marked else len(stack) - len(before)
         taken = stack[begin:]
         del stack[begin:]
-        cost = 16 if name == "BININT1" else sys.getsizeof(made)
+        cost = _COSTS.get(name, sys.getsizeof(made))
         if name == "MARK":
             marks.append(len(stack))
-            cost = 64
         elif name.endswith("GET"):
             made, cost = memo[made], 8
         elif name.endswith("PUT"):
             memo[made], cost = stack[-1], 96
         elif name.startswith("EMPTY_"):
-            made, cost = () if name == "EMPTY_TUPLE" else [64], 216 if name == "EMPTY_SET" else 96
+            made = () if name == "EMPTY_TUPLE" else [64]
         elif name.startswith("TUPLE"):
             made = tuple(taken)
             cost = sys.getsizeof(made)
         elif name in ("REDUCE", "NEWOBJ"):
-            made = [_size_of_call(*taken)]
-            cost = made[0]
+            cost = _size_of_call(*taken)
+            made = [cost]
         elif name.startswith(("APPEND", "SETITEM", "BUILD")):
             made = taken[0]
             made[0] += 64 * len(taken)
-            cost = (
-                _size(taken[-1]) if name == "BUILD" else len(taken) * (8 if name.startswith("APPEND") else 64)
-            )
+            cost = _size(taken[1]) if name == "BUILD" else len(taken) * (8 if name[0] == "A" else 64)
         elif name == "PROTO" and made > 3:
             raise Refused(f"was saved with pickle_protocol={made}, which PyTorch loads only with code; use 2")
-        elif name == "STOP":
-            made = taken[0]
         room -= cost
         if room < 0:
             raise Refused("asks for far more memory than it has bytes; pass a plain checkpoint")
         if name != "MARK":
             stack += [made] * len(opcode.stack_after)
-    return made
+    return taken[0]  # by the last opcode, STOP
 
 
 def _size(value: Any) -> int:
     """The bytes of a copy."""
     if isinstance(value, list):
         return int(value[0])
-    return (
-        64 * len(value) if isinstance(value, tuple) else len(value) if isinstance(value, (str, bytes)) else 0
-    )
+    each = 64 if isinstance(value, tuple) else 1
+    return each * len(value) if isinstance(value, (tuple, str, bytes)) else 0
 
 
 def _size_of_call(function: Any, arguments: Any) -> int:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from typing import Any, Callable, Dict, Iterator, Sequence, Tuple
+from typing import Any, Callable, Iterator, Sequence, Tuple
 
 import networks as others
 import torch
-from networks import as_trained, deployed, opened, peer, published_fusion, short
+from networks import Runner, as_trained, deployed, opened, peer, published_fusion, short
 from torch import nn
 from torch.nn import functional as F
 
@@ -52,8 +52,7 @@ def in_torch(bench: Any, net: Any, precision: str, layout: str, compiled: str = 
 
 def in_onnx_runtime(bench: Any, net: Any, any_size: bool) -> Case:
     x = bench.random(1, 3, bench.args.side)
-    run = others.onnx_runtime(others.onnx_bytes(net, x, any_size), bench.args.threads)
-    array = x.numpy()
+    run, array = others.onnx_runtime(others.onnx_bytes(net, x, any_size), bench.args.threads), x.numpy()
     return lambda: run(array), parameters_of(net)
 
 
@@ -81,16 +80,12 @@ def peers(bench: Any) -> None:
         nets = {f"{name} fused": bench.build(name, scale).fused() for name in bench.args.sizes}
         for name in bench.args.peers:
             nets[name] = as_trained(deployed(peer(name, bench.args.checkout)(scale=scale).eval()))
-        named: Dict[str, Any] = {
-            name: (in_torch, net, "fp16", "channels_last")
-            if bench.cuda
-            else (in_onnx_runtime, net, name.endswith(" fused"))
-            for name, net in nets.items()
-        }
+        way: Any = (in_torch, "fp16", "channels_last") if bench.cuda else (in_onnx_runtime,)
+        named = {name: (way[0], net, *(way[1:] or [name.endswith(" fused")])) for name, net in nets.items()}
         bench.group(f"x{scale}, {bench.picture}", named)
 
 
-def in_runtime(bench: Any, opener: Callable[[], others.Runner], image: Any, reference: others.Runner) -> Case:
+def in_runtime(bench: Any, opener: Callable[[], Runner], image: Any, reference: Runner) -> Case:
     run = opener()
     difference = 255 * abs(run(image) - reference(image)).max()
     return lambda: run(image), lambda ms: f"differs by {difference:.2g}/255"
@@ -105,13 +100,10 @@ def runtimes(bench: Any) -> None:
         coarse = bench.random(1, net.options["in_chans"], 1 + bench.args.side // 8)
         image = F.interpolate(coarse, size=(bench.args.side,) * 2, mode="bilinear").numpy()
         with tempfile.TemporaryDirectory() as folder:
-            openers = others.openers(net, folder)
-            named = {name: (in_runtime, each, image, openers["PyTorch"]()) for name, each in openers.items()}
+            ways = others.openers(net, folder)
+            named = {name: (in_runtime, each, image, ways["PyTorch"]()) for name, each in ways.items()}
             bench.group(f"{path.name}, {bench.picture}", named)
     torch.set_num_threads(threads)
-
-
-# -------------------------------------------------------------------------------------------------- training
 
 
 def training_step(
@@ -119,19 +111,13 @@ def training_step(
 ) -> Case:
     """A training step at x2 as in the frameworks: autocast, in fp16 a scaled loss.
 
-    ``more``: "compiled"; "memory", to say what it takes of a GPU; or SOAP instead of AdamW, with "new bases"
-    in every step or in none ("old bases").
+    ``more``: "compiled", or "memory", to say what it takes of a GPU.
     """
     net = bench.build(variant, 2).train().to(bench.device).to(memory_format=LAYOUTS[layout])
     run = torch.compile(net) if more == "compiled" else net
     x = bench.random(batch, 3, crop).contiguous(memory_format=LAYOUTS[layout])
     target = bench.random(batch, 3, 2 * crop)
-    optimizer: Any = torch.optim.AdamW(net.parameters(), lr=1e-4)
-    if more.startswith("SOAP"):
-        from pytorch_optimizer import SOAP
-
-        every = 1 if more == "SOAP, new bases" else 10**9
-        optimizer = SOAP(net.parameters(), lr=1e-4, precondition_frequency=every)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4)
     half = torch.float16 if precision == "AMP" and bench.cuda else torch.bfloat16
     scaler = torch.amp.GradScaler("cuda", enabled=half == torch.float16)
 
@@ -147,23 +133,20 @@ def training_step(
 
     def told(ms: float) -> str:
         words = f"{1e3 * batch / ms:.0f} crops/s"
-        if more == "memory":
-            bench.tidy()
-            torch.cuda.reset_peak_memory_stats()
-            step()
-            bench.wait()
-            words += f", {torch.cuda.max_memory_reserved() / 2**30:.1f} GiB"
-        return words
+        if more != "memory":
+            return words
+        bench.tidy()
+        torch.cuda.reset_peak_memory_stats()
+        bench.seconds(step)
+        return f"{words}, {torch.cuda.max_memory_reserved() / 2**30:.1f} GiB"
 
     return step, told
 
 
 def training(bench: Any, ways: Sequence[Tuple[str, ...]] = ()) -> None:
-    """A training step in each precision and layout, and on a GPU with SOAP."""
+    """A training step in each precision and layout."""
     batch, crop = bench.crops
-    if not ways:
-        ways = [(precision, layout) for precision in ("AMP", "bf16", "TF32") for layout in LAYOUTS]
-        ways += [("AMP", "channels_last", f"SOAP, {which} bases") for which in ("old", "new")]
+    ways = ways or [(precision, layout) for precision in ("AMP", "bf16", "TF32") for layout in LAYOUTS]
     for variant in bench.args.sizes:
         what = f"training step, {variant} x2, {batch} crops of {crop}x{crop}"
         base = (training_step, variant, batch, crop)
@@ -182,9 +165,6 @@ def memory(bench: Any) -> None:
         for batch, crop in [(batch, crop) for crop in (32, 48, 64) for batch in (4, 8, 16, 32)]:
             step = (training_step, variant, batch, crop, "AMP", "channels_last", "memory")
             bench.group(f"training memory, {variant} x2", {f"{batch} crops of {crop}x{crop}": step})
-
-
-# ------------------------------------------------------------------------------------ the large kernel alone
 
 
 def depthwise(bench: Any) -> None:

@@ -24,6 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "archs"), str(ROOT / "training")]
 import aether_arch  # noqa: E402
 
 from aethersr.errors import UserError  # noqa: E402
+from aethersr.identify import read_network as opened  # noqa: E402, F401
 
 Runner = Callable[[Any], Any]  # pictures (N, C, H, W) as numpy arrays
 OURS = ("aether_small", "aether_medium", "aether_large", "AetherNet")
@@ -87,25 +88,14 @@ def peer(name: str, checkout: Optional[Path]) -> Callable[..., nn.Module]:
         import traiNNer.archs  # noqa: F401
         from traiNNer.utils import registry
     except ImportError as error:
-        found = f"{checkout} can't be imported ({error})"
-        raise UserError(f"{found}; pass a checkout and install what it needs (--traiNNer-redux).") from None
+        remedy = "pass a checkout and install what it needs (--traiNNer-redux)"
+        raise UserError(f"{checkout} can't be imported ({error}); {remedy}.") from None
     finally:
         sys.path.remove(str(checkout))
     for found in (registry.SPANDREL_REGISTRY, registry.ARCH_REGISTRY):
         if name in found:
             return found.get(name)  # type: ignore[no-any-return]
     raise UserError(f"{checkout} has no network {name}; pass one of its names.")
-
-
-def opened(path: Path, flag: str) -> Any:
-    """The AetherNet in a file, for evaluation. UserError: it holds none; ``flag`` named it."""
-    from aethersr.checkpoint import read_checkpoint
-    from aethersr.identify import aether_from_state_dict
-
-    try:
-        return aether_from_state_dict(read_checkpoint(path, flag).state)
-    except ValueError as error:
-        raise UserError(f"{path}: {error} Pass the weights of an AetherNet ({flag}).") from None
 
 
 def deployed(net: Any) -> Any:
@@ -117,9 +107,6 @@ def deployed(net: Any) -> Any:
             module.update_params()
             module.update_params = lambda: None
     return net
-
-
-# -------------------------------------------------------------------------------------------------- runtimes
 
 
 @torch.no_grad()
@@ -179,29 +166,22 @@ def openers(net: Any, folder: str) -> Dict[str, Callable[[], Runner]]:
     from aethersr.onnx import export_onnx
 
     def onnx(precision: str, target: str = "onnxruntime") -> str:
+        made = copy.deepcopy(net).prepare_qat() if precision == "int8" else net
         path = f"{folder}/{precision}_{target}.onnx"
-        if not Path(path).exists():
-            made = copy.deepcopy(net).prepare_qat() if precision == "int8" else net
-            export_onnx(made, net.scale, precision, path, target, simplify=precision != "int8")
+        export_onnx(made, net.scale, precision, path, target, simplify=precision != "int8")
         return path
 
-    @torch.no_grad()
-    def in_torch(image: Any) -> Any:
-        return net(torch.from_numpy(image)).numpy()
-
+    run = torch.no_grad()(lambda image: net(torch.from_numpy(image)).numpy())
     return {
         "ONNX Runtime fp32": lambda: onnx_runtime(onnx("fp32")),
         "ONNX Runtime fp16": lambda: onnx_runtime(onnx("fp16")),
         "ONNX Runtime int8": lambda: onnx_runtime(onnx("int8")),
-        "PyTorch": lambda: in_torch,
+        "PyTorch": lambda: run,
         "OpenVINO fp32": lambda: openvino(onnx("fp32")),
         "OpenVINO bf16": lambda: openvino(onnx("fp32"), "bf16"),
         "OpenVINO int8": lambda: openvino(onnx("int8", "openvino")),
         "NCNN": lambda: ncnn(export_ncnn(net, net.scale, f"{folder}/net.param")[0]),
     }
-
-
-# ----------------------------------------------------------------------------------------------- what is told
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> List[str]:
@@ -210,7 +190,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> List[str]:
 
 
 def typed(script: str, argv: Optional[Sequence[str]], hidden: Mapping[str, Any]) -> str:
-    """The command line; paths that mean something on this machine alone are replaced by the names given."""
+    """The command line, with names for paths that mean something on this machine alone."""
     names = {str(path): name for name, path in hidden.items()}
     words = [names.get(word, word) for word in (sys.argv[1:] if argv is None else argv)]
     return shlex.join(["python", f"benchmarks/{script}", *words])

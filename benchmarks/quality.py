@@ -9,15 +9,13 @@
     python benchmarks/quality.py draw benchmarks/results/peers.json --output benchmarks/results/quality \\
         --validation datasets/photographs --traiNNer-redux CHECKOUT --weights weights/2x*training*.safetensors
 
-A run is a network and its options, NAME[,OPTION=VALUE]...: one of this project or of traiNNer-redux. Options
-of the training are rate=1e-3 (a short warm-up, then cosine down to a fiftieth), optimizer=AdamW (or one of
-pytorch-optimizer, such as SOAP), batch=8, patch=32 (low-resolution pixels) and skip=1 (adds a bicubic
-enlargement of the input); the others go to the network. The loss is Charbonnier's. What is measured is the
-moving average of the weights: PSNR-Y, the mean over the pictures' centres. Seconds count only the training
-steps, on a CPU their computing time. Runs that the file holds are not repeated.
+A run is a network of this project or of traiNNer-redux, NAME[,OPTION=VALUE]... Options of the training are
+rate=1e-3 (a short warm-up, then cosine down to a fiftieth), optimizer=AdamW (or one of pytorch-optimizer),
+batch=8, patch=32 (low-resolution pixels) and skip=1 (adds a bicubic enlargement of the input); the others go
+to the network. The loss is Charbonnier's. PSNR-Y is that of the weights' moving average, the mean over the
+pictures' centres. Seconds are those of the training steps, on a CPU of computing. A run is never repeated.
 
-``draw`` writes OUTPUT.md and OUTPUT.png: those runs and finished weights, each with its computing time in
-ONNX Runtime, all measured in turns. A line joins the weights, which are ours.
+``draw`` writes OUTPUT.md and OUTPUT.png: the runs and finished weights with their times in ONNX Runtime.
 """
 
 from __future__ import annotations
@@ -106,9 +104,6 @@ class Validation:
         return mean(found)
 
 
-# -------------------------------------------------------------------------------------------------- training
-
-
 class Run(NamedTuple):
     text: str
     network: str
@@ -158,9 +153,10 @@ def build_optimizer(net: nn.Module, name: str, rate: float) -> torch.optim.Optim
         return torch.optim.AdamW(net.parameters(), rate, betas=(0.9, 0.99), weight_decay=0)
     import pytorch_optimizer
 
-    if not isinstance(getattr(pytorch_optimizer, name, None), type):
+    made: Any = getattr(pytorch_optimizer, name, None)
+    if not isinstance(made, type):
         raise UserError(f"pytorch-optimizer has no {name}; pass another optimizer (--run).")
-    return getattr(pytorch_optimizer, name)(net.parameters(), lr=rate, weight_decay=0)
+    return made(net.parameters(), lr=rate, weight_decay=0)  # type: ignore[no-any-return]
 
 
 @torch.no_grad()
@@ -220,9 +216,8 @@ def train(args: argparse.Namespace) -> None:
     cuts = Cuts(args.data)
     for run in runs:
         if run.training["patch"] > cuts.side:
-            raise UserError(
-                f"{run.text!r}: a cut has {cuts.side} pixels a side; pass a smaller patch (--run)."
-            )
+            found = f"{run.text!r}: a cut has {cuts.side} pixels a side"
+            raise UserError(f"{found}; pass a smaller patch (--run).")
     validation = Validation(args.validation, args.side, cuts.scale)
     title = f"x{cuts.scale}, {len(cuts.pairs)} cuts; measured on {len(validation.pairs)} pictures of "
     title += f"{args.side} pixels a side, bicubic {validation.bicubic():.2f} dB"
@@ -237,8 +232,7 @@ def train(args: argparse.Namespace) -> None:
         if not any((row["run"], row["seed"]) == (run.text, seed) for row in result["rows"]):
             result["rows"].append(train_one(run, seed, cuts, validation, args))
             with Together() as files:
-                text = json.dumps(result, indent=1) + "\n"
-                files.part(args.file).write_text(text, encoding="utf-8")
+                files.part(args.file).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
                 files.commit()
     show(args)
 
@@ -272,9 +266,6 @@ def show(args: argparse.Namespace) -> None:
     machines = dict.fromkeys(f"Measured {row['machine']}." for row in result["rows"])
     command = f"`{networks.typed('quality.py', words, {})}`"
     print("\n".join([result["title"], "", command, "", *table(head, lines), "", *machines]))
-
-
-# -------------------------------------------------------------------------------------------------- picture
 
 
 class Point(NamedTuple):
@@ -343,11 +334,10 @@ def scatter(points: List[Point], ms: Dict[str, float], budget: str) -> Any:
 
     figure, axis = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
     for kind, style in zip(KINDS, ("C3o-", "C3s", "C0o")):
-        shown = sorted((p for p in points if p.kind == kind), key=lambda point: ms[point.name])
-        axis.plot([ms[point.name] for point in shown], [point.decibels for point in shown], style, label=kind)
-        for point in shown:
-            place: Any = (ms[point.name], point.decibels)
-            name = point.name.split(",")[0].replace("_training_fp16", "")
+        shown = sorted((ms[point.name], point.decibels, point.name) for point in points if point.kind == kind)
+        axis.plot([each[0] for each in shown], [each[1] for each in shown], style, label=kind)
+        for *place, name in shown:
+            name = name.split(",")[0].replace("_training_fp16", "")
             axis.annotate(name, place, (6, 4), textcoords="offset points", fontsize=9)
     axis.set(xscale="log", xlabel="time for a picture, ms (ONNX Runtime, CPU)", ylabel="quality: PSNR-Y, dB")
     axis.set_title(f"Quality against time: up and left is better\n{budget}", fontsize=11)

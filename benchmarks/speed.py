@@ -5,10 +5,9 @@
     python benchmarks/speed.py --cases sizes peers --traiNNer-redux CHECKOUT
     python benchmarks/speed.py --device cuda         # a GPU, in four minutes: make gpu
 
-Needs only PyTorch, 2.3 or newer; a line says what is not possible because something is missing. Cases of one
-group take turns (aethersr/timing.py), and a group's lines are printed once it is measured. Weights are random
-where no file is named; speed doesn't depend on them. The table has the median in ms, how many times as fast
-as the group's first case that is (with the middle half of the rounds), and what else was found.
+Needs only PyTorch, 2.3 or newer; a line says what is not possible here. Cases of one group take turns
+(aethersr/timing.py). The table has the median in ms, how many times as fast as the group's first case that is
+(with the middle half of the rounds), and what else was found.
 """
 
 from __future__ import annotations
@@ -91,14 +90,11 @@ class Bench:
         return self.clock() - start
 
     def group(self, what: str, named: Mapping[str, Tuple[Any, ...]]) -> None:
-        """Time the cases that work here, in turns.
+        """Time the cases that work here, in turns. OutOfTime: the minutes are over.
 
         Args:
             what: what they have in common, for the table's first column.
             named: for each case a function and its arguments after the Bench, see cases.py.
-
-        Raises:
-            OutOfTime: the minutes are over.
         """
         if time.monotonic() > self.end:
             raise OutOfTime
@@ -115,7 +111,7 @@ class Bench:
                 self.row(what, name, "-", "-", f"{IMPOSSIBLE}: {first_line(error)}")
                 self.tidy()
                 continue
-            # Short steps are repeated, so that waiting for the GPU before reading the clock counts little.
+            # Repeated, so that waiting for the GPU before reading the clock counts little.
             counts[name] = max(1, min(100, int(0.01 / max(about, 1e-9))))
             loops[name], made[name] = functools.partial(repeat, step, counts[name]), (step, told)
         if made:
@@ -140,21 +136,20 @@ def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     names = list(dict.fromkeys(sum(PARTS.values(), ())))
-    parser.add_argument("--device", choices=sorted(PARTS), default="cpu")
-    parser.add_argument("--cases", nargs="+", choices=names, metavar="CASE", help=f"of {', '.join(names)}")
-    parser.add_argument("--quick", action="store_true", help="tiny networks: whether everything runs")
-    parser.add_argument("--sizes", nargs="+", choices=OURS[:3], default=list(OURS[:3]), metavar="SIZE")
-    parser.add_argument("--scales", type=int, nargs="+", choices=(1, 2, 3, 4, 8), default=[2, 4])
-    parser.add_argument("--side", type=positive, help="pixels of the picture (default: 128; on a GPU 256)")
-    parser.add_argument("--weights", type=Path, nargs="+", default=[SHIPPED], help="for runtimes")
-    parser.add_argument("--traiNNer-redux", dest="checkout", type=Path, help="a checkout, for peers")
-    parser.add_argument("--peers", nargs="+", default=list(PEERS), help="names in traiNNer-redux")
-    parser.add_argument("--threads", type=positive, default=torch.get_num_threads())
-    parser.add_argument(
-        "--rounds", type=positive, default=15, help="at most so many turns (default: %(default)s)"
-    )
-    parser.add_argument("--minutes", type=positive, help="begin nothing after these (on a GPU: 4)")
-    parser.add_argument("--output", type=Path, help="write the table to this file, too")
+    add = parser.add_argument
+    add("--device", choices=sorted(PARTS), default="cpu")
+    add("--cases", nargs="+", choices=names, metavar="CASE", help=f"of {', '.join(names)}")
+    add("--quick", action="store_true", help="tiny networks: whether everything runs")
+    add("--sizes", nargs="+", choices=OURS[:3], default=list(OURS[:3]), metavar="SIZE")
+    add("--scales", type=int, nargs="+", choices=(1, 2, 3, 4, 8), default=[2, 4])
+    add("--side", type=positive, help="pixels of the picture (default: 128; on a GPU 256)")
+    add("--weights", type=Path, nargs="+", default=[SHIPPED], help="for runtimes")
+    add("--traiNNer-redux", dest="checkout", type=Path, help="a checkout, for peers")
+    add("--peers", nargs="+", default=list(PEERS), help="names in traiNNer-redux")
+    add("--threads", type=positive, default=torch.get_num_threads())
+    add("--rounds", type=positive, default=15, help="at most so many turns (default: %(default)s)")
+    add("--minutes", type=positive, help="begin nothing after these (on a GPU: 4)")
+    add("--output", type=Path, help="write the table to this file, too")
     args = parser.parse_args(argv)
     args.side = 8 if args.quick else args.side or (256 if args.device == "cuda" else 128)
     args.minutes = args.minutes or (4.0 if args.device == "cuda" else None)
@@ -169,8 +164,7 @@ def measure(args: argparse.Namespace, command: str) -> None:
     bench = Bench(args)
     bench.say(f"{machine(args.device)}, {args.threads} thread" + "s" * (args.threads > 1) + ".\n")
     bench.say(f"`{command}`\n")
-    for line in table(HEAD, []):
-        bench.say(line)
+    bench.say("\n".join(table(HEAD, [])))
     start = len(bench.lines)
     try:
         for name in args.cases or PARTS[args.device]:

@@ -8,16 +8,13 @@ from __future__ import annotations
 import collections
 import io
 import json
-import os
 import zipfile
 from pathlib import Path
 from typing import Any, Dict, Mapping
 
 import pytest
 import torch
-from checkpoints import FILES, FUSED, NET, OLD, STATE, TINY, Reader, saved, tied, under
-from conftest import small_net
-from safetensors.torch import save
+from checkpoints import FILES, FUSED, NET, OLD, STATE, Reader, saved, tied, under
 from torch import Tensor, nn
 
 from aethersr.checkpoint import ENDINGS, WRAPPERS, read_checkpoint, unwrap, write_state
@@ -53,12 +50,10 @@ def online(state: Mapping[str, Tensor]) -> Dict[str, Any]:
         "three wrappers": {"state": {"models": {"net_g": state}}},
         "an unknown wrapper beside another network": {"critic": DISCRIMINATOR, "sr": state},
         "DDP": under("module.", state),
-        "torch.compile": under("_orig_mod.", state),
-        "three of them": under("_orig_mod.module._orig_mod.", state),
+        "torch.compile of DDP": under("_orig_mod.module.", state),
         "a compiled stage": inside("_orig_mod"),
         "FSDP, activations checkpointed": inside("_checkpoint_wrapped_module"),
         "Lightning, GAN": {"state_dict": gan, "loops": {}, "optimizer_states": [optimizer]},
-        "Lightning, among losses": {"state_dict": {**under("m.net_g.", state), **under("m.loss.", LOSS)}},
         "an unknown prefix of two words": under("trainer.sr.", state),
         "counters": {**state, **COUNTERS},
         "an optimizer by names": {"model": state, "optimizer": {"state": {"exp_avg": EMA}}, "optim_ema": EMA},
@@ -69,17 +64,13 @@ def online(state: Mapping[str, Tensor]) -> Dict[str, Any]:
 AVERAGED_MODEL = {**under("module.", EMA), "n_averaged": COUNT}
 AVERAGED: Dict[str, Any] = {
     "params_ema": {"params": STATE, "params_ema": EMA},
-    "params-ema": {"params-ema": EMA, "params": STATE},
     "state_dict_ema (timm)": {"state_dict": STATE, "state_dict_ema": EMA},
     "modelEMA": {"model": STATE, "modelEMA": {"module": EMA}},
-    "generator_ema": {"generator": STATE, "generator_ema": EMA, "discriminator": DISCRIMINATOR},
-    "nested": {"net_g": {"params": STATE, "params_ema": EMA}},
     "nested the other way round": {"ema": {"net_g": EMA}, "online": {"net_g": STATE}},
     "AveragedModel": AVERAGED_MODEL,
     "AveragedModel beside its network": {"model": STATE, "average": AVERAGED_MODEL},
     "SWA": {"state_dict": STATE, "swa_state_dict": {**under("module._orig_mod.", EMA), "n_averaged": COUNT}},
     "ema-pytorch": {**under("online_model.", STATE), **under("ema_model.", EMA), **COUNTERS},
-    "ema-pytorch in a wrapper": {"ema": {**under("ema_model.", EMA), **under("online_model.", STATE)}},
     "Lightning": {"state_dict": {**under("model.", STATE), **under("ema.module.", EMA), "ema.n": COUNT}},
     "beside the plain names": {**STATE, **under("ema.", EMA)},
 }
@@ -97,19 +88,6 @@ def test_averaged_weights_are_preferred_and_no_others_are_taken_for_averaged(wra
     assert_state(found.state, EMA)
     assert found.chosen.startswith("the averaged ones")
     assert "holds others" not in found.chosen
-
-
-def test_averaged_weights_without_names_take_those_of_the_network_beside_them() -> None:
-    """As torch-ema and diffusers save them: a list, without what is no parameter."""
-    names = [name for name, _ in NET.named_parameters()]
-    ema = {"decay": 0.99, "num_updates": 3, "shadow_params": [EMA[name] for name in names]}
-    for content in ({"model": STATE, "ema": ema}, {"ema": ema, **under("module.", STATE)}):
-        found = unwrap(content)
-        assert_state(found.state, {**STATE, **{name: EMA[name] for name in names}})
-        assert found.chosen.startswith("the averaged ones, 'shadow_params'")
-    for wrong in ([EMA[name] for name in names[1:]], [1.0], EMA):
-        found = unwrap({"model": STATE, "ema": {**ema, "shadow_params": wrong}})
-        assert_state(found.state, EMA if wrong is EMA else STATE)
 
 
 def test_averaged_weights_whose_statistics_never_moved_take_the_online_ones() -> None:
@@ -145,15 +123,12 @@ def test_what_is_not_read_is_named_by_its_top_keys_beside_the_wrappers_that_are_
         "Keys at the top: none;": {},
         "Keys at the top: 'iter', 'weights';": {"iter": 3, "weights": [STATE]},
         "Keys at the top: 'a';": {"a": {"b": {"c": {"d": STATE}}}},
-        "among 1. Keys at the top: 'params';": {"params": LOSS},
         "'4', '5' and 3 more;": {str(k): torch.zeros(1) for k in range(9)},
         f"Keys at the top: '{'k' * 40}';": {"k" * 99: 3},
     }
     for words, content in contents.items():
-        with pytest.raises(ValueError, match="not an AetherNet") as error:
+        with pytest.raises(ValueError, match=f"not an AetherNet.*{words}.*: {', '.join(WRAPPERS)}, with"):
             unwrap(content)
-        assert words in str(error.value)
-        assert all(name in str(error.value) for name in WRAPPERS)
 
 
 # -------------------------------------------------------------------------- files as the libraries write them
@@ -185,21 +160,12 @@ def test_whatever_pytorch_opens_beside_the_weights_is_opened(
     assert reader.read("a.pth", saved({"state_dict": STATE, "more": BESIDE[kind]}, **options)) == ""
 
 
-def test_weights_that_are_parameters_or_share_their_values_are_read(reader: Reader) -> None:
+def test_weights_that_are_parameters_share_their_values_or_were_packed_again_are_read(reader: Reader) -> None:
     """Without PyTorch's warning about a parameter that becomes a number: Reader makes them errors."""
     assert reader.read("a.pth", saved({name: nn.Parameter(value) for name, value in STATE.items()})) == ""
     content = saved(tied(40))
     assert len(content) < 10e6
     assert reader.read("a.pth", content) == ""
-
-
-def test_a_file_is_known_by_its_content_not_by_its_name(reader: Reader) -> None:
-    for name in ("a.pth", "a.safetensors", "a.PT", "a.ckpt", "a.bin", "a.pth.tar", "a"):
-        for content in FILES.values():
-            assert reader.read(name, content) == "", name
-
-
-def test_a_file_that_was_packed_again_with_compression_is_read(reader: Reader) -> None:
     packed = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(FILES["net.pth"])) as whole, zipfile.ZipFile(packed, "w", 8) as archive:
         for name in whole.namelist():
@@ -207,16 +173,10 @@ def test_a_file_that_was_packed_again_with_compression_is_read(reader: Reader) -
     assert reader.read("a.pth", packed.getvalue()) == ""
 
 
-def test_files_of_pytorch_itself(reader: Reader) -> None:
-    """AveragedModel, DataParallel, and what an optimizer and a scheduler keep."""
-    net = small_net(2, **TINY).float()
-    optimizer = torch.optim.AdamW(net.parameters())
-    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [3, 5])
-    net(torch.rand(1, 3, 8, 8)).sum().backward()
-    optimizer.step()
-    for wrapped in (torch.optim.swa_utils.AveragedModel(net), nn.DataParallel(net)):
-        states = [each.state_dict() for each in (wrapped, optimizer, scheduler)]
-        assert reader.read("a.pth", saved(dict(zip(("state", "optimizer", "scheduler"), states)))) == ""
+def test_a_file_is_known_by_its_content_not_by_its_name(reader: Reader) -> None:
+    for name in ("a.pth", "a.safetensors", "a.PT", "a.ckpt", "a.pth.tar", "a"):
+        for content in FILES.values():
+            assert reader.read(name, content) == "", name
 
 
 def test_weights_saved_on_a_card_open_without_one(tmp_path: Path) -> None:
@@ -226,13 +186,6 @@ def test_weights_saved_on_a_card_open_without_one(tmp_path: Path) -> None:
             card.writestr(name, cpu.read(name).replace(here, there))
     assert there in (tmp_path / "a.pth").read_bytes()
     assert_state(read_checkpoint(tmp_path / "a.pth").state, STATE)
-
-
-def test_the_int8_form_is_read_as_it_is(tmp_path: Path) -> None:
-    state = NET.fused().prepare_qat().convert_to_quantized().state_dict()
-    assert torch.int8 in {value.dtype for value in state.values()}
-    (tmp_path / "a.safetensors").write_bytes(save(state))
-    assert_state(read_checkpoint(tmp_path / "a.safetensors").state, state)
 
 
 # ---------------------------------------------------------------------------------------------------- writing
@@ -249,20 +202,10 @@ def test_the_same_weights_give_the_same_bytes_under_any_name(tmp_path: Path, end
     state = read_checkpoint(tmp_path / f"a{ending}").state
     assert_state(state, half)
     assert {value.dtype for value in state.values()} == {torch.float16}
+    int8 = NET.fused().prepare_qat().convert_to_quantized().state_dict()
+    write_state(int8, tmp_path / f"int8{ending}", {})
+    assert_state(read_checkpoint(tmp_path / f"int8{ending}").state, int8)
+    assert torch.int8 in {value.dtype for value in int8.values()}
     if ending == ".safetensors":
         size = int.from_bytes(first[:8], "little")
         assert json.loads(first[8 : 8 + size])["__metadata__"] == metadata
-
-
-def test_the_whole_file_is_on_the_disk_when_writing_returns(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sizes, fsync = [], os.fsync
-
-    def noted(file: int) -> None:
-        sizes.append(os.fstat(file).st_size)
-        fsync(file)
-
-    monkeypatch.setattr(os, "fsync", noted)
-    write_state({"mean": NET.mean}, tmp_path / "a.pth", {})  # less than a stream keeps to itself
-    assert sizes == [(tmp_path / "a.pth").stat().st_size]

@@ -18,12 +18,10 @@ ALLOCATORS = [
     MemoryError(),
     torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
     RuntimeError("[enforce fail] data. DefaultCPUAllocator: can't allocate memory: you tried to"),
-    RuntimeError("[enforce fail] data. DefaultCPUAllocator: not enough memory: you tried to allocate"),
     RuntimeError("CUDA error: out of memory"),
 ]
 OTHERS = [
     RuntimeError("CUDA error: an illegal memory access was encountered"),
-    RuntimeError("unsupported memory format option Preserve"),
     ValueError("memory"),
 ]
 
@@ -70,7 +68,7 @@ def test_a_missing_package_is_named_as_the_index_names_it() -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows reports a closed pipe as another error")
-@pytest.mark.parametrize("action", ["lambda: print('a')", "lambda: print('a' * 10**6)", "wrong"])
+@pytest.mark.parametrize("action", ["lambda: print('a' * 10**6)", "wrong"])
 def test_a_reader_that_has_ended_is_no_traceback(action: str) -> None:
     lines = [
         "import sys",
@@ -82,9 +80,7 @@ def test_a_reader_that_has_ended_is_no_traceback(action: str) -> None:
     env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     reader, writer = os.pipe()
     os.close(reader)
-    try:
-        command = [sys.executable, "-c", "\n".join(lines)]
-        ended = subprocess.run(command, cwd=ROOT, env=env, stdout=writer, stderr=subprocess.PIPE, text=True)
-    finally:
-        os.close(writer)
+    command = [sys.executable, "-c", "\n".join(lines)]
+    ended = subprocess.run(command, cwd=ROOT, env=env, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
     assert (ended.returncode, ended.stderr) == (141, "x: error: b\n" if action == "wrong" else "")

@@ -17,15 +17,8 @@ from conftest import small_net
 from damage import FUZZ
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 
-from aethersr.identify import (
-    add_img_range,
-    aether_from_state_dict,
-    form_name,
-    read_options,
-    variant_name,
-)
+from aethersr.identify import add_img_range, aether_from_state_dict, form_name, read_options, variant_name
 
 X = torch.rand(1, 3, 9, 13, generator=torch.Generator().manual_seed(1))
 FORMS: Dict[str, Any] = {
@@ -45,25 +38,36 @@ def test_every_form_is_built_again_from_its_tensors_alone(form: str, kept: bool)
     if kept:
         net.norm.weight.data[0, 3] = 0.0
     made = FORMS[form](net)
-    state = made.state_dict()
-    assert form_name(state) == form
-    rebuilt = aether_from_state_dict(state)
-    assert type(rebuilt) is type(made)
-    assert not rebuilt.training
+    rebuilt = aether_from_state_dict(made.state_dict())
+    assert (form_name(made.state_dict()), type(rebuilt), rebuilt.training) == (form, type(made), False)
     torch.testing.assert_close(rebuilt(X), made(X))
-    for name in (
-        "scale",
-        "in_chans",
-        "embed_dim",
-        "lk_kernel",
-        "use_channel_attn",
-        "use_spatial_attn",
-        "bound",
-    ):
-        assert rebuilt.options[name] == made.options[name], name
-    assert variant_name(rebuilt.options).startswith(
-        "a network of its own (embed_dim=12, depths=[1, 2, 2, 3],"
-    )
+    own = "a network of its own (embed_dim=12, depths=[1, 2, 2, 3],"
+    assert variant_name(rebuilt.options).startswith(own)
+
+
+UNDETECTABLE = {"drop", "drop_path_rate", "norm"}  # no tensor holds them; they change nothing in evaluation
+NETWORKS: List[Dict[str, Any]] = [
+    {"scale": 1, "depths": [60], "use_channel_attn": False, "use_spatial_attn": False},
+    {"scale": 3, "use_spatial_attn": False},
+    {"scale": 8, "use_channel_attn": False, "in_chans": 1},
+    {"in_chans": 4, "mlp_ratio": 1.5, "lk_kernel": 17, "sk_kernel": 5},
+    {"embed_dim": 24, "depths": [1, 2, 2, 3]},
+    {"lk_kernel": 1, "sk_kernel": 1, "bound": None},
+    {"img_range": 255.0, "bound": 4.0},
+    {"embed_dim": 22, "mlp_ratio": 15.5 / 22},  # int(22 * (15 / 22)) is 14
+]
+
+
+@pytest.mark.parametrize("options", NETWORKS, ids=str)
+def test_every_option_is_read_from_the_weights(options: Dict[str, Any]) -> None:
+    net: Any = AetherNet(**{"embed_dim": 16, "depths": [1], **options})
+    for form, more in ((net, set()), (net.fused(), {"sk_kernel", "img_range"})):
+        found: Any = aether_from_state_dict(form.state_dict())
+        assert type(found) is type(form)
+        ignored = UNDETECTABLE | more
+        read, given = ({k: v for k, v in each.options.items() if k not in ignored} for each in (found, net))
+        assert read == given
+        assert len(read) >= 8
 
 
 @pytest.mark.parametrize("stale_statistics", [True, False])
@@ -79,26 +83,12 @@ def test_an_older_fused_file_is_not_normalised_twice(stale_statistics: bool, wra
             assert float((other(X.double()) - expected).abs().max()) <= 2e-6 * float(expected.abs().max())
 
 
-@pytest.mark.parametrize("missing", ["stages.0.0.conv.fused_conv.bias", "norm.bias"])
-def test_an_older_fused_file_without_a_bias_is_named(missing: str) -> None:
-    state = older_fused(small_net(2))
-    del state[missing]
-    with pytest.raises(ValueError, match=rf"missing.*{missing}|'{missing}' is missing"):
-        aether_from_state_dict(state)
-
-
 @pytest.mark.parametrize("scale", aether_arch.SCALES)
 @pytest.mark.parametrize("variant", aether_arch.VARIANTS, ids=lambda variant: variant.__name__)
 def test_variant_and_scale_are_read_from_the_weights(variant: Any, scale: int) -> None:
     with torch.device("meta"):
         options = read_options(variant(scale=scale, bound=None).state_dict())
     assert (variant_name(options), options["scale"]) == (variant.__name__, scale)
-
-
-def test_a_hidden_width_that_no_quotient_gives_is_read_back() -> None:
-    """int(22 * (15 / 22)) is 14."""
-    net: Any = aether_from_state_dict(AetherNet(embed_dim=22, depths=[1], mlp_ratio=15.5 / 22).state_dict())
-    assert net.stages[0][0].ffn.conv_gate.out_channels == 15
 
 
 def test_img_range_is_read_where_it_is_recorded_and_given_for_older_training_files() -> None:
@@ -110,11 +100,7 @@ def test_img_range_is_read_where_it_is_recorded_and_given_for_older_training_fil
     add_img_range(args)
     assert args.parse_args([]).img_range is None
     given = args.parse_args(["--img_range", "255"]).img_range
-    for state, value in (
-        (older, given),
-        (recorded, None),
-        (recorded, given),
-    ):
+    for state, value in ((older, given), (recorded, None), (recorded, given)):
         torch.testing.assert_close(aether_from_state_dict(state, value)(X), net(X))
     fused = net.fused()
     torch.testing.assert_close(aether_from_state_dict(fused.state_dict())(X), fused(X))
@@ -165,20 +151,10 @@ def test_a_broken_state_dict_is_refused_with_what_is_wrong(words: str, changes: 
 def test_other_networks_are_named() -> None:
     with pytest.raises(ValueError, match=r"first layout \(v1, tensors 'layers\.\*'\): another network"):
         aether_from_state_dict({"params": {"layers.0.blocks.0.conv.lk_conv.bias": torch.zeros(3)}})
-    with pytest.raises(ValueError, match="not an AetherNet"):
-        aether_from_state_dict(nn.Conv2d(3, 3, 3).state_dict())
-    with pytest.raises(ValueError, match=r"not an AetherNet: no tensor .* among 1; the first is 'weight'"):
+    with pytest.raises(ValueError, match=r"not an AetherNet: no tensor .* among 1\."):
         read_options({"weight": ONE})
     with pytest.raises(ValueError, match=r"tail.weight.* has 1 dimensions, expected 4"):
         aether_from_state_dict({**FUSED, "tail.weight": torch.zeros(24)})
-
-
-@pytest.mark.parametrize("name", ["conv_last.weight", "norm.weight", "stages.0.0.conv.fused_conv.bias"])
-def test_a_claim_of_terabytes_takes_no_memory(name: str) -> None:
-    for state in (STATE, older_fused(NET)) if name in STATE else (older_fused(NET),):
-        shape = [2**40, *state[name].shape[1:]]
-        with pytest.raises(ValueError, match="of another shape"):
-            aether_from_state_dict({**state, name: torch.zeros(1).expand(shape)})
 
 
 DAMAGED = {

@@ -33,7 +33,7 @@ def test_weights_of_another_img_range_are_opened_with_and_without_the_record(tmp
         ("a.onnx", {}, "is a git-lfs pointer, not the file itself; git lfs pull"),
         ("a.param", {}, "is a git-lfs pointer"),
         ("a.safetensors", {}, "is a git-lfs pointer"),
-        ("no.onnx", {}, "no.onnx does not exist; pass the network with FILE"),
+        ("no.onnx", {}, "no.onnx does not exist; pass another (FILE)"),
         ("a.onnx", {"img_range": 255.0}, "--img_range can't change"),
         ("a.param", {"fp16": True}, "--fp16 can't change"),
     ],
