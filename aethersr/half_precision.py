@@ -10,11 +10,12 @@ import copy
 import math
 import re
 import statistics
-from typing import Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, Tuple
+from functools import partial
+from typing import Any, Dict, Iterable, List, Mapping, NamedTuple, Sequence, Tuple
 
 import torch
-from aether_arch import AetherBase, ChannelAttention, FusedAetherBlock, FusedAetherNet, SpatialAttention
-from aether_quant import QuantAetherNet, insert_quantizers
+from aether_arch import AetherBase, FusedAetherBlock, FusedAetherNet
+from aether_quant import QuantAetherNet, Quantizer
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -28,33 +29,17 @@ class Fit(NamedTuple):
     """What fit_half_precision_ did and found."""
 
     powers: Dict[str, int]  # powers of two, by group
-    lost: List[str]  # pictures on which the network runs away, in float32 too
-    tried: int  # pictures, all together
+    notes: List[str]  # what the user should be told
     problem: str  # what rescaling can't solve; "" if half precision holds everything
-    decibels: float  # PSNR of half precision against float32, over the other pictures; NaN with a problem
+    decibels: float  # PSNR of half precision against float32; not finite with a problem
     steps: float  # largest difference there, in steps of 1/255
-
-    def notes(self, bounded: bool) -> List[str]:
-        """What the user should be told. ``bounded``: the network has a bound already."""
-        lines = []
-        if self.lost:
-            first = ", ".join(self.lost[:3]) + (", ..." if len(self.lost) > 3 else "")
-            remedy = "" if bounded else "; --bound 1, with the training checkpoint, prevents it"
-            found = f"on {len(self.lost)} of {self.tried} hard pictures the network runs away, in float32 too"
-            lines.append(f"Note: {found}: {first}{remedy}")
-        if self.powers:
-            first = ", ".join(f"{name} 2^{power}" for name, power in list(self.powers.items())[:3])
-            more = f" and {len(self.powers) - 3} more" if len(self.powers) > 3 else ""
-            lines.append(f"Rescaled for half precision, the same function: {first}{more}")
-        return lines
 
 
 @torch.no_grad()
 def fit_half_precision_(net: FusedAetherNet, device: str = "cpu") -> Fit:
     """Rescale the network, in place, until half precision holds its values on hard pictures; compare both.
 
-    Pictures on which the network runs away are ignored: a scale that fits them would make the others' values
-    too small. A network that needs no rescaling stays untouched.
+    Pictures on which it runs away are ignored: a scale for them would make the others' values too small.
     """
     pictures = {name: picture.to(device) for name, picture in hard_pictures(net.options["in_chans"]).items()}
     plain = copy.deepcopy(net).float().to(device)
@@ -63,13 +48,21 @@ def fit_half_precision_(net: FusedAetherNet, device: str = "cpu") -> Fit:
     bound = min(HALF_MAX, RUNAWAY * max(1.0, statistics.median(outputs.values())))
     lost = [name for name, output in outputs.items() if not output <= bound]
     sound = [name for name in pictures if name not in lost]
+    notes = []
+    if lost:
+        found = f"on {len(lost)} of {len(pictures)} hard pictures the network runs away, in float32 too"
+        notes.append(f"Note: {found}: {', '.join(lost)}")
+        if net.options["bound"] is None:
+            notes.append("--bound 1, with the training checkpoint, prevents it")
     if not sound:
         problem = f"on no hard picture is the output below {HALF_MAX:g}, half precision's largest number"
-        return Fit({}, lost, len(pictures), problem, math.nan, math.nan)
-    powers = rescale_(net, largest_of([measured[name] for name in sound]))
+        return Fit({}, notes, problem, math.nan, math.nan)
+    powers = rescale_(net, [measured[name] for name in sound])
+    if powers:
+        notes.append(f"Rescaled for half precision, the same function: {', '.join(powers)}")
     decibels, steps = loss(copy.deepcopy(net).float().to(device), [pictures[name] for name in sound])
-    problem = "half precision can't hold its values, and no rescaling helps" if math.isnan(decibels) else ""
-    return Fit(powers, lost, len(pictures), problem, decibels, steps)
+    fails = "half precision can't hold its values, and no rescaling helps"
+    return Fit(powers, notes, "" if math.isfinite(decibels) else fails, decibels, steps)
 
 
 class _Rounding(TorchFunctionMode):
@@ -83,43 +76,26 @@ class _Rounding(TorchFunctionMode):
 
 
 @torch.no_grad()
-def in_half_precision(net: AetherBase, pictures: Iterable[Tensor]) -> List[Tensor]:
-    """The outputs of a network whose weights and values are rounded to half precision, in float32.
-
-    Computed in float32: PyTorch's own half precision is slow on a CPU, and older versions lack it.
-    """
+def in_half_precision(net: AetherBase, picture: Tensor) -> Tensor:
+    """The output with all weights and values rounded; PyTorch's own half precision is slow on a CPU."""
     low = copy.deepcopy(net).half().float()
     with _Rounding():
-        return [low(picture.half().float()) for picture in pictures]
+        return low(picture.half().float())
 
 
 @torch.no_grad()
-def loss(net: AetherBase, pictures: List[Tensor]) -> Tuple[float, float]:
-    """What half precision loses: PSNR against float32 in dB (peak 1), and the largest difference in steps.
-
-    NaN if a value is not finite.
-    """
-    outputs = in_half_precision(net, pictures)
-    errors = [(output - net(picture)).abs() for output, picture in zip(outputs, pictures)]
+def loss(net: AetherBase, pictures: Iterable[Tensor]) -> Tuple[float, float]:
+    """PSNR of half precision against float32, and the largest difference in steps of 1/255."""
+    errors = [(in_half_precision(net, picture) - net(picture)).abs() for picture in pictures]
     mean = statistics.mean(float(error.pow(2).mean()) for error in errors)
-    if not math.isfinite(mean):
-        return math.nan, math.nan
     return -10 * math.log10(max(mean, 1e-12)), 255 * max(float(error.max()) for error in errors)
-
-
-# ------------------------------------------------------------------------------------- pictures and measuring
 
 
 def hard_pictures(channels: int, side: int = 24) -> Dict[str, Tensor]:
     """Pictures that cause extreme values: flat, saturated, periodic, ramps, noise. (1, C, H, W) in [0, 1]."""
     y, x = torch.arange(side).view(-1, 1), torch.arange(side)
     noise = torch.rand(channels, side, side, generator=torch.Generator().manual_seed(0))
-    pictures = {
-        "black": noise * 0,
-        "white": noise * 0 + 1,
-        "noise": noise,
-        "black and white noise": noise.round(),
-    }
+    pictures = {"black": noise * 0, "white": noise * 0 + 1, "noise": noise, "coarse noise": noise.round()}
     pictures.update({"ramp": x / (side - 1), "falling ramp": 1 - (x + y) / (2 * side - 2)})
     for channel in range(channels if channels > 1 else 0):
         only = (torch.arange(channels) == channel).float().view(-1, 1, 1)
@@ -134,130 +110,104 @@ def hard_pictures(channels: int, side: int = 24) -> Dict[str, Tensor]:
 @torch.no_grad()
 def largest_values(net: AetherBase, picture: Tensor) -> Dict[str, float]:
     """Largest magnitude of every module's input ("NAME.in") and output ("NAME.out"); NaN is infinity."""
-    found: Dict[str, float] = {}
+    found = {}
 
-    def watch(name: str) -> Callable[[Any, Any, Any], None]:
-        def hook(module: Any, inputs: Any, output: Any) -> None:
-            for key, value in ((f"{name}.in", inputs[0]), (f"{name}.out", output)):
-                largest = float(value.abs().max())
-                found[key] = max(found.get(key, 0.0), math.inf if math.isnan(largest) else largest)
+    def measure(name: str, _: Any, inputs: Any, output: Any) -> None:
+        for key, value in ((f"{name}.in", inputs[0]), (f"{name}.out", output)):
+            found[key] = float(value.abs().max().nan_to_num(math.inf, math.inf))
 
-        return hook
-
-    hooks = [module.register_forward_hook(watch(name)) for name, module in net.named_modules()]
-    try:
-        net(picture)
-    finally:
-        for handle in hooks:
-            handle.remove()
+    hooks = [module.register_forward_hook(partial(measure, name)) for name, module in net.named_modules()]
+    net(picture)
+    for hook in hooks:
+        hook.remove()
     return found
-
-
-def largest_of(measured: List[Dict[str, float]]) -> Dict[str, float]:
-    """The largest of several measurements."""
-    return {key: max(found[key] for found in measured) for key in measured[0]}
-
-
-# ------------------------------------------------------------------------------------ the values in a network
 
 
 class Group(NamedTuple):
-    """Values inside the network that are scaled together, and the tensors that make and use them."""
+    """Values inside the network that have one scale, and the tensors that make and use them."""
 
     values: List[str]  # names as in largest_values
-    made_by: List[str]
-    used_by: List[str]
+    made_by: List[Tensor]  # and the ranges of a quantised network
+    used_by: List[Tensor]
+
+    @torch.no_grad()
+    def scale_(self, power: int) -> None:
+        """Multiply the values by 2^power; the network's output stays."""
+        for tensors, factor in ((self.made_by, 2.0**power), (self.used_by, 2.0**-power)):
+            for tensor in tensors:
+                tensor.mul_(factor)
+
+
+# A block's modules: those that make values of one scale, and those that use them.
+IN_BLOCK = {
+    "depthwise": (["reparam_conv"], ["gate_conv", "main_conv"]),
+    "product": (["main_conv"], ["out_conv"]),
+    "attention": (["channel_attn.fc.0"], ["channel_attn.fc.2"]),
+}
+READS_STREAM = ("reparam_conv", "channel_attn.fc.0", "spatial_attn.conv")
 
 
 def groups(net: FusedAetherNet) -> Dict[str, Group]:
-    """All groups that can be rescaled, in data order.
+    """All that can be rescaled: not the gate, since SiLU(2x) is not 2 SiLU(x), and not the picture.
 
-    The gate can't, since SiLU(2x) is not 2 SiLU(x), nor can the output, which is the picture. The stream that
-    the blocks add to has one scale from the first convolution to the last sum.
+    The stream that the blocks add to has one scale from the first convolution to the last sum.
     """
+    known: Dict[str, Any] = dict(net.named_modules())
+    found = {}
 
-    def both(*convs: str) -> List[str]:
-        return [f"{conv}.{tensor}" for conv in convs for tensor in ("weight", "bias")]
+    def add(title: str, made_by: List[str], used_by: List[str]) -> None:
+        values = [f"{name}.out" for name in made_by] + [f"{name}.in" for name in used_by]
+        quantizers = [known.get(re.sub(r"\.(in|out)$", r".quant_\1", value)) for value in values]
+        made: List[Tensor] = [
+            quantizer.range_sum for quantizer in quantizers if isinstance(quantizer, Quantizer)
+        ]
+        made += [value for name in made_by for value in known[name].parameters(recurse=False)]
+        used = [item for name in used_by for item in known[name].named_parameters(recurse=False)]
+        found[title] = Group(values, made, [value for name, value in used if name.endswith("weight")])
 
-    fusions = [f"fusion_convs.{k}" for k in range(len(net.fusion_convs))]
-    reader = "body_norm" if net.keep_norm else "body_conv"
-    values = ["head.out", "fusion.out", f"{reader}.in", "body_norm.in", "body_conv.out"]
-    values += ["conv_before_upsample.in", "conv_before_upsample.0.in"]
-    users = [f"{user}.weight" for user in (*fusions, reader, "conv_before_upsample.0")]
-    stream = Group(values, both("head", "fusion", "body_conv"), users)
-    found = {"stream": stream}
-    for name, block in net.named_modules():
-        if not isinstance(block, FusedAetherBlock):
-            continue
-        reparam, gate, main, out = (f"{name}.{conv}_conv" for conv in ("reparam", "gate", "main", "out"))
-        stream.values.extend([f"{name}.in", f"{out}.out", f"{name}.out"])
-        stream.made_by.extend(both(out))
-        stream.used_by.append(f"{reparam}.weight")
-        if block.bound is None:
-            users = [f"{gate}.weight", f"{main}.weight"]
-            found[f"{name} depthwise"] = Group([f"{reparam}.out"], both(reparam), users)
-        found[f"{name} product"] = Group([f"{main}.out", f"{out}.in"], both(main), [f"{out}.weight"])
-        if isinstance(block.channel_attn, ChannelAttention):
-            squeeze, excite = (f"{name}.channel_attn.fc.{layer}" for layer in (0, 2))
-            stream.used_by.append(f"{squeeze}.weight")
-            found[f"{name} attention"] = Group(
-                [f"{squeeze}.out"], [f"{squeeze}.weight"], [f"{excite}.weight"]
-            )
-        if isinstance(block.spatial_attn, SpatialAttention):
-            stream.used_by.append(f"{name}.spatial_attn.conv.weight")
-    values = [*(f"{conv}.out" for conv in fusions), "fusion.in"]
-    found["fusion_convs"] = Group(values, both(*fusions), ["fusion.weight"])
+    fusions = [name for name in known if re.fullmatch(r"fusion_convs\.\d+", name)]
+    last = "body_norm" if net.keep_norm else "body_conv"
+    makers, readers = ["head", "fusion", "body_conv"], [*fusions, last, "conv_before_upsample.0"]
+    for name, block in known.items():
+        if isinstance(block, FusedAetherBlock):
+            makers.append(f"{name}.out_conv")
+            readers += [f"{name}.{part}" for part in READS_STREAM if f"{name}.{part}" in known]
+            for title, parts in IN_BLOCK.items():
+                made_by, used_by = ([f"{name}.{part}" for part in each] for each in parts)
+                if made_by[0] in known and (title != "depthwise" or block.bound is None):
+                    add(f"{name} {title}", made_by, used_by)
+    add("stream", makers, readers)
+    add("fusion_convs", fusions, ["fusion"])
     if net.keep_norm:
-        found["body_norm"] = Group(["body_norm.out", "body_conv.in"], both("body_norm"), ["body_conv.weight"])
-    values = ["conv_before_upsample.0.out", "tail.in"]
-    tail = [f"tail.{name}" for name, _ in net.tail.named_parameters() if name.endswith("weight")]
-    found["conv_before_upsample"] = Group(values, both("conv_before_upsample.0"), tail)
+        add("body_norm", ["body_norm"], ["body_conv"])
+    add("conv_before_upsample", ["conv_before_upsample.0"], ["tail"])
     return found
 
 
-# -------------------------------------------------------------------------------------------------- rescaling
-
-
 @torch.no_grad()
-def rescale_(net: FusedAetherNet, largest: Mapping[str, float]) -> Dict[str, int]:
-    """Rescale by powers of two, in place, what half precision can't hold. In float32 no bit changes.
+def rescale_(net: FusedAetherNet, measured: Sequence[Mapping[str, float]]) -> Dict[str, int]:
+    """Rescale by powers of two, in place, what half precision can't hold. Returns the powers by group.
 
-    Values near its largest number are scaled down. Tiny ones are scaled up, and so are those whose users have
-    weights beyond its largest. Returns the powers by group; a network that needs none stays untouched.
+    Values near its largest number are scaled down; up are tiny ones, and those whose users have huge weights.
     """
-    tensors, powers = dict(net.named_parameters()), {}
+    powers: Dict[str, int] = {}
     for name, group in groups(net).items():
-        value = max(largest[key] for key in group.values)
-        made, used = (
-            max(float(tensors[key].abs().max()) for key in part) for part in (group.made_by, group.used_by)
-        )
+        value = max(found[key] for found in measured for key in group.values)
+        made, used = (max(float(each.abs().max()) for each in part) for part in group[1:])
         filled = max(value * 2**SPARE_BITS, made) / HALF_MAX
         wanted = max(used / HALF_MAX, 1 / value if 0 < value < TINY else 0.0)
-        power = 0
         if 1 < filled < math.inf:
-            power = -math.ceil(math.log2(filled))
-        elif wanted > 1 and 0 < filled <= 1:
-            power = min(math.ceil(math.log2(wanted)), math.floor(-math.log2(filled)))
-        if power:
-            powers[name] = power
-            for key in group.made_by:
-                tensors[key].mul_(2.0**power)
-            for key in group.used_by:
-                tensors[key].mul_(2.0**-power)
+            powers[name] = -math.ceil(math.log2(filled))
+        elif wanted > 1 and 0 < filled <= 0.5:
+            powers[name] = min(math.ceil(math.log2(wanted)), math.floor(-math.log2(filled)))
+        group.scale_(powers.get(name, 0))
     return powers
 
 
-@torch.no_grad()
-def with_ranges_of(net: FusedAetherNet, trained: QuantAetherNet, powers: Mapping[str, int]) -> QuantAetherNet:
-    """The rescaled ``net`` quantised, with the ranges of ``trained``, which is the network before fusing.
-
-    ``powers`` are those of the rescaling; each range is scaled like its values.
-    """
-    power_of = {value: powers.get(name, 0) for name, group in groups(net).items() for value in group.values}
-    quantised = insert_quantizers(copy.deepcopy(net).float())
-    ranges = trained.quantizers()
-    for name, quantizer in quantised.quantizers().items():
-        value = re.sub(r"\.quant_(in|out)$", r".\1", name)
-        quantizer.range_sum.copy_(ranges[name].range_sum.float() * 2.0 ** power_of.get(value, 0))
-        quantizer.watched.copy_(ranges[name].watched)
-    return quantised.eval()
+def rescaled(trained: QuantAetherNet, powers: Mapping[str, int]) -> QuantAetherNet:
+    """A copy in float32, rescaled with its ranges. ``powers``: what rescale_ did to the fused network."""
+    net = copy.deepcopy(trained).float()
+    found = groups(net)
+    for name, power in powers.items():
+        found[name].scale_(power)
+    return net

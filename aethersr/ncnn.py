@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, List, Optional, Tuple
+from typing import Any, List, Optional, Tuple
 
 import torch
-from aether_arch import ChannelAttention, SpatialAttention
+from aether_arch import AetherBase, ChannelAttention, SpatialAttention
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -18,31 +19,21 @@ from aethersr.exported import ExportTail, for_export
 from aethersr.files import Together
 from aethersr.onnx import picture
 
-if TYPE_CHECKING:
-    from aether_arch import AetherBase
-
 WAY_OUT = "pip install -U ncnn pnnx, or leave --ncnn out."
-SIZES = ((17, 31), (33, 13), (9, 1))  # height and width of the pictures that are compared
 
 
 def export_ncnn(model: AetherBase, scale: int, output_path: Optional[str] = None) -> Tuple[str, str]:
     """Write the fused network as NCNN's two files and return their paths. The model stays as it was.
 
-    Args:
-        scale: the model's scale, repeated to catch mistakes.
-        output_path: of the .param file; the .bin file goes beside it. Default: ``{scale}x_aether.param``.
-            Upscayl reads the scale from the name, see named_for_upscayl.
-
-    Raises:
-        UserError: see convert. Nothing is written then.
+    ``scale`` is the model's, repeated to catch mistakes. ``output_path`` is the .param file's; the .bin file
+    goes beside it. Upscayl reads the scale from the name, see named_for_upscayl. Raises what convert does.
     """
     if scale != model.scale:
         raise ValueError(f"export_ncnn: scale={scale} was asked for, the model has scale={model.scale}.")
     param = Path(output_path or f"{scale}x_aether.param")
     targets = (param, param.with_suffix(".bin"))
-    contents = convert(model)
     with Together() as files:
-        for target, content in zip(targets, contents):
+        for target, content in zip(targets, convert(model)):
             files.part(target).write_bytes(content)
         files.commit()
     return str(targets[0]), str(targets[1])
@@ -52,20 +43,18 @@ def convert(model: AetherBase) -> Tuple[bytes, bytes]:
     """The .param and the .bin file of the fused network, checked in ncnn on three odd sizes.
 
     The input blob is ``data`` (in_chans, H, W) in [0, 1], the output blob ``output`` (in_chans, scale * H,
-    scale * W), as Upscayl and others expect. H and W can be any size; weights are in half precision.
-
-    Raises:
-        UserError: ncnn or pnnx is not installed, or ncnn's output differs from the network's by more than a
-            step of 1/255.
+    scale * W), as Upscayl and others expect. H and W can be any size; weights are in half precision. Raises
+    UserError if ncnn or pnnx is missing, or ncnn's output is more than a step of 1/255 off.
     """
     require()
+    import ncnn
     import pnnx
 
     with torch.inference_mode(False), torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         reference = model.fused().cpu().float()
-        image = picture(torch.float32, 1, model.options["in_chans"], 19, 23)
+        channels = model.options["in_chans"]
+        image = picture(torch.float32, 1, channels, 19, 23)
         torch.jit.trace(for_chainner(reference), image, check_trace=False).save(f"{folder}/net.pt")
-        channels = image.shape[1]
         # Two of them, so that the size isn't fixed.
         shapes = [f"inputshape=[1,{channels},19,23]", f"inputshape2=[1,{channels},34,26]"]
         done = subprocess.run([pnnx.EXEC_PATH, "net.pt", *shapes], cwd=folder, capture_output=True, text=True)
@@ -74,15 +63,27 @@ def convert(model: AetherBase) -> Tuple[bytes, bytes]:
             raise UserError(f"pnnx stopped with code {done.returncode}; {WAY_OUT}")
         named = re.sub(r"\bin0\b", "data", param.read_text(encoding="ascii"))
         param.write_text(re.sub(r"\bout0\b", "output", named), encoding="ascii")
-        _compare(param, weights, reference)
+        net = ncnn.Net()
+        net.load_param(str(param))
+        net.load_model(str(weights))
+        for height, width in ((17, 31), (33, 13), (9, 1)):
+            image = picture(torch.float32, 1, channels, height, width)
+            expected, output = reference(image), run(net, image)
+            same = output.shape == expected.shape
+            difference = float((output - expected).abs().max()) if same else math.inf
+            # One step of 1/255, or in proportion if the output goes far beyond a picture's range.
+            allowed = max(1.0, float(expected.abs().max())) / 255
+            if not difference <= allowed:
+                found = f"ncnn differs from the network by {difference:.3g} at {width}x{height}"
+                raise UserError(f"{found}, expected at most {allowed:.3g}; {WAY_OUT}")
         return param.read_bytes(), weights.read_bytes()
 
 
 def for_chainner(network: Any) -> Any:
     """exported.for_export without what chaiNNer breaks: it rewrites a file before loading it.
 
-    It drops a Reduction's "not all axes", and a pad_top of 0 if pad_left differs, and ncnn then computes
-    something else. So means over one axis are poolings here, and ExportTail has no rows to pad.
+    It drops a Reduction's "not all axes", and a pad_top of 0 if pad_left differs. So means over one axis are
+    poolings here, and ExportTail has no rows to pad.
     """
     network = for_export(network)
     network.tail.__class__ = _Tail
@@ -135,28 +136,6 @@ def named_for_upscayl(stem: str, scale: int) -> str:
     """
     found = [each for each in (1, 2, 3, 4, 8) if re.search(f"{each}x|x{each}", stem.lower())]
     return stem if found[:1] == [scale] else f"{scale}x_{stem}"
-
-
-def _compare(param: Path, weights: Path, reference: AetherBase) -> None:
-    import ncnn
-
-    net = ncnn.Net()
-    net.load_param(str(param))
-    net.load_model(str(weights))
-    for height, width in SIZES:
-        image = picture(torch.float32, 1, reference.options["in_chans"], height, width)
-        expected = reference(image)
-        output = run(net, image)
-        size = f"{width}x{height}"
-        if output.shape != expected.shape:
-            shapes = f"{tuple(output.shape)} for {size}, expected {tuple(expected.shape)}"
-            raise UserError(f"ncnn gives a picture of {shapes}; {WAY_OUT}")
-        difference = float((output - expected).abs().max())
-        # One step of 1/255, or in proportion if the output goes far beyond a picture's range.
-        allowed = max(1.0, float(expected.abs().max())) / 255
-        if not difference <= allowed:
-            found = f"ncnn differs from the network by {difference:.3g} at {size}"
-            raise UserError(f"{found}, expected at most {allowed:.3g}; {WAY_OUT}")
 
 
 def channels_of(param: Path) -> int:

@@ -6,9 +6,10 @@ import inspect
 import io
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, Mapping, Optional, Sequence
+from typing import Any, Dict, Mapping, Optional, Sequence, Tuple
 
 import torch
+from aether_arch import AetherBase
 from aether_quant import TARGETS
 from torch import Tensor
 
@@ -16,9 +17,6 @@ from aethersr.exported import for_export
 from aethersr.files import Together
 from aethersr.identify import variant_name
 from aethersr.onnx_int8 import integer_convolutions
-
-if TYPE_CHECKING:
-    from aether_arch import AetherBase
 
 PRECISIONS = ("fp32", "fp16", "int8")
 # First and last opset. 11 is the first with this pixel shuffle, 13 the first with a scale per channel. The
@@ -34,8 +32,13 @@ OPSETS = {
 TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "int8": 1e-2}  # on noise, where one code of a product goes far
 
 
+def opsets(precision: str, target: str) -> Tuple[int, int]:
+    """The first and last opset for a precision and, for int8, a target."""
+    return OPSETS.get(f"{precision} {target}", OPSETS[precision])
+
+
 def export_onnx(
-    model: AetherBase,
+    model: Any,
     scale: int,
     precision: str = "fp32",
     output_path: Optional[str] = None,
@@ -55,17 +58,15 @@ def export_onnx(
 
     Args:
         scale: the model's scale, repeated to catch mistakes.
-        precision: "fp32", "fp16", or "int8" for a network from prepare_qat. An int8 file has int8 weights,
-            and QuantizeLinear and DequantizeLinear around the quantised convolutions.
+        precision: "fp32", "fp16", or "int8" for a network from prepare_qat.
         output_path: default ``aether_x{scale}_{precision}.onnx`` in the current folder.
         target: for "int8", the runtime to optimise for: "onnxruntime" (on a CPU: uint8, also between
             convolutions), "tensorrt" or "openvino" (int8 about zero, only at the input of convolutions).
         reduce_range: for "int8", 7-bit weights: integer kernels of CPUs without VNNI overflow with 8.
-        static: (in_chans, height, width) for a file that takes one picture of this size; default: any size.
+        static: (in_chans, height, width) for a file that takes one picture of this size.
         opset: see OPSETS. ONNX Runtime, TensorRT 10 and 11, OpenVINO and most versions of DirectML take 17.
         simplify: remove duplicates and constants with the package onnxslim. The function stays the same.
-        metadata: written into the file, for instance license and author. Architecture, variant, scale and
-            precision are always written.
+        metadata: to write beside architecture, variant, scale and precision, for instance license.
 
     Raises:
         ValueError: scale, precision, target, static or opset don't fit.
@@ -74,17 +75,12 @@ def export_onnx(
     _check_arguments(model, scale, precision, target, static, opset)
     import onnx
 
-    described = {
-        "architecture": "AetherNet",
-        "variant": variant_name(model.options),
-        "scale": str(scale),
-        "precision": precision,
-    }
+    described = {"architecture": "AetherNet", "variant": variant_name(model.options)}
+    described.update(scale=str(scale), precision=precision)
     # The tracer can't follow inference tensors, and creating modules draws random numbers.
     with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
         if precision == "int8":
-            quantised: Any = model.convert_to_quantized()
-            reference = quantised.for_target(target, reduce_range).cpu()
+            reference = model.convert_to_quantized().for_target(target, reduce_range).cpu()
             described.update(target=target)
         else:
             reference = model.fused().cpu().float()
@@ -101,8 +97,11 @@ def export_onnx(
         onnx.helper.set_model_props(file, {**described, **(metadata or {})})
         onnx.checker.check_model(file, full_check=True)
         compare(file.SerializeToString(), reference, precision)
-    if static is not None:
-        fix_size(file, (1, *static), scale)
+    if static is not None:  # no node holds a size, so the nodes stay
+        for value, factor in ((file.graph.input[0], 1), (file.graph.output[0], scale)):
+            sizes = (1, static[0], static[1] * factor, static[2] * factor)
+            for dim, size in zip(value.type.tensor_type.shape.dim, sizes):
+                dim.dim_value = size
         onnx.checker.check_model(file, full_check=True)  # infers the output's size and compares
     path = output_path or f"aether_x{scale}_{precision}.onnx"
     with Together() as files:  # not written by onnx, which can't handle every file name
@@ -114,26 +113,24 @@ def export_onnx(
 def _check_arguments(
     model: AetherBase, scale: int, precision: str, target: str, static: Optional[Sequence[int]], opset: int
 ) -> None:
-    channels = model.options["in_chans"]
-    first, last = OPSETS.get(f"{precision} {target}", OPSETS.get(precision, (0, 0)))
-    sizes = static is None or (len(static) == 3 and static[0] == channels)
-    sizes = sizes and all(type(size) is int and size > 0 for size in static or ())
-    problems = {
-        f"scale={scale} was asked for, the model has scale={model.scale}": scale != model.scale,
-        f"precision={precision!r} is not known; allowed: {', '.join(PRECISIONS)}": precision
-        not in PRECISIONS,
-        "precision='int8' needs a quantised network: prepare_qat(), fine-tune, convert_to_quantized()": (
-            precision == "int8" and not hasattr(model, "is_int8")
-        ),
-        f"target={target!r} is not known; allowed: {', '.join(TARGETS)}": target not in TARGETS,
-        f"static={static!r} is not possible; expected ({channels}, height, width)": not sizes,
-        f"opset={opset!r} is not possible for {precision}; allowed: {first} to {last}": (
-            type(opset) is not int or not first <= opset <= last
-        ),
-    }
-    for problem, is_so in problems.items():
-        if is_so:
-            raise ValueError(f"export_onnx: {problem}.")
+    problem = ""
+    if scale != model.scale:
+        problem = f"scale={scale} was asked for, the model has scale={model.scale}"
+    elif precision not in PRECISIONS:
+        problem = f"precision={precision!r} is not known; allowed: {', '.join(PRECISIONS)}"
+    elif precision == "int8" and not hasattr(model, "is_int8"):
+        problem = "precision='int8' needs a quantised network: prepare_qat(), train, convert_to_quantized()"
+    elif target not in TARGETS:
+        problem = f"target={target!r} is not known; allowed: {', '.join(TARGETS)}"
+    elif opset not in range(opsets(precision, target)[0], opsets(precision, target)[1] + 1):
+        first, last = opsets(precision, target)
+        problem = f"opset={opset!r} is not possible for {precision}; allowed: {first} to {last}"
+    elif static is not None:
+        chans = model.options["in_chans"]
+        if len(static) != 3 or static[0] != chans or not all(type(n) is int and n > 0 for n in static):
+            problem = f"static={static!r} is not possible; expected ({chans}, height, width)"
+    if problem:
+        raise ValueError(f"export_onnx: {problem}.")
 
 
 def picture(dtype: torch.dtype, *shape: int) -> Tensor:
@@ -145,29 +142,21 @@ def trace(network: AetherBase, opset: int, fold: bool) -> Any:
     """The network as an ONNX model for any batch, height and width. ``fold``: fold constants."""
     import onnx
 
-    dtype = next(network.parameters()).dtype
+    image = picture(next(network.parameters()).dtype, 1, network.options["in_chans"], 19, 23)
     # The output's sizes have other names, because DirectML and ONNX Runtime fix all sizes of one name alike.
     axes = {
         "input": {0: "batch", 2: "height", 3: "width"},
         "output": {0: "batch", 2: "out_height", 3: "out_width"},
     }
+    more: Dict[str, Any] = {"opset_version": opset, "do_constant_folding": fold, "dynamic_axes": axes}
     # The tracing exporter is deprecated, but in every PyTorch since 1.13 it writes one small file.
-    takes_dynamo = "dynamo" in inspect.signature(torch.onnx.export).parameters
-    more: Dict[str, Any] = {"dynamo": False} if takes_dynamo else {}
-    written = io.BytesIO()
+    if "dynamo" in inspect.signature(torch.onnx.export).parameters:
+        more["dynamo"] = False
+    more.update(input_names=["input"], output_names=["output"])
+    written: Any = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.onnx.export(
-            network,
-            (picture(dtype, 1, network.options["in_chans"], 19, 23),),
-            written,  # type: ignore[arg-type, unused-ignore]
-            input_names=["input"],
-            output_names=["output"],
-            opset_version=opset,
-            do_constant_folding=fold,
-            dynamic_axes=axes,
-            **more,
-        )
+        torch.onnx.export(network, (image,), written, **more)
     return onnx.load_model_from_string(written.getvalue())
 
 
@@ -187,15 +176,5 @@ def compare(file: bytes, reference: AetherBase, precision: str) -> None:
         largest = float(error.mean() if precision == "int8" else error.max())
         allowed = TOLERANCE[precision] * max(1.0, float(expected.abs().max()))
         if not largest <= allowed:
-            raise RuntimeError(
-                f"export_onnx: ONNX Runtime differs from the network by {largest:.3g} at {width}x{height}, "
-                f"allowed {allowed:.3g}."
-            )
-
-
-def fix_size(file: Any, shape: Sequence[int], scale: int) -> None:
-    """Make an ONNX model take pictures of one shape only. No node holds a size, so the nodes stay."""
-    for value, factor in ((file.graph.input[0], 1), (file.graph.output[0], scale)):
-        sizes = (*shape[:2], shape[2] * factor, shape[3] * factor)
-        for dim, size in zip(value.type.tensor_type.shape.dim, sizes):
-            dim.dim_value = size
+            found = f"ONNX Runtime differs from the network by {largest:.3g} at {width}x{height}"
+            raise RuntimeError(f"export_onnx: {found}, allowed {allowed:.3g}.")

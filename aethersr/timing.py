@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional
 
 
 class Ratio(NamedTuple):
@@ -20,16 +20,13 @@ class Ratio(NamedTuple):
     low: float
     high: float
 
-    @property
-    def measurable(self) -> bool:
-        """Whether the ratio is further from 1 than its spread (the middle half) is wide."""
-        if not all(math.isfinite(number) and number > 0 for number in self):
-            return False
-        return abs(math.log(self.value)) > math.log(self.high / self.low)
-
     def words(self, unit: str = "times") -> str:
-        """For instance "1.52 times as fast (1.50 to 1.55)", or "no measurable difference ..."."""
-        if self.measurable:
+        """For instance "1.52 times as fast (1.50 to 1.55)", or "no measurable difference ...".
+
+        An effect is measurable if it is further from 1 than its spread is wide.
+        """
+        known = all(math.isfinite(number) and number > 0 for number in self)
+        if known and abs(math.log(self.value)) > math.log(self.high / self.low):
             return f"{self.value:.2f} {unit} ({self.low:.2f} to {self.high:.2f})"
         return f"no measurable difference ({self.low:.2f} to {self.high:.2f} {unit})"
 
@@ -49,14 +46,14 @@ class Comparison:
         ratios = [one / other for one, other in zip(self.times[slow], self.times[fast]) if other > 0]
         if not ratios:
             return Ratio(math.nan, math.nan, math.nan)
-        return Ratio(statistics.median(ratios), *_quartiles(ratios))
+        quartiles = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
+        return Ratio(statistics.median(ratios), quartiles[0], quartiles[2])
 
 
 def interleaved(
     candidates: Mapping[str, Callable[[], Any]],
     rounds: int = 15,
     seconds: float = 10.0,
-    warmup: int = 1,
     wait: Optional[Callable[[], Any]] = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Comparison:
@@ -66,7 +63,6 @@ def interleaved(
         candidates: functions without arguments, by name.
         rounds: at most this many rounds are measured, and at least three however long they take.
         seconds: no round starts later than this after the first.
-        warmup: uncounted rounds before the first.
         wait: called before the clock is read, such as torch.cuda.synchronize, so that queued work counts.
         clock: returns seconds.
     """
@@ -74,7 +70,7 @@ def interleaved(
     names = list(candidates)
     times: Dict[str, List[float]] = {name: [] for name in names}
     begin = clock()
-    for number in range(-warmup, rounds):
+    for number in range(-1, rounds):  # the first only warms up
         if number == 0:
             begin = clock()
         if number >= 3 and clock() - begin > seconds:
@@ -87,10 +83,3 @@ def interleaved(
             if number >= 0:
                 times[name].append((clock() - start) * 1e3)
     return Comparison(times)
-
-
-def _quartiles(values: List[float]) -> Tuple[float, float]:
-    if len(values) < 2:
-        return values[0], values[0]
-    first, _, last = statistics.quantiles(values, n=4, method="inclusive")
-    return first, last

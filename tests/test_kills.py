@@ -1,184 +1,123 @@
 """A kill at a random moment of every command that writes: each output is the old one or the whole new one.
 
-    AETHER_KILLS=50 .venv/bin/pytest -m slow tests/test_kills.py   # 50 kills of each command; default: 6
-
-A run that is to be killed is a fork of a process that has imported everything: tenths of a second instead of
-seconds, so most kills meet the work itself.
+AETHER_KILLS=50 .venv/bin/pytest -m slow tests/test_kills.py   # 50 kills of each command; default: 6
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import itertools
-import json
+import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Tuple
+from typing import Any, Callable, Iterator, List
 
+import cv2  # noqa: F401  imported before a run begins, so that most kills meet the work itself
 import numpy as np
+import onnxruntime  # noqa: F401
 import pytest
 import torch
 from conftest import ROOT, small_net
 from PIL import Image
 
-from aethersr import checkpoint, files
-from aethersr.commands import fuse as fuse_command
+from aethersr import calibration, checkpoint, files, onnx_int8, upscaling  # noqa: F401
+from aethersr.commands import fuse, shrink, upscale  # noqa: F401
 
 KILLS = int(os.environ.get("AETHER_KILLS", "6"))
-SERVER = """
-import contextlib, importlib, json, os, signal, sys, tempfile
-sys.path[:0] = {paths!r}
-import torch, onnx, onnxruntime, cv2, PIL.Image
-from aethersr import calibration, ncnn, onnx_int8, upscaling
-from aethersr.commands import fuse, upscale
-from conftest import small_net
-torch.set_num_threads(1)  # threads don't survive a fork
-with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):  # what is imported late
-    torch.save(small_net(2, embed_dim=8, depths=(1,)).float().state_dict(), folder + "/in.pth")
-    words = ["--model_path", folder + "/in.pth", "--output_path", folder + "/out.safetensors"]
-    assert fuse.main([*words, "--device", "cpu"]) == 0
-print("ready", flush=True)
-for line in sys.stdin:
-    name, *arguments = json.loads(line)
-    child = os.fork()
-    if child == 0:
-        signal.alarm(120)  # a run that waits for ever ends the test
-        for stream in (0, 1):
-            os.dup2(os.open(os.devnull, os.O_RDWR), stream)
-        os._exit(importlib.import_module(f"aethersr.commands.{{name}}").main(arguments))
-    print(child, flush=True)
-    print(os.waitpid(child, 0)[1], flush=True)
-"""
-Case = Tuple[List[str], List[Path]]  # a command's words, and what it writes
+
+
+def child(command: str, words: List[str]) -> None:
+    """A run in a process of its own."""
+    signal.alarm(300)  # one that waits for ever ends the test
+    torch.set_num_threads(1)
+    for stream in (1, 2):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+    sys.exit(importlib.import_module(f"aethersr.commands.{command}").main(words))
+
+
+def run(command: str, words: List[str], moment: float = 1e9, how: int = signal.SIGKILL) -> int:
+    """Exit code of a run that gets a signal after ``moment`` seconds; -number where that ended it."""
+    process = multiprocessing.get_context("forkserver").Process(target=child, args=(command, words))
+    process.start()
+    process.join(min(moment, 300))
+    if process.is_alive():
+        os.kill(process.pid or 0, how)
+    process.join()
+    return int(process.exitcode or 0)
+
+
+FUSE = "fuse --model_path in.pth --output_path out/2x_net.safetensors --overwrite --device cpu"
+COMMANDS = {
+    "fuse": FUSE,
+    "onnx": f"{FUSE} --onnx fp32,fp16,int8 --calibration pictures",
+    "ncnn": f"{FUSE} --ncnn",
+    "upscale": "upscale --model in.pth --input pictures --output out --overwrite --device cpu",
+    "shrink": "shrink --model_path in.pth --output_path out/a.pth --overwrite --pictures pictures --hidden 8",
+}
 
 
 @pytest.fixture
-def server() -> Iterator[Any]:
-    code = SERVER.format(paths=[str(ROOT), str(ROOT / "archs"), str(ROOT / "tests")])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    pipes: Dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen([sys.executable, "-c", code], env=environment, **pipes) as process:
-        assert process.stdout.readline() == "ready\n"
-        yield process
-        process.stdin.close()
-
-
-def run(server: Any, words: List[str], moment: float = 1e9, how: int = signal.SIGKILL) -> int:
-    """Exit code of a run that gets a signal after ``moment`` seconds; -number where that ended it."""
-    server.stdin.write(json.dumps(words) + "\n")
-    server.stdin.flush()
-    child, until = int(server.stdout.readline()), time.monotonic() + moment
-    if moment < 1e9:
-        time.sleep(max(0.0, until - time.monotonic()))
-        with contextlib.suppress(ProcessLookupError):  # it has ended
-            os.kill(child, how)
-    status = int(server.stdout.readline())
-    return -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
-
-
-def weights(folder: Path) -> Path:
-    torch.save(small_net(2, embed_dim=8, depths=(1,), lk_kernel=3).float().state_dict(), folder / "in.pth")
-    return folder / "in.pth"
-
-
-def pictures(folder: Path, count: int, size: int) -> Path:
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    for k in range(count):
-        Image.fromarray(rng.integers(0, 256, (size, size, 3), np.uint8)).save(folder / f"{k}.png")
-    return folder
-
-
-def fuse(folder: Path, *more: str, names: Tuple[str, ...] = ()) -> Case:
-    target = folder / "out" / "2x_net.safetensors"
-    words = ["fuse", "--model_path", weights(folder), "--output_path", target, "--overwrite", *more]
-    return [*map(str, words), "--device", "cpu"], [target, *(target.with_name(name) for name in names)]
-
-
-def onnx(folder: Path) -> Case:
-    calibration = str(pictures(folder / "pictures", 2, 48))
-    names = tuple(f"2x_net_{kind}.onnx" for kind in ("fp32", "fp16", "int8"))
-    return fuse(folder, "--onnx", "fp32,fp16,int8", "--calibration", calibration, names=names)
-
-
-def ncnn(folder: Path) -> Case:
-    for package in ("ncnn", "pnnx"):
-        pytest.importorskip(package)
-    return fuse(folder, "--ncnn", names=("2x_net.param", "2x_net.bin"))
-
-
-def upscale(folder: Path) -> Case:
-    source = pictures(folder / "in", 30, 40)
-    words = ["upscale", "--model", weights(folder), "--input", source, "--output", folder / "out"]
-    targets = [folder / "out" / path.name for path in source.iterdir()]
-    return [*map(str, words), "--overwrite", "--device", "cpu"], targets
-
-
-def shrink(folder: Path) -> Case:
-    pytest.importorskip("aethersr.commands.shrink")
-    target = folder / "out" / "small.safetensors"
-    words = ["shrink", "--model_path", weights(folder), "--output_path", target, "--overwrite"]
-    words += ["--pictures", pictures(folder / "pictures", 2, 96), "--hidden", "8"]
-    return [*map(str, words)], [target]
-
-
-COMMANDS: Dict[str, Callable[[Path], Case]] = {
-    "fuse": fuse,
-    "onnx": onnx,
-    "ncnn": ncnn,
-    "upscale": upscale,
-    "shrink": shrink,
-}
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    torch.save(small_net(2, embed_dim=8, depths=(1,), lk_kernel=3).float().state_dict(), tmp_path / "in.pth")
+    for name in ("out", "pictures"):
+        (tmp_path / name).mkdir()
+    for k, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (12, 96, 96, 3), np.uint8)):
+        Image.fromarray(pixels).save(tmp_path / "pictures" / f"{k}.png")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_kill_at_any_moment_leaves_old_or_whole_new_files(server: Any, tmp_path: Path, name: str) -> None:
+def test_a_kill_at_any_moment_leaves_old_or_whole_new_files(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     """No process can tidy up after SIGKILL: then a temporary file, named as such, may stay."""
-    (tmp_path / "out").mkdir()
-    words, targets = COMMANDS[name](tmp_path)
-    assert targets
+    for package in ("ncnn", "pnnx") if name == "ncnn" else ():
+        pytest.importorskip(package)
+    command, *words = COMMANDS[name].split()
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(str(ROOT / part) for part in ("", "archs", "tests")))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    multiprocessing.set_forkserver_preload(["test_kills"])
     begin = time.monotonic()
-    assert run(server, words) == 0
+    assert run(command, words) == 0
     seconds = time.monotonic() - begin
-    whole = {path: path.read_bytes() for path in targets}
-    others = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path not in whole}
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    targets = [path for path in before if path.parent.name == "out"]
+    assert len(targets) == {"onnx": 4, "ncnn": 3, "upscale": 12}.get(name, 1)
     rng, ends = np.random.default_rng(0), []
-    for k in range(KILLS):
-        how = (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGINT)[k % 4]
+    for how in itertools.islice(itertools.cycle(("KILL", "TERM", "KILL", "INT")), KILLS):
+        number = int(getattr(signal, f"SIG{how}"))
         for path in targets:
             path.write_bytes(b"old")
-        code = run(server, words, rng.uniform(0, 1.1 * seconds), how)
-        ends.append(code)
-        # 2: safetensors takes an interruption for a damaged file. -how: the command had not begun.
-        assert code in ((0, -how) if how == signal.SIGKILL else (0, 2, 128 + how, -how)), code
+        ends.append(run(command, words, rng.uniform(0, 1.1 * seconds), number))
+        # 1, -number: the command had not begun. 2: safetensors takes an interruption for a damaged file.
+        assert ends[-1] in ((0, -number) if how == "KILL" else (0, 1, 2, 128 + number, -number))
         new = [path for path in targets if path.read_bytes() != b"old"]
-        assert all(path.read_bytes() == whole[path] for path in new)
-        assert code != 0 or len(new) == len(targets)
-        if how != signal.SIGKILL and name != "upscale":
+        assert all(path.read_bytes() == before[path] for path in new)
+        assert ends[-1] != 0 or len(new) == len(targets)
+        if how != "KILL" and name != "upscale":
             assert len(new) in (0, len(targets)), "some of the files that come together"
-        left = {path for path in tmp_path.rglob("*") if path.is_file()} - {*whole, *others}
+        left = {path for path in folder.rglob("*") if path.is_file()} - {*before}
         assert all(".part" in path.name for path in left), left
-        assert how == signal.SIGKILL or not left, left
+        assert how == "KILL" or not left, left
         for path in left:
             path.unlink()
-    assert all(path.read_bytes() == content for path, content in others.items()), "an input has changed"
+    changed = [path for path, content in before.items() if path.read_bytes() != content]
+    assert not {*changed} - {*targets}, "an input has changed"
     assert any(code != 0 for code in ends), "every run ended before its kill"
-
-
-# --------------------------------------------------------------------------------- one line after another
 
 
 @contextlib.contextmanager
 def at_each_line(act: Callable[[int], None]) -> Iterator[None]:
     """Calls ``act`` with the number of each line that runs in what fuses and writes."""
-    functions = (fuse_command.fuse, fuse_command.write_weights, checkpoint.write_state)
-    functions += (files.Together.commit, files.Together._tidy, files.Together.part)
+    functions: List[Any] = [fuse.fuse, fuse.write_weights, checkpoint.write_state]
+    functions += [files.Together.commit, files.Together._tidy, files.Together.part]
     codes, count, old = {function.__code__ for function in functions}, itertools.count(1), sys.gettrace()
 
     def trace(frame: Any, event: str, _: Any) -> Any:
@@ -196,15 +135,14 @@ def at_each_line(act: Callable[[int], None]) -> Iterator[None]:
 
 
 def test_at_any_line_the_output_is_old_or_whole_and_an_interruption_leaves_no_other_file(
-    tmp_path: Path, capsys: Any
+    folder: Path, capsys: Any
 ) -> None:
-    (tmp_path / "out").mkdir()
-    (_, *words), (target,) = fuse(tmp_path)
-    assert fuse_command.main(words) == 0
+    words, target = FUSE.split()[1:], folder / "out" / "2x_net.safetensors"
+    assert fuse.main(words) == 0
     whole, seen = target.read_bytes(), []
     target.write_bytes(b"old")
     with at_each_line(lambda number: seen.append(target.read_bytes())):
-        assert fuse_command.main(words) == 0
+        assert fuse.main(words) == 0
     assert len(seen) > 50
     assert {*seen} == {b"old", whole}
     for last in range(2, len(seen), 5):
@@ -215,7 +153,7 @@ def test_at_any_line_the_output_is_old_or_whole_and_an_interruption_leaves_no_ot
 
         target.write_bytes(b"old")
         with at_each_line(stop):
-            assert fuse_command.main(words) == 130, f"line {last}"
+            assert fuse.main(words) == 130, f"line {last}"
         assert capsys.readouterr().err.endswith(": stopped; nothing was written.\n")
         assert target.read_bytes() in (b"old", whole)
         assert [path.name for path in target.parent.iterdir()] == [target.name], f"line {last}"

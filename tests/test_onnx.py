@@ -85,7 +85,8 @@ def test_the_file_is_whole_dynamic_and_agrees(tmp_path: Path, scale: int, precis
 
 
 @pytest.mark.parametrize("keep_norm", [False, True])
-def test_a_network_with_every_option_exports(tmp_path: Path, keep_norm: bool) -> None:
+@torch.inference_mode()
+def test_a_network_with_every_option_exports_under_inference_mode(tmp_path: Path, keep_norm: bool) -> None:
     options: Dict[str, Any] = {"in_chans": 1, "sk_kernel": 1, "img_range": 255.0, "bound": 2.0}
     net: Any = randomize(AetherNet(scale=3, use_channel_attn=False, **options, **TINY)).eval()
     if keep_norm:
@@ -120,12 +121,6 @@ def test_the_file_says_what_it_is_and_the_same_network_gives_the_same_bytes(
     monkeypatch.chdir(tmp_path)
     assert export_onnx(net, 2, "fp16") == "aether_x2_fp16.onnx"
     assert Path("aether_x2_fp16.onnx").is_file()
-
-
-def test_a_file_can_be_written_under_inference_mode(tmp_path: Path) -> None:
-    with torch.inference_mode():
-        net = network()
-        assert_agrees(exported(tmp_path, net=net), net, torch.rand(1, 3, 5, 6).numpy())
 
 
 @pytest.mark.parametrize("opset", [14, 20])
@@ -212,9 +207,7 @@ def test_opsets_from_first_to_last_work_with_allowed_operators(tmp_path: Path, p
         ("int8", {}, "needs a quantised network: prepare_qat"),
         ("fp32", {"target": "cpu"}, "target='cpu' is not known; allowed: onnxruntime"),
         ("fp32", {"static": (1, 8, 8)}, r"static=\(1, 8, 8\) is not possible; expected \(3, height, width\)"),
-        ("fp32", {"static": (3, 0, 8)}, "static="),
         ("fp16", {"opset": 10}, "opset=10 is not possible for fp16; allowed: 11 to 23"),
-        ("fp32", {"opset": 24}, "opset=24 is not possible for fp32; allowed: 11 to 23"),
         ("fp32", {"opset": "17"}, "opset='17' is not possible"),
     ],
 )

@@ -2,9 +2,8 @@
 
     python fuse_aether.py --model_path net_g_latest.pth --output_path 2x_MyModel_fused.safetensors
 
-Reads checkpoints of neosr, traiNNer-redux, BasicSR and others (EMA weights preferred), fuses in float64,
-reads back what it wrote and compares. Needs only PyTorch, and safetensors for .safetensors files; --onnx and
---ncnn need what runs their files. The options: docs/fuse.md.
+Needs only PyTorch, and safetensors for .safetensors files; --onnx and --ncnn need what runs their files. The
+options: docs/fuse.md.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from __future__ import annotations
 import argparse
 import copy
 from pathlib import Path
-from typing import Callable, Dict, List, Mapping, Optional, Tuple
+from typing import Any, Dict, List, Mapping, Optional
 
 import torch
 from aether_arch import AetherBase, FusedAetherNet
@@ -21,128 +20,75 @@ from torch import Tensor
 
 from aethersr import calibration, half_precision, ncnn, verify
 from aethersr.checkpoint import read_checkpoint, write_state
-from aethersr.commands import exit_code
-from aethersr.commands.fuse_options import (
-    PROGRAM,
-    check_ending,
-    check_options,
-    ncnn_paths,
-    onnx_metadata,
-    onnx_path,
-    parse_args,
-    static_shape,
-)
+from aethersr.commands import exit_code, fuse_options
+from aethersr.commands.fuse_options import PROGRAM
 from aethersr.errors import UserError, first_line, is_out_of_memory
-from aethersr.files import Together, check_output
+from aethersr.files import Together, check_output, unwritable
 from aethersr.identify import aether_from_state_dict, bounded, form_name, variant_name
 from aethersr.onnx import export_onnx
 
 OTHER_CHECKPOINT = "pass another checkpoint (--model_path)"
-Say = Callable[[str], None]
 
 
 def build(path: Path, state: Mapping[str, Tensor], args: argparse.Namespace) -> AetherBase:
     """The unfused network in float64, after checking that it is what the user says it is."""
     form = form_name(state)
+    remedy = ""
     if form == "int8":
-        found = f"{path} holds int8 weights already, expected a training checkpoint"
-        raise UserError(f"{found}; export it, or pass another (--model_path).")
-    nothing_to_do = not (args.onnx or args.ncnn or args.half or args.bound)
-    if (form == "fused" and nothing_to_do) or (form == "older fused" and not args.accept_older_fused):
+        remedy = "export it"
+    elif form == "older fused" and not args.accept_older_fused:
+        remedy = "pass --accept_older_fused to fuse the rest of it"
+    elif form == "fused" and not (args.onnx or args.ncnn or args.half or args.bound):
         remedy = "it can be used as it is; --half writes it in half precision, --onnx or --ncnn exports it"
-        if form == "older fused":
-            remedy = "pass --accept_older_fused to fuse the rest of it"
+    if remedy:
         found = f"{path} is fused already ({form} form), expected a training checkpoint"
         raise UserError(f"{found}; {remedy}, or pass another (--model_path).")
     try:
-        if args.bound is not None:
-            state = bounded(state, args.bound)
-        net = aether_from_state_dict(state, args.img_range)
+        net = aether_from_state_dict(bounded(state, args.bound) if args.bound else state, args.img_range)
     except ValueError as error:
         raise UserError(f"{path}: {error} Pass a training checkpoint of AetherNet (--model_path).") from None
-    name = variant_name(net.options)
-    if args.model_type and args.model_type != name:
+    name, scale = variant_name(net.options), net.scale
+    if args.model_type not in (None, name):
         found = f"{path} holds {name}, but --model_type {args.model_type} was given"
-        remedy = f"pass --model_type {name} or leave it out"
-        raise UserError(f"{found}; {remedy if name.startswith('aether') else 'leave --model_type out'}.")
-    if args.upscale and args.upscale != net.scale:
-        found = f"{path} holds a x{net.scale} network, but --upscale {args.upscale} was given"
-        raise UserError(f"{found}; pass --upscale {net.scale} or leave it out.")
-    for key, value in state.items():
-        if key.endswith("running_var") and bool((value < 0).any()):
-            found = f"{path}: tensor {key!r} holds a negative variance"
-            raise UserError(f"{found}; the file is damaged, so pass another (--model_path).")
+        raise UserError(f"{found}; leave --model_type out.")
+    if args.upscale not in (None, scale):
+        found = f"{path} holds a x{scale} network, but --upscale {args.upscale} was given"
+        raise UserError(f"{found}; pass --upscale {scale} or leave it out.")
     return net.double()
 
 
-# ----------------------------------------------------------------------------------------------------- export
-
-
-def check_int8(unfused: AetherBase, source: Path, args: argparse.Namespace) -> None:
-    """Raise UserError if there are neither pictures for the ranges nor ranges from training."""
-    if args.calibration is not None:
-        return
-    remedy = "pass --calibration FOLDER"
-    if not isinstance(unfused, QuantAetherNet):
-        found = f"{source} was not trained with qat: true, so int8 needs pictures to find its ranges"
-        raise UserError(f"{found}: {remedy}.")
-    if any(bool(quantizer.watched == 0) for quantizer in unfused.quantizers().values()):
-        found = f"{source} was saved before its first training step, so its ranges are unknown"
-        raise UserError(f"{found}; {remedy}.")
+def check_difference(unfused: AetherBase, net: FusedAetherNet, source: Path, device: str) -> float:
+    """Largest difference of the fused network in float32, in steps of 1/255. UserError: it is too large."""
+    rounded = copy.deepcopy(net).float()
+    # The fused weights have no rounding, so compare them with the trained weights without rounding.
+    like = unfused.fused() if isinstance(unfused, QuantAetherNet) else unfused
+    difference = verify.largest_difference(like, rounded, device)
+    if not difference <= verify.ALLOWED_DIFFERENCE:
+        found = f"{source}: the fused network differs by {difference:.2g} steps of 1/255"
+        why = f"allowed {verify.ALLOWED_DIFFERENCE:g}; these weights are damaged or too extreme for float32"
+        raise UserError(f"{found}, {why}. Nothing was written; {OTHER_CHECKPOINT}.")
+    return difference
 
 
 def quantise(
-    unfused: AetherBase, net: FusedAetherNet, powers: Mapping[str, int], args: argparse.Namespace, say: Say
+    unfused: AetherBase, net: FusedAetherNet, powers: Mapping[str, int], args: argparse.Namespace
 ) -> QuantAetherNet:
     """The fused network with int8 weights, its ranges from training or calibrated on pictures."""
-    if args.calibration is None:
-        assert isinstance(unfused, QuantAetherNet)  # check_int8
-        if powers:
-            unfused = half_precision.with_ranges_of(net, unfused, powers)
-        return copy.deepcopy(unfused).cpu().float().convert_to_quantized()
-    pairs = calibration.calibration_pairs(Path(args.calibration), net)
-    instead = ", in place of the ranges that training found" if isinstance(unfused, QuantAetherNet) else ""
-    say(f"Calibrating on {len(pairs)} pictures{instead}")
-    found = calibration.calibrated(net, pairs, args.target, args.reduce_range)
-    for note in found.notes:
-        say(f"Note: {note}")
-    loss = f"PSNR {found.mean:+.3f} dB in the mean, {found.worst:+.3f} dB at worst"
-    say(f"int8 against float, on these pictures: {loss}")
-    return found.net
-
-
-def write_onnx(
-    files: Together,
-    nets: Mapping[Path, Tuple[str, AetherBase]],
-    args: argparse.Namespace,
-    static: Optional[List[int]],
-    metadata: Dict[str, str],
-) -> None:
-    """Export networks to parts of ``files``. ``nets``: by target, each with its precision."""
-    for target, (precision, net) in nets.items():
-        try:
-            export_onnx(
-                net,
-                net.scale,
-                precision,
-                str(files.part(target)),
-                args.target,
-                reduce_range=args.reduce_range,
-                static=static,
-                opset=args.opset,
-                simplify=True,
-                metadata=metadata,
-            )
-        except OSError:
-            raise
-        except Exception as error:
-            if is_out_of_memory(error):
-                raise
-            found = f"{target} can't be made: {first_line(error)}"
-            raise UserError(f"{found} Pass other weights, or leave --onnx out.") from None
-
-
-# ---------------------------------------------------------------------------------------------------- weights
+    trained = unfused if isinstance(unfused, QuantAetherNet) else None
+    if args.calibration is not None:
+        pairs = calibration.calibration_pairs(Path(args.calibration), net)
+        instead = ", in place of the ranges that training found" if trained else ""
+        print(f"Calibrating on {len(pairs)} pictures{instead}")
+        found = calibration.calibrated(net, pairs, args.target, args.reduce_range)
+        for note in found.notes:
+            print(f"Note: {note}")
+        loss = f"PSNR {found.mean:+.3f} dB in the mean, {found.worst:+.3f} dB at worst"
+        print(f"int8 against float, on these pictures: {loss}")
+        return found.net
+    if trained is None or not trained.has_ranges():
+        problem = "was not trained with qat: true, or for no step, so int8 needs pictures to find its ranges"
+        raise UserError(f"{args.model_path} {problem}: pass --calibration FOLDER.")
+    return half_precision.rescaled(trained, powers).cpu().convert_to_quantized()
 
 
 def write_weights(net: FusedAetherNet, part: Path, target: Path, half: bool) -> AetherBase:
@@ -167,72 +113,64 @@ def write_weights(net: FusedAetherNet, part: Path, target: Path, half: bool) -> 
     return fused
 
 
-def check_difference(unfused: AetherBase, net: FusedAetherNet, source: Path, device: str) -> float:
-    """Largest difference of the fused network in float32, in steps of 1/255. UserError: it is too large."""
-    rounded = copy.deepcopy(net).float()
-    if not all(bool(value.isfinite().all()) for value in rounded.state_dict().values()):
-        found = f"{source}: the fused weights are not finite in float32, because the weights are too extreme"
-        raise UserError(f"{found}. Nothing was written; {OTHER_CHECKPOINT}.")
-    # The fused weights have no rounding, so compare them with the trained weights without rounding.
-    like = unfused.fused() if isinstance(unfused, QuantAetherNet) else unfused
-    difference = verify.largest_difference(like, rounded, device)
-    if not difference <= verify.ALLOWED_DIFFERENCE:
-        found = f"{source}: the fused network differs by {difference:.2g} steps of 1/255"
-        why = f"allowed {verify.ALLOWED_DIFFERENCE:g}; these weights are too extreme for float32"
-        raise UserError(f"{found}, {why}. Nothing was written; {OTHER_CHECKPOINT}.")
-    return difference
+def write_onnx(net: AetherBase, precision: str, part: Path, target: Path, options: Dict[str, Any]) -> None:
+    """Write ``part``, which becomes ``target``. ``options``: those of export_onnx."""
+    try:
+        export_onnx(net, net.scale, precision, str(part), **options)
+    except Exception as error:
+        if isinstance(error, OSError) or is_out_of_memory(error):
+            raise
+        found = f"{target} can't be made: {first_line(error)}"
+        raise UserError(f"{found} Pass other weights, or leave --onnx out.") from None
 
 
-def table(nets: Dict[str, AetherBase], sizes: List[int], args: argparse.Namespace) -> List[str]:
+def table(nets: Dict[str, AetherBase], sizes: List[int], args: argparse.Namespace) -> str:
     """Sizes and, on request, times of the unfused and the fused network."""
-    rows = [
-        ("parameters", [f"{sum(value.numel() for value in net.parameters()):,}" for net in nets.values()]),
-        ("file, MiB", [f"{size / 2**20:.2f}" for size in sizes]),
-    ]
-    lines = []
+    numbers = [f"{sum(value.numel() for value in net.parameters()):,}" for net in nets.values()]
+    rows = [("", [*nets]), ("parameters", numbers), ("file, MiB", [f"{size / 2**20:.2f}" for size in sizes])]
+    words = ""
     if args.measure:
         times = verify.compare_times(nets, args.device)
         rows.append((f"ms, 64x64, {args.device}", [f"{times.median(name):.1f}" for name in nets]))
-        lines.append(times.ratio("unfused", "fused").words("times as fast"))
-    return [
-        f"{label:<20}" + "".join(f"{cell:>12}" for cell in cells) for label, cells in [("", nets), *rows]
-    ] + lines
+        words = "\n" + times.ratio("unfused", "fused").words("times as fast")
+    lines = (f"{label:<20}" + "".join(f"{cell:>12}" for cell in cells) for label, cells in rows)
+    return "\n".join(lines) + words
 
 
-# ------------------------------------------------------------------------------------------------ the command
-
-
-def fuse(args: argparse.Namespace, say: Say = print) -> None:
+def fuse(args: argparse.Namespace) -> None:
     """What the command does. Raises UserError, and then writes nothing."""
     source, target = Path(args.model_path), Path(args.output_path)
-    check_options(args)
-    check_ending(target)
-    say(f"Reading {source}")
+    fuse_options.check_options(args)
+    fuse_options.check_ending(target)
+    print(f"Reading {source}")
     state, chosen = read_checkpoint(source)
-    check_output(target, [source], args.overwrite, "--output_path")
     unfused = build(source, state, args)
-    static = static_shape(args, unfused)
-    targets = {onnx_path(target, precision, static): precision for precision in args.onnx}
-    ncnn_files = ncnn_paths(target, unfused.scale) if args.ncnn else ()
-    written = (target, *targets, *ncnn_files)
-    for path in written[1:]:
-        check_output(path, [source], args.overwrite, "--output_path")
-    metadata = onnx_metadata(source, args) if args.onnx else {}
-    say(f"Weights: {chosen}")
-    if "int8" in args.onnx:
-        check_int8(unfused, source, args)
-    say("Fusing in float64, and comparing with the unfused network")
+    static = fuse_options.static_shape(args, unfused)
+    onnx_files, ncnn_files = fuse_options.onnx_and_ncnn_paths(args, unfused.scale, static)
+    written = (target, *onnx_files, *ncnn_files)
+
+    def check_outputs() -> None:
+        for path in written:
+            check_output(path, [source], args.overwrite, "--output_path")
+
+    check_outputs()
+    options = {key: vars(args)[key] for key in ("target", "reduce_range", "opset")}
+    options.update(static=static, simplify=True)
+    if args.onnx:
+        options["metadata"] = fuse_options.onnx_metadata(source, args)
+    print(f"Weights: {chosen}")
+    print("Fusing in float64, and comparing with the unfused network")
     net = unfused.fused()
     fit = half_precision.fit_half_precision_(net, args.device)
-    for note in fit.notes(net.options["bound"] is not None):
-        say(note)
+    for note in fit.notes:
+        print(note)
     if fit.problem and (args.half or args.ncnn or "fp16" in args.onnx):
         raise UserError(f"{source}: {fit.problem}; leave --half, fp16 and --ncnn out, or {OTHER_CHECKPOINT}.")
     difference = check_difference(unfused, net, source, args.device)
     int8 = None
     if "int8" in args.onnx:
         try:
-            int8 = quantise(unfused, net, fit.powers, args, say)
+            int8 = quantise(unfused, net, fit.powers, args)
         except ValueError as error:
             found = f"{source} as int8: {first_line(error)}"
             raise UserError(f"{found} Pass other weights or pictures, or leave int8 out.") from None
@@ -242,33 +180,28 @@ def fuse(args: argparse.Namespace, say: Say = print) -> None:
             fused = write_weights(net, part, target, args.half)
             sizes = [path.stat().st_size for path in (source, part)]
             if args.onnx:
-                say(f"Exporting {', '.join(args.onnx)}")
-            nets = {
-                path: (kind, int8 if int8 and kind == "int8" else fused) for path, kind in targets.items()
-            }
-            write_onnx(files, nets, args, static, metadata)
+                print(f"Exporting {', '.join(args.onnx)}")
+            for path, precision in onnx_files.items():
+                exported = int8 if int8 and precision == "int8" else fused
+                write_onnx(exported, precision, files.part(path), path, options)
             if args.ncnn:
-                say("Converting for NCNN")
+                print("Converting for NCNN")
                 for path, content in zip(ncnn_files, ncnn.convert(fused)):
                     files.part(path).write_bytes(content)
             rows = table({"unfused": unfused, "fused": fused}, sizes, args)
-            for path in written:  # again, since another program may have written them by now
-                check_output(path, [source], args.overwrite, "--output_path")
+            check_outputs()  # again, since another program may have written them by now
             files.commit()
     except OSError as error:
-        reason = error.strerror or error
-        remedy = "free space or pass another --output_path"
-        raise UserError(f"{target} can't be written: {reason}; {remedy}.") from None
-    say(f"\n{variant_name(unfused.options)} x{unfused.scale}")
-    for row in rows:
-        say(row)
+        raise unwritable(target, error, "--output_path") from None
+    print(f"\n{variant_name(unfused.options)} x{unfused.scale}")
+    print(rows)
     limit = f"{verify.ALLOWED_DIFFERENCE:g} allowed"
-    say(f"Fused: within {difference:.1e} steps of 1/255 of the unfused network ({limit})")
+    print(f"Fused: within {difference:.1e} steps of 1/255 of the unfused network ({limit})")
     half = f"{fit.decibels:.1f} dB from float32, within {fit.steps:.2g} steps of 1/255"
-    say(f"Half precision: {half if not fit.problem else f'{fit.problem}; use float32'}")
+    print(f"Half precision: {f'{fit.problem}; use float32' if fit.problem else half}")
     for path in written:
-        say(f"Wrote {path}")
+        print(f"Wrote {path}")
 
 
 def main(argv: Optional[List[str]] = None) -> int:
-    return exit_code(PROGRAM, lambda: fuse(parse_args(argv)), "nothing was written.")
+    return exit_code(PROGRAM, lambda: fuse(fuse_options.parse_args(argv)), "nothing was written.")

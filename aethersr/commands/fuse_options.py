@@ -19,15 +19,13 @@ from aethersr.checkpoint import ENDINGS
 from aethersr.commands import Parser, check_device, program_name
 from aethersr.errors import UserError, missing_package
 from aethersr.identify import add_img_range
-from aethersr.onnx import OPSETS, PRECISIONS
+from aethersr.onnx import PRECISIONS, opsets
 
 PROGRAM = program_name("aether-fuse", "fuse_aether.py")
 LARGEST_STATIC = 16384  # largest side of a picture in pixels
 # What people type who know another command, or version 0.2 of this one.
 HINTS = {
     "--scale": "the scale is read from the weights, and --upscale fails if it is another",
-    "--model": "the checkpoint is --model_path",
-    "--input": "the checkpoint is --model_path",
     "--int8": "it is --onnx int8",
     "--placement": "there is one placement, so leave it out",
     "--fp16": "--half writes the weights in half precision, --onnx fp16 an ONNX file",
@@ -41,45 +39,36 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     add("--model_path", required=True, metavar="FILE", help="the checkpoint, .pth or .safetensors")
     add("--output_path", required=True, metavar="FILE", help="the weights to write, .pth or .safetensors")
     names = [variant.__name__ for variant in VARIANTS]
-    text = "fail unless the weights are of this variant (default: read from the weights)"
-    add("--model_type", choices=names, help=text)
-    text = "fail unless the weights have this scale (default: read from the weights)"
-    add("--upscale", type=int, choices=SCALES, help=text)
+    add("--model_type", choices=names, help="fail unless the weights are of this variant")
+    add("--upscale", type=int, choices=SCALES, help="fail unless the weights have this scale")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", choices=("cuda", "cpu"), default=device, help="where to verify (default: %(default)s)")
     add_img_range(parser)
-    text = "limit each block's norm to -B..B, for instance 1, if the weights run away on some pictures"
-    add("--bound", type=float, metavar="B", help=f"{text}; takes a training checkpoint")
+    add("--bound", type=float, metavar="B", help="limit each block's norm to -B..B, if the network runs away")
     add("--half", action="store_true", help="write the weights in half precision, half the size")
-    text = "ONNX files to write beside --output_path: fp32, fp16, int8, separated by commas"
-    add("--onnx", type=precisions, default=[], metavar="LIST", help=text)
+    add("--onnx", type=precisions, default=[], metavar="LIST", help="ONNX files as well: fp32, fp16, int8")
     add("--calibration", metavar="FOLDER", help="pictures for int8 without quantisation-aware training")
     text = "runtime to optimise the int8 file for (default: %(default)s)"
     add("--target", choices=TARGETS, default=TARGETS[0], help=text)
-    text = "7-bit weights in the int8 file, for CPUs without VNNI, which overflow with 8 bits"
-    add("--reduce_range", action="store_true", help=text)
-    text = "write NCNN files beside --output_path, .param and .bin, for Upscayl, chaiNNer and others"
-    add("--ncnn", action="store_true", help=text)
-    text = "ONNX files for pictures of one size only, for instance 3,256,256 (default: any size)"
-    add("--static", metavar="C,H,W", help=text)
-    text = "ONNX opset; 17 works in every runtime (default: %(default)s)"
-    add("--opset", type=int, default=17, help=text)
+    add("--reduce_range", action="store_true", help="7-bit weights in the int8 file, for CPUs without VNNI")
+    add("--ncnn", action="store_true", help="NCNN files beside it, for Upscayl, chaiNNer and others")
+    add("--static", metavar="C,H,W", help="ONNX files for pictures of one size only, for instance 3,256,256")
+    add("--opset", type=int, default=17, help="ONNX opset; 17 works in every runtime (default: %(default)s)")
     add("--license", metavar="NAME", help="licence to write into the ONNX files, for instance CC-BY-4.0")
     add("--author", metavar="NAME", help="author to write into the ONNX files")
     add("--measure", action="store_true", help="also measure how much faster the fused network is")
     add("--overwrite", action="store_true", help="replace existing files")
-    text = "take a file whose kernels an older tool already merged"
-    add("--accept_older_fused", action="store_true", help=text)
+    add("--accept_older_fused", action="store_true", help="take a file that an older tool fused in part")
     return parser.parse(argv)
 
 
 def precisions(text: str) -> List[str]:
     """--onnx as a list."""
     wanted = [name.strip() for name in text.split(",")]
-    unknown = [name for name in wanted if name not in PRECISIONS]
-    if unknown:
-        allowed = f"allowed, separated by commas: {', '.join(PRECISIONS)}"
-        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not known; {allowed}")
+    for name in wanted:
+        if name not in PRECISIONS:
+            allowed = f"allowed, separated by commas: {', '.join(PRECISIONS)}"
+            raise argparse.ArgumentTypeError(f"{name!r} is not known; {allowed}")
     return list(dict.fromkeys(wanted))
 
 
@@ -87,46 +76,41 @@ def check_options(args: argparse.Namespace) -> None:
     """All checks that need no weights. Raises UserError."""
     check_device(args.device)
     if args.bound is not None and not 1e-3 <= args.bound < 1e6:
-        expected = "expected a number from 1e-3 to 1e6, such as 1"
-        raise UserError(f"--bound {args.bound:g} is not possible; {expected}.")
-    if args.ncnn:
-        ncnn.require()
+        raise UserError(f"--bound {args.bound:g} is not possible; expected 1e-3 to 1e6, such as 1.")
     for option in ("calibration", "reduce_range"):
         if getattr(args, option) and "int8" not in args.onnx:
             raise UserError(f"--{option} needs --onnx int8; pass both, or leave it out.")
-    if not args.onnx:
-        if args.static is not None:
-            raise UserError("--static needs --onnx; pass both, or leave it out.")
-        return
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
-        import onnxslim  # noqa: F401
-    except ImportError as error:
-        raise missing_package(error, "--onnx", "onnx") from None
+    if args.static is not None and not args.onnx:
+        raise UserError("--static needs --onnx; pass both, or leave it out.")
     for name in args.onnx:
-        key = f"{name} {args.target}" if f"{name} {args.target}" in OPSETS else name
-        first, last = OPSETS[key]
+        first, last = opsets(name, args.target)
         if not first <= args.opset <= last:
-            found = f"--opset {args.opset} is not possible for {key}"
-            raise UserError(f"{found}; pass one from {first} to {last}.")
+            raise UserError(f"--opset {args.opset} is not possible for {name}; pass {first} to {last}.")
+    if args.ncnn:
+        ncnn.require()
+    if args.onnx:
+        try:
+            import onnx  # noqa: F401
+            import onnxruntime  # noqa: F401
+            import onnxslim  # noqa: F401
+        except ImportError as error:
+            raise missing_package(error, "--onnx", "onnx") from None
 
 
 def static_shape(args: argparse.Namespace, net: AetherBase) -> Optional[List[int]]:
     """--static as numbers: channels, height and width of the pictures that the ONNX files will take."""
     if args.static is None:
         return None
+    shape = [int(number) if re.fullmatch(r"\d{1,5}", number) else 0 for number in args.static.split(",")]
     chans = net.options["in_chans"]
-    allowed = f"expected {chans},H,W with a height and width of 1 to {LARGEST_STATIC}"
-    if not re.fullmatch(r"\d{1,5}(,\d{1,5}){2}", args.static):
-        raise UserError(f"--static {args.static} is not possible; {allowed}.")
-    shape = [int(number) for number in args.static.split(",")]
-    if shape[0] != chans or not all(1 <= side <= LARGEST_STATIC for side in shape[1:]):
+    if len(shape) != 3 or shape[0] != chans or not all(0 < side <= LARGEST_STATIC for side in shape):
+        allowed = f"expected {chans},H,W with a height and width of 1 to {LARGEST_STATIC}"
         raise UserError(f"--static {args.static} does not fit; {allowed}.")
     return shape
 
 
 def check_ending(path: Path) -> None:
+    """Raise UserError if no weights can be written under this name."""
     if path.suffix.lower() not in ENDINGS:
         found = f"{path} ends in {path.suffix or 'nothing'!r}"
         raise UserError(f"{found}; expected .pth or .safetensors (--output_path).")
@@ -138,20 +122,21 @@ def check_ending(path: Path) -> None:
             raise UserError(f"{path} needs the package {error.name}: {remedy}.") from None
 
 
-def onnx_path(target: Path, precision: str, static: Optional[List[int]]) -> Path:
-    """2x_NAME_fused.safetensors -> 2x_NAME_fp16.onnx, or 2x_NAME_fp16_3x48x64.onnx if the size is fixed."""
+def onnx_and_ncnn_paths(
+    args: argparse.Namespace, scale: int, static: Optional[List[int]]
+) -> Tuple[Dict[Path, str], List[Path]]:
+    """ONNX files by name, each with its precision, and NCNN files.
+
+    2x_NAME_fused.pth -> 2x_NAME_fp16.onnx or, if the size is fixed, 2x_NAME_fp16_3x48x64.onnx; 2x_NAME.param
+    and 2x_NAME.bin, with 2x_ added if it is missing.
+    """
+    target = Path(args.output_path)
+    stem = re.sub("_(fused|fp16)$", "", target.stem)
     size = "_" + "x".join(map(str, static)) if static else ""
-    return target.with_name(f"{_stem(target)}_{precision}{size}.onnx")
-
-
-def ncnn_paths(target: Path, scale: int) -> Tuple[Path, Path]:
-    """2x_NAME_fused.safetensors -> 2x_NAME.param and 2x_NAME.bin; 2x_ is added if it is missing."""
-    stem = ncnn.named_for_upscayl(_stem(target), scale)
-    return target.with_name(f"{stem}.param"), target.with_name(f"{stem}.bin")
-
-
-def _stem(target: Path) -> str:
-    return re.sub("_(fused|fp16)$", "", target.stem)
+    onnx_files = {target.with_name(f"{stem}_{kind}{size}.onnx"): kind for kind in args.onnx}
+    named = ncnn.named_for_upscayl(stem, scale)
+    endings = ("param", "bin") if args.ncnn else ()
+    return onnx_files, [target.with_name(f"{named}.{ending}") for ending in endings]
 
 
 def onnx_metadata(source: Path, args: argparse.Namespace) -> Dict[str, str]:
