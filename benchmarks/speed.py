@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cases
 from networks import OURS, PEERS, SHIPPED, aether_arch, as_trained, machine, positive, short, table, typed
 
-from aethersr.commands import check_device, exit_code
+from aethersr.commands import Parser, check_device, exit_code
 from aethersr.errors import UserError, first_line
 from aethersr.timing import Comparison, interleaved
 
@@ -136,9 +136,8 @@ def repeat(step: Callable[[], Any], count: int) -> None:
 
 
 def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser("speed.py", __doc__)
+    parser.description, parser.formatter_class = __doc__, argparse.RawDescriptionHelpFormatter
     names = list(dict.fromkeys(sum(PARTS.values(), ())))
     parser.add_argument("--device", choices=sorted(PARTS), default="cpu")
     parser.add_argument("--cases", nargs="+", choices=names, metavar="CASE", help=f"of {', '.join(names)}")
@@ -155,13 +154,15 @@ def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
     )
     parser.add_argument("--minutes", type=positive, help="begin nothing after these (on a GPU: 4)")
     parser.add_argument("--output", type=Path, help="write the table to this file, too")
-    args = parser.parse_args(argv)
+    args = parser.parse(argv)
     args.side = 8 if args.quick else args.side or (256 if args.device == "cuda" else 128)
     args.minutes = args.minutes or (4.0 if args.device == "cuda" else None)
     return args
 
 
-def measure(args: argparse.Namespace, command: str) -> None:
+def measure(argv: Optional[List[str]]) -> None:
+    args = parse_args(argv)
+    command = typed("speed.py", argv, {"CHECKOUT": args.checkout, "FILE": args.output})
     check_device(args.device)
     if args.output and not args.output.parent.is_dir():
         raise UserError(f"the folder {args.output.parent} does not exist; make it or pass another --output.")
@@ -182,9 +183,7 @@ def measure(args: argparse.Namespace, command: str) -> None:
 
 
 def main(argv: Optional[List[str]] = None) -> int:
-    args = parse_args(argv)
-    command = typed("speed.py", argv, {"CHECKOUT": args.checkout, "FILE": args.output})
-    return exit_code("speed.py", lambda: measure(args, command), "printed lines are kept.")
+    return exit_code("speed.py", lambda: measure(argv), "printed lines are kept.")
 
 
 if __name__ == "__main__":

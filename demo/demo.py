@@ -37,7 +37,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "archs")]
 from sheet import side_by_side  # noqa: E402
 
 from aethersr.checkpoint import read_checkpoint  # noqa: E402
-from aethersr.commands import exit_code, fuse  # noqa: E402
+from aethersr.commands import Parser, exit_code, fuse  # noqa: E402
 from aethersr.errors import UserError  # noqa: E402
 from aethersr.identify import aether_from_state_dict  # noqa: E402
 from aethersr.quality import quality  # noqa: E402
@@ -202,16 +202,15 @@ def complaint(results: Sequence[Result]) -> Optional[str]:
     return None
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+def main(argv: Optional[List[str]] = None) -> int:
+    parser = Parser("demo.py", __doc__)
     text = "folder for what is written; emptied first (default: demo_output)"
     parser.add_argument("--output", type=Path, default=ROOT / "demo_output", help=text)
     text = "two iterations and a small picture, to see that every step runs; bicubic may win"
     parser.add_argument("--quick", action="store_true", help=text)
-    args = parser.parse_args(argv)
     failed: List[bool] = []
     stopped = "start it again, or with --quick, which takes less than a minute."
-    return exit_code("demo.py", lambda: failed.append(demo(args)), stopped) or int(failed[0])
+    return exit_code("demo.py", lambda: failed.append(demo(parser.parse(argv))), stopped) or int(failed[0])
 
 
 def demo(args: argparse.Namespace) -> bool:

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "archs")]
 
 from aethersr.checkpoint import read_checkpoint  # noqa: E402
-from aethersr.commands import exit_code  # noqa: E402
+from aethersr.commands import Parser, exit_code  # noqa: E402
 from aethersr.commands.evaluate import upscaler  # noqa: E402
 from aethersr.errors import UserError  # noqa: E402
 from aethersr.files import Together, check_output  # noqa: E402
@@ -114,7 +114,7 @@ def write_card(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0], allow_abbrev=False)
+    parser = Parser("model_card.py", __doc__)
     text = "release files of one network: weights first, then others and .onnx"
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help=text)
     parser.add_argument("--author", required=True, help="id in OpenModelDB")
@@ -129,8 +129,7 @@ def main(argv: list[str] | None = None) -> int:
     text = """further properties of the schema, such as '{"trainingIterations": 5000}'"""
     parser.add_argument("--more", type=json.loads, default={}, metavar="JSON", help=text)
     parser.add_argument("--overwrite", action="store_true", help="replace an existing card")
-    args = parser.parse_args(argv)
-    return exit_code("model_card.py", lambda: write_card(args), "nothing was written.")
+    return exit_code("model_card.py", lambda: write_card(parser.parse(argv)), "nothing was written.")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from PIL import Image
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from aethersr.commands import exit_code
+from aethersr.commands import Parser, exit_code
 from aethersr.errors import UserError
 from aethersr.picture import opaque, readable
 from aethersr.quality import KINDS
@@ -142,7 +142,7 @@ def cuts(path: Path, scale: int, reductions: Sequence[int]) -> List[Cut]:
 
 
 def main(argv: Optional[List[str]] = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    parser = Parser("prepare_pictures.py", __doc__)
     text = "for gt/, lq/, sources.csv and copyright/"
     parser.add_argument("folder", type=Path, metavar="FOLDER", help=text)
     parser.add_argument("--scale", type=int, choices=(2, 3, 4), default=2)
@@ -151,8 +151,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     parser.add_argument("--textures", action="store_true", help="also textures of games, 1 GB to download")
     text = f"reduce pictures to 1/N before cropping (default: {' '.join(map(str, REDUCTIONS))})"
     parser.add_argument("--reductions", type=int, choices=range(1, 13), nargs="+", metavar="N", help=text)
-    args = parser.parse_args(argv)
-    return exit_code("prepare_pictures.py", lambda: prepare(args), f"{args.folder} is not complete.")
+    return exit_code("prepare_pictures.py", lambda: prepare(parser.parse(argv)), "FOLDER is not complete.")
 
 
 def prepare(args: argparse.Namespace) -> None:
