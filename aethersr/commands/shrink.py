@@ -26,12 +26,12 @@ from aethersr.identify import add_img_range, form_name, read_options, variant_na
 PICTURES, SIDE = 16, 48  # pictures at most, and low-resolution pixels of a side, to choose on
 KERNEL = 7  # with --time: the borders of larger ones take time and hardly help
 HINTS = {
-    "--model-path": "it is spelled --model_path.",
-    "--input": "pass the checkpoint as --model_path FILE.",
-    "--output-path": "it is spelled --output_path.",
-    "--calibration": "pass the pictures as --pictures FOLDER.",
-    "--hr": "pass the pictures as --pictures FOLDER.",
-    "--scale": "the scale comes from the checkpoint.",
+    "--model-path": "it is spelled --model_path",
+    "--input": "pass the checkpoint as --model_path FILE",
+    "--output-path": "it is spelled --output_path",
+    "--calibration": "pass the pictures as --pictures FOLDER",
+    "--hr": "pass the pictures as --pictures FOLDER",
+    "--scale": "the scale comes from the checkpoint",
 }
 
 
