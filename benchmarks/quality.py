@@ -41,7 +41,7 @@ from networks import OURS, positive, table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from aethersr.commands import check_device, exit_code
+from aethersr.commands import Parser, check_device, exit_code
 from aethersr.errors import UserError, first_line
 from aethersr.files import Together
 from aethersr.quality import crop_to_multiple, find_pictures, psnr, read_rgb, resize
@@ -350,11 +350,12 @@ def scatter(points: List[Point], ms: Dict[str, float], budget: str) -> Any:
 
 
 def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    parser = Parser("quality.py", __doc__)
+    parser.description, parser.formatter_class = __doc__, argparse.RawDescriptionHelpFormatter
+    commands = parser.add_subparsers(
+        required=True, metavar="train, table or draw", parser_class=lambda prog: Parser(prog, None)
     )
-    commands = parser.add_subparsers(required=True, metavar="train, table or draw")
-    parsers = {name: commands.add_parser(name, allow_abbrev=False) for name in ("train", "table", "draw")}
+    parsers = {name: commands.add_parser(name) for name in ("train", "table", "draw")}
     for name, action in (("train", train), ("table", show), ("draw", draw)):
         parsers[name].set_defaults(action=action, checkout=None, validation=None, threads=1)
         parsers[name].add_argument("file", type=Path, metavar="FILE", help="of the runs: train writes it")
@@ -375,15 +376,18 @@ def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
     budget = parsers["train"].add_mutually_exclusive_group(required=True)
     budget.add_argument("--iterations", type=positive, help="budget of each run")
     budget.add_argument("--seconds", type=positive, help="budget of each run")
-    args = parser.parse_args(argv)
+    args = parser.parse(argv)
     args.typed = networks.typed("quality.py", argv, {"CHECKOUT": args.checkout, "PICTURES": args.validation})
     torch.set_num_threads(args.threads)
     return args
 
 
 def main(argv: Optional[List[str]] = None) -> int:
-    args = parse_args(argv)
-    return exit_code("quality.py", lambda: args.action(args), "finished runs are kept.")
+    def action() -> None:
+        args = parse_args(argv)
+        args.action(args)
+
+    return exit_code("quality.py", action, "finished runs are kept.")
 
 
 if __name__ == "__main__":

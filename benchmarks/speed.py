@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cases
 from networks import OURS, PEERS, SHIPPED, aether_arch, as_trained, machine, positive, short, table, typed
 
-from aethersr.commands import check_device, exit_code
+from aethersr.commands import Parser, check_device, exit_code
 from aethersr.errors import UserError, first_line
 from aethersr.timing import Comparison, interleaved
 
@@ -132,9 +132,8 @@ def repeat(step: Callable[[], Any], count: int) -> None:
 
 
 def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser("speed.py", __doc__)
+    parser.description, parser.formatter_class = __doc__, argparse.RawDescriptionHelpFormatter
     names = list(dict.fromkeys(sum(PARTS.values(), ())))
     add = parser.add_argument
     add("--device", choices=sorted(PARTS), default="cpu")
@@ -150,13 +149,15 @@ def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
     add("--rounds", type=positive, default=15, help="at most so many turns (default: %(default)s)")
     add("--minutes", type=positive, help="begin nothing after these (on a GPU: 4)")
     add("--output", type=Path, help="write the table to this file, too")
-    args = parser.parse_args(argv)
+    args = parser.parse(argv)
     args.side = 8 if args.quick else args.side or (256 if args.device == "cuda" else 128)
     args.minutes = args.minutes or (4.0 if args.device == "cuda" else None)
     return args
 
 
-def measure(args: argparse.Namespace, command: str) -> None:
+def measure(argv: Optional[List[str]]) -> None:
+    args = parse_args(argv)
+    command = typed("speed.py", argv, {"CHECKOUT": args.checkout, "FILE": args.output})
     check_device(args.device)
     if args.output and not args.output.parent.is_dir():
         raise UserError(f"the folder {args.output.parent} does not exist; make it or pass another --output.")
@@ -176,9 +177,7 @@ def measure(args: argparse.Namespace, command: str) -> None:
 
 
 def main(argv: Optional[List[str]] = None) -> int:
-    args = parse_args(argv)
-    command = typed("speed.py", argv, {"CHECKOUT": args.checkout, "FILE": args.output})
-    return exit_code("speed.py", lambda: measure(args, command), "printed lines are kept.")
+    return exit_code("speed.py", lambda: measure(argv), "printed lines are kept.")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "archs"), str(ROOT / "training")]
 import prepare_pictures  # noqa: E402
 
 from aethersr.checkpoint import read_checkpoint  # noqa: E402
-from aethersr.commands import exit_code, fuse  # noqa: E402
+from aethersr.commands import Parser, exit_code, fuse  # noqa: E402
 from aethersr.errors import UserError  # noqa: E402
 from aethersr.identify import aether_from_state_dict  # noqa: E402
 from aethersr.quality import quality  # noqa: E402
@@ -164,15 +164,14 @@ def demo(args: argparse.Namespace) -> None:
     check(bicubic, networks, args.quick)
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+def main(argv: Optional[List[str]] = None) -> int:
+    parser = Parser("demo.py", __doc__)
     text = "folder for what is written; emptied first (default: demo_output)"
     parser.add_argument("--output", type=Path, default=ROOT / "demo_output", help=text)
     text = "two iterations and a small picture, to see that every step runs; bicubic may win"
     parser.add_argument("--quick", action="store_true", help=text)
-    args = parser.parse_args(argv)
     stopped = "start it again, or with --quick, which takes less than a minute."
-    return exit_code("demo.py", lambda: demo(args), stopped)
+    return exit_code("demo.py", lambda: demo(parser.parse(argv)), stopped)
 
 
 if __name__ == "__main__":

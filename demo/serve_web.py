@@ -8,6 +8,8 @@ Afterwards demo/web can be copied to any static host. Without npm the page loads
 from __future__ import annotations
 
 import argparse
+import base64
+import hashlib
 import json
 import mimetypes
 import re
@@ -27,6 +29,7 @@ FIRST = "2x_AetherNet_small_wallpapers_fp16.safetensors"  # what the page opens 
 PAGE = ROOT / "demo" / "web"
 FILES = PAGE / "files"
 (VERSION,) = re.findall(r'VERSION = "(.+?)"', (PAGE / "worker.js").read_text(encoding="utf-8"))
+SHA512 = "q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="
 # Of ONNX Runtime Web, what the page loads: with WebGPU, and without.
 RUNTIME = [f"ort.{engine}.min.mjs" for engine in ("wasm", "webgpu")]
 RUNTIME += [f"ort-wasm-simd-threaded{kind}" for kind in (".mjs", ".wasm", ".asyncify.mjs", ".asyncify.wasm")]
@@ -69,6 +72,8 @@ def fetch_runtime() -> Optional[str]:
         packed = next(Path(folder).glob("*.tgz"), None)
         if packed is None:
             return f"npm pack failed: {(done.stdout.strip() or 'no message').splitlines()[-1]}"
+        if base64.b64encode(hashlib.sha512(packed.read_bytes()).digest()).decode() != SHA512:
+            return f"npm gave another onnxruntime-web {VERSION} than serve_web.py expects (SHA-512)"
         shutil.unpack_archive(packed, folder)
         for name in RUNTIME:
             (Path(folder) / "package" / "dist" / name).replace(FILES / name)

@@ -275,12 +275,8 @@ def test_bad_input_ends_with_2_and_one_line(
     monkeypatch.setattr(sys, "argv", [name])
     for module in [each for each in sys.modules if each.split(".")[0] == "traiNNer"]:
         monkeypatch.delitem(sys.modules, module)
-    try:
-        code = script.main([word.format(folder=folder, tmp=tmp_path) for word in words])
-    except SystemExit as error:  # argparse's, which prints its usage first
-        code = error.code
+    assert script.main([word.format(folder=folder, tmp=tmp_path) for word in words]) == 2
     (line,) = (line for line in capsys.readouterr().err.splitlines(True) if "error: " in line)
-    assert code == 2
     assert re.search(message, line), line
     assert line.isprintable() or line[:-1].isprintable()
     assert sorted(tmp_path.rglob("*")) == before

@@ -82,7 +82,9 @@ def test_with_nothing_taken_out_every_tensor_is_equal(tmp_path: Path, pictures: 
     state = network(**KINDS[kind]).half().state_dict()
     torch.save(state, tmp_path / "net.pth")
     save_file(state, str(tmp_path / "net.safetensors"))
-    assert run(tmp_path) == run(tmp_path, source="net.safetensors", target="small.safetensors") == 0
+    everything = ("--blocks", sum(network(**KINDS[kind]).options["depths"]))
+    assert run(tmp_path, *everything) == 0
+    assert run(tmp_path, *everything, source="net.safetensors", target="small.safetensors") == 0
     written = torch.load(tmp_path / "small.pth", weights_only=True)
     for found in (written, load_file(str(tmp_path / "small.safetensors"))):
         assert sorted(found) == sorted(state)
@@ -143,6 +145,9 @@ def test_time_chooses_channels_then_blocks(
 
 
 REFUSED = {
+    "": "pass --time 0.5, or --blocks",
+    "--scale 2": "comes from the checkpoint",
+    "--time 50%": "--time",
     "--blocks 1": "from 2 to 5",
     "--blocks 6": "from 2 to 5",
     "--kernel 4": "odd number from 3 to 7",
@@ -150,13 +155,13 @@ REFUSED = {
     "--time 0": "below 1",
     "--time 0.001": "can't be reached",
     "--time 0.5 --blocks 3": "leave out --blocks",
-    "--img_range 0": "--img_range",
-    "--pictures missing": "--pictures missing",
-    "--output_path small.onnx": "end in .pth or .safetensors",
-    "--output_path net.pth": "the input itself",
-    "--model_path fused.pth": "fused form",
-    "--model_path int8.pth": "int8 form",
-    "--model_path other.pth": "not an AetherNet",
+    "--time 0.5 --img_range 0": "--img_range",
+    "--time 0.5 --pictures missing": "--pictures missing",
+    "--time 0.5 --output_path small.onnx": "end in .pth or .safetensors",
+    "--time 0.5 --output_path net.pth": "the input itself",
+    "--time 0.5 --model_path fused.pth": "fused form",
+    "--time 0.5 --model_path int8.pth": "int8 form",
+    "--time 0.5 --model_path other.pth": "not an AetherNet",
 }
 
 

@@ -24,7 +24,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "archs")]
 
-from aethersr.commands import exit_code  # noqa: E402
+from aethersr.commands import Parser, exit_code  # noqa: E402
 from aethersr.commands.evaluate import upscaler  # noqa: E402
 from aethersr.errors import UserError  # noqa: E402
 from aethersr.files import Together, check_output  # noqa: E402
@@ -91,7 +91,7 @@ def write_card(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0], allow_abbrev=False)
+    parser = Parser("model_card.py", __doc__)
     add, date = parser.add_argument, datetime.date.fromisoformat
     text = "release files of one network: weights first, then others and .onnx"
     add("files", type=Path, nargs="+", metavar="FILE", help=text)
@@ -105,8 +105,7 @@ def main(argv: list[str] | None = None) -> int:
     text = """further properties of the schema, such as '{"trainingIterations": 5000}'"""
     add("--more", type=json.loads, default={}, metavar="JSON", help=text)
     add("--overwrite", action="store_true", help="replace an existing card")
-    args = parser.parse_args(argv)
-    return exit_code("model_card.py", lambda: write_card(args), "nothing was written.")
+    return exit_code("model_card.py", lambda: write_card(parser.parse(argv)), "nothing was written.")
 
 
 if __name__ == "__main__":

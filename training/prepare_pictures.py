@@ -31,7 +31,7 @@ from PIL import Image
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from aethersr.commands import exit_code
+from aethersr.commands import Parser, exit_code
 from aethersr.errors import UserError
 from aethersr.picture import FORMATS
 from aethersr.quality import read_rgb
@@ -186,7 +186,7 @@ def prepare(args: argparse.Namespace) -> None:
 
 
 def main(argv: Optional[List[str]] = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    parser = Parser("prepare_pictures.py", __doc__)
     add = parser.add_argument
     add("folder", type=Path, metavar="FOLDER", help="for gt/, lq/, sources.csv, copyright/ and packages/")
     add("--scale", type=int, choices=(2, 3, 4), default=2)
@@ -195,8 +195,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     source.add_argument("--textures", action="store_true", help="add the textures of two games, 1 GB")
     text = "reduce pictures to 1/N before cropping (default: 2 3 4 6)"
     add("--reductions", type=int, choices=range(1, 13), nargs="+", metavar="N", default=REDUCTIONS, help=text)
-    args = parser.parse_args(argv)
-    return exit_code("prepare_pictures.py", lambda: prepare(args), f"{args.folder} is not complete.")
+    return exit_code("prepare_pictures.py", lambda: prepare(parser.parse(argv)), "FOLDER is not complete.")
 
 
 if __name__ == "__main__":

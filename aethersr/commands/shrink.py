@@ -10,27 +10,37 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, List, Mapping, Optional, Tuple
 
 import torch
-from aether_arch import AetherBase, __version__
+from aether_arch import AetherBase
 from torch import Tensor
 
 from aethersr import shrink
 from aethersr.calibration import calibration_pairs
 from aethersr.checkpoint import ENDINGS, read_checkpoint, write_state
-from aethersr.commands import exit_code
+from aethersr.commands import Parser, exit_code
 from aethersr.errors import UserError
 from aethersr.files import Together, check_output
-from aethersr.identify import aether_from_state_dict, form_name, read_options, variant_name
+from aethersr.identify import add_img_range, aether_from_state_dict, form_name, read_options, variant_name
 
 PICTURES, SIDE = 16, 48  # pictures at most, and low-resolution pixels of a side, to choose on
 KERNEL = 7  # with --time: the borders of larger ones take time and hardly help
 
 
-def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
+HINTS = {
+    "--model-path": "it is spelled --model_path",
+    "--input": "pass the checkpoint as --model_path FILE",
+    "--output-path": "it is spelled --output_path",
+    "--calibration": "pass the pictures as --pictures FOLDER",
+    "--hr": "pass the pictures as --pictures FOLDER",
+    "--scale": "the scale comes from the checkpoint",
+}
+
+
+def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
     description = "Make a smaller training checkpoint of a trained AetherNet, to be fine-tuned."
-    parser = argparse.ArgumentParser(prog="aether-shrink", description=description, allow_abbrev=False)
+    parser = Parser("aether-shrink", description, HINTS)
     add = parser.add_argument
     add("--model_path", type=Path, required=True, help="the training checkpoint, .pth or .safetensors")
     add("--output_path", type=Path, required=True, help="the smaller one to write, .pth or .safetensors")
@@ -44,11 +54,9 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     )
     text += "half, then fewer blocks, unless --kernel or --hidden say other"
     add("--time", type=float, metavar="T", help=text)
-    text = "the training option of this name, if it was not 1.0 and the checkpoint doesn't record it"
-    add("--img_range", type=float, metavar="R", help=text)
+    add_img_range(parser)
     add("--overwrite", action="store_true", help="replace an existing file")
-    add("--version", action="version", version=f"AetherNet {__version__}")
-    return parser.parse_args(argv)
+    return parser.parse(argv)
 
 
 def training_form(args: argparse.Namespace) -> shrink.State:
@@ -112,6 +120,8 @@ def run(args: argparse.Namespace) -> None:
     before = shrink.fused(state)
     pairs = read_pictures(args.pictures, before)
     left = size_left(args, read_options(state))
+    if left == shrink.Size.of(read_options(state)):
+        print("Nothing is to be taken out; --time 0.5, --blocks, --kernel or --hidden say what.")
     print(f"On {len(pairs)} pictures of {args.pictures}, before any training:\n")
     print(f"{'taken out':<24}{'blocks in each stage':<24}{'PSNR, dB':>8}")
     for step in shrink.steps(state, pairs, left):
