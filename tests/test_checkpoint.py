@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections
 import io
 import json
+import os
 import zipfile
 from pathlib import Path
 from typing import Any, Dict, Mapping
@@ -18,6 +19,7 @@ from checkpoints import FILES, FUSED, NET, OLD, STATE, Reader, saved, tied, unde
 from torch import Tensor, nn
 
 from aethersr.checkpoint import ENDINGS, WRAPPERS, read_checkpoint, unwrap, write_state
+from aethersr.files import Together
 
 EMA = {name: value + 0.125 for name, value in STATE.items()}
 DISCRIMINATOR = {"conv0.weight": torch.zeros(4, 3, 3, 3), "stages.0.0.dwconv.weight": torch.zeros(4)}
@@ -209,3 +211,12 @@ def test_the_same_weights_give_the_same_bytes_under_any_name(tmp_path: Path, end
     if ending == ".safetensors":
         size = int.from_bytes(first[:8], "little")
         assert json.loads(first[8 : 8 + size])["__metadata__"] == metadata
+
+
+def test_the_whole_file_is_on_the_disk_before_it_takes_its_name(tmp_path: Path, monkeypatch: Any) -> None:
+    sizes: Any = []
+    monkeypatch.setattr(os, "fsync", lambda file: sizes.append(os.fstat(file).st_size))
+    with Together() as files:
+        write_state({"mean": NET.mean}, files.part(tmp_path / "a.pth"), {})
+        files.commit()
+    assert sizes == [(tmp_path / "a.pth").stat().st_size]
