@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, ClassVar, Dict, List, Optional, Tuple, Type
+from typing import Any, ClassVar, Dict, List, NamedTuple, Optional, Tuple, Type
 
 import numpy as np
 import pytest
@@ -21,30 +21,23 @@ from conftest import ROOT
 from PIL import Image
 
 LAUNCHERS = ROOT / "tests" / "launchers"
-SCALE, SIDE, IMAGES = (
-    2,
-    24,
-    4,
-)  # a training picture is one crop of SIDE pixels: every iteration sees all of them whole
+SCALE, SIDE, IMAGES = 2, 24, 4  # each training picture is one crop: every iteration sees all of them whole
 TINY = {"embed_dim": 16, "depths": [1, 1]}
 ITERATIONS, SAVED_AT = 20, 10
+# What lets two runs be compared step by step, in seconds: a tiny network, nothing random or rounded.
+COMPARABLE = {"network_g": TINY, "datasets": {"train": {"use_hflip": False, "use_rot": False}}}
 DELETED = "(no such option)"  # as a change: takes the option out of the file
 
 
 def toml(table: Dict[str, Any], name: str = "") -> str:
     """A nested dict as TOML: all that neosr reads, and Python can read but not write."""
-    lines = [f"[{name}]"] if name else []
+    lines, tables = [f"[{name}]"] if name else [], []
     for key, value in table.items():
-        if not isinstance(value, dict) and value is not None:
-            text = str(value)
-            if isinstance(value, bool):
-                text = text.lower()
-            elif isinstance(value, str):
-                text = f"'{value}'"
-            lines.append(f"{key} = {text}")
-    tables = [
-        toml(value, f"{name}.{key}".lstrip(".")) for key, value in table.items() if isinstance(value, dict)
-    ]
+        if isinstance(value, dict):
+            tables.append(toml(value, f"{name}.{key}".lstrip(".")))
+        elif value is not None:
+            text = str(value).lower() if isinstance(value, bool) else str(value)
+            lines.append(f"{key} = '{value}'" if isinstance(value, str) else f"{key} = {text}")
     return "\n".join([*lines, *tables])
 
 
@@ -59,6 +52,24 @@ def merged(options: Dict[str, Any], changes: Dict[str, Any]) -> Dict[str, Any]:
     return options
 
 
+class Run(NamedTuple):
+    """A training: the folder of its pictures, and its sizes."""
+
+    folder: Path
+    batch: int
+    side: int
+    scale: int
+    iterations: int
+    saved_at: int
+
+    def pictures(self, kind: str = "", wrap: Any = str) -> Dict[str, Any]:
+        hr, lr = (wrap(self.folder / f"{kind}{name}") for name in ("hr", "lr"))
+        return {"dataroot_gt": hr, "dataroot_lq": lr}
+
+    def logger(self) -> Dict[str, Any]:
+        return {"print_freq": 1, "save_checkpoint_freq": self.saved_at, "use_tb_logger": False}
+
+
 class Framework:
     """Where a framework lies, and how its names differ from the others'."""
 
@@ -69,10 +80,7 @@ class Framework:
     python = sys.executable
     tasks: Tuple[str, ...] = ()  # what the launcher can start, where that is more than a training
     resumes_exactly = True
-    # What lets two runs be compared step by step, in seconds: a tiny network, nothing random or rounded.
-    comparable: ClassVar[Dict[str, Any]] = {}
-    # The same for options files older than the option `norm`, besides.
-    comparable_before_norm: ClassVar[Dict[str, Any]] = {}
+    comparable: ClassVar[Dict[str, Any]] = {}  # besides COMPARABLE
 
     def __init__(self, root: Path) -> None:
         self.root = root  # the folder it runs in
@@ -87,9 +95,7 @@ class Framework:
             folder = "optimizers" if file.endswith("_optim.py") else "archs"
             shutil.copy(ROOT / "archs" / file, self.root / self.package / folder)
 
-    def changes(
-        self, folder: Path, batch: int, side: int, scale: int, iterations: int, saved_at: int
-    ) -> Dict[str, Any]:
+    def changes(self, run: Run) -> Dict[str, Any]:
         """Paths, sizes and iterations: all that differs from the template in an unedited run."""
         raise NotImplementedError
 
@@ -98,34 +104,21 @@ class Framework:
         return (ROOT / "options" / path).read_text(encoding="utf-8")
 
     def options(
-        self,
-        name: str,
-        images: Path,
-        text: Optional[str] = None,
-        scale: int = SCALE,
-        batch: int = IMAGES,
-        iterations: int = ITERATIONS,
-        **extra: Any,
-    ) -> Path:
+        self, name: str, images: Path, text: Optional[str] = None, scale: int = SCALE, batch: int = IMAGES,
+        iterations: int = ITERATIONS, **extra: Any,
+    ) -> Path:  # fmt: skip
         """Options for a run that can be compared with others, from ``text`` or the fidelity template."""
-        changes = self.changes(images, batch, SIDE, scale, iterations, min(SAVED_AT, iterations))
-        return self.written(name, text or self.template_text(scale=scale), changes, self.comparable, extra)
+        run = Run(images, batch, SIDE, scale, iterations, min(SAVED_AT, iterations))
+        text = text or self.template_text(scale=scale)
+        return self.written(name, text, self.changes(run), COMPARABLE, self.comparable, extra)
 
     def unedited(
-        self,
-        name: str,
-        text: str,
-        images: Path,
-        batch: int,
-        side: int,
-        scale: int,
-        iterations: int,
+        self, name: str, text: str, images: Path, batch: int, side: int, scale: int, iterations: int,
         **extra: Any,
-    ) -> Path:
+    ) -> Path:  # fmt: skip
         """Options that differ from the template in paths, sizes and iterations alone, and in ``extra``."""
-        return self.written(
-            name, text, self.changes(images, batch, side, scale, iterations, iterations), extra
-        )
+        run = Run(images, batch, side, scale, iterations, iterations)
+        return self.written(name, text, self.changes(run), extra)
 
     def written(self, name: str, text: str, *changes: Dict[str, Any]) -> Path:
         path = self.root / f"{name}{Path(self.template).suffix}"
@@ -148,20 +141,11 @@ class Framework:
         which = [task] if task in self.tasks else []
         return [*launch, str(LAUNCHERS / self.launcher), *which, "-opt", str(options), *extra]
 
-    def start(self, *args: Any, **kwargs: Any) -> subprocess.Popen[str]:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": ""}
-        return subprocess.Popen(
-            self.command(*args, **kwargs),
-            cwd=self.root,
-            env=environment,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-
     def run(self, *args: Any, timeout: float = 150, succeeds: bool = True, **kwargs: Any) -> str:
-        process = self.start(*args, **kwargs)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": ""}
+        pipes: Dict[str, Any] = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        command = self.command(*args, **kwargs)
+        process = subprocess.Popen(command, cwd=self.root, env=environment, start_new_session=True, **pipes)
         try:
             output, _ = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
@@ -207,30 +191,16 @@ class BasicSR(Framework):
     name, package, launcher = "BasicSR", "basicsr", "basicsr_cpu.py"
     template = "basicsr/train/AetherNet/train_aether_small_x2_fidelity.yml"
     tasks = ("train", "test")
+    comparable: ClassVar[Dict[str, Any]] = {"train": {"warmup_iter": 5}}
 
-    comparable: ClassVar[Dict[str, Any]] = {
-        "datasets": {"train": {"use_hflip": False, "use_rot": False}},
-        "network_g": TINY,
-        "train": {"warmup_iter": 5},
-    }
-
-    def changes(
-        self, folder: Path, batch: int, side: int, scale: int, iterations: int, saved_at: int
-    ) -> Dict[str, Any]:
-        train = {
-            "dataroot_gt": str(folder / "hr"),
-            "dataroot_lq": str(folder / "lr"),
-            "gt_size": side * scale,
-        }
+    def changes(self, run: Run) -> Dict[str, Any]:
+        train = {"gt_size": run.side * run.scale, "num_worker_per_gpu": 0, "batch_size_per_gpu": run.batch}
         return {
             "num_gpu": 0,
-            "datasets": {
-                "train": {**train, "num_worker_per_gpu": 0, "batch_size_per_gpu": batch},
-                "val": {"dataroot_gt": str(folder / "val_hr"), "dataroot_lq": str(folder / "val_lr")},
-            },
-            "train": {"total_iter": iterations},
-            "val": {"val_freq": saved_at},
-            "logger": {"print_freq": 1, "save_checkpoint_freq": saved_at, "use_tb_logger": False},
+            "datasets": {"train": {**run.pictures(), **train}, "val": run.pictures("val_")},
+            "train": {"total_iter": run.iterations},
+            "val": {"val_freq": run.saved_at},
+            "logger": run.logger(),
         }
 
 
@@ -239,29 +209,28 @@ class Redux(Framework):
     template = "traiNNer-redux/train/AetherNet/AetherNet_small_x2_fidelity.yml"
     tasks = ("train", "test")
     python = os.environ.get("TRAINNER_REDUX_PYTHON", sys.executable)
-
     comparable: ClassVar[Dict[str, Any]] = {
-        "use_amp": False,
-        "datasets": {"train": {"use_hflip": False, "use_rot": False}},
-        "network_g": TINY,
-        "train": {"scheduler": {"warmup_iters": 5, "eta_min_ratio": 1.0}},
-    }
+        "use_amp": False, "train": {"scheduler": {"warmup_iters": 5, "eta_min_ratio": 1.0}},
+    }  # fmt: skip
 
-    def changes(
-        self, folder: Path, batch: int, side: int, scale: int, iterations: int, saved_at: int
-    ) -> Dict[str, Any]:
-        train = {"dataroot_gt": [str(folder / "hr")], "dataroot_lq": [str(folder / "lr")], "lq_size": side}
-        sizes = {"num_worker_per_gpu": 1, "batch_size_per_gpu": batch, "dataset_enlarge_ratio": 1}
+    def changes(self, run: Run) -> Dict[str, Any]:
+        train: Dict[str, Any] = {
+            **run.pictures(wrap=self.listed),
+            "lq_size": run.side,
+            "num_worker_per_gpu": 1,
+        }
+        train.update(batch_size_per_gpu=run.batch, dataset_enlarge_ratio=1)
         return {
             "num_gpu": 0,
-            "datasets": {
-                "train": {**train, **sizes},
-                "val": {"dataroot_gt": [str(folder / "val_hr")], "dataroot_lq": [str(folder / "val_lr")]},
-            },
-            "train": {"total_iter": iterations, "scheduler": {"total_iters": iterations}},
-            "val": {"val_enabled": True, "val_freq": saved_at},
-            "logger": {"print_freq": 1, "save_checkpoint_freq": saved_at, "use_tb_logger": False},
+            "datasets": {"train": train, "val": run.pictures("val_", self.listed)},
+            "train": {"total_iter": run.iterations, "scheduler": {"total_iters": run.iterations}},
+            "val": {"val_enabled": True, "val_freq": run.saved_at},
+            "logger": run.logger(),
         }
+
+    @staticmethod
+    def listed(path: Path) -> List[str]:
+        return [str(path)]
 
     def weights(self, name: str, iteration: Any = "latest") -> Path:
         return self.experiment(name) / "models" / f"net_g_ema_{iteration}.safetensors"
@@ -275,31 +244,17 @@ class Neosr(Framework):
     template = "neosr/train_aether_small_x2_fidelity.toml"
     python = os.environ.get("NEOSR_PYTHON", sys.executable)
     resumes_exactly = False  # it saves the averaged weights alone, and goes on from these
-
     comparable: ClassVar[Dict[str, Any]] = {
-        "use_amp": False,
-        "bfloat16": False,
-        "datasets": {"train": {"use_hflip": False, "use_rot": False}},
-        "network_g": TINY,
-        "train": {"optim_g": {"warmup_steps": 5}},
-    }
-    comparable_before_norm: ClassVar[Dict[str, Any]] = {
-        "train": {"optim_g": {"lr": 2e-4, "warmup_steps": DELETED}, "scheduler": {"T_max": ITERATIONS // 2}}
-    }
+        "use_amp": False, "bfloat16": False, "train": {"optim_g": {"warmup_steps": 5}},
+    }  # fmt: skip
 
-    def changes(
-        self, folder: Path, batch: int, side: int, scale: int, iterations: int, saved_at: int
-    ) -> Dict[str, Any]:
-        train = {"dataroot_gt": str(folder / "hr"), "dataroot_lq": str(folder / "lr"), "patch_size": side}
-        validation = {"dataroot_gt": str(folder / "val_hr"), "dataroot_lq": str(folder / "val_lr")}
-        logger = {"print_freq": 1, "save_checkpoint_freq": saved_at, "use_tb_logger": False}
+    def changes(self, run: Run) -> Dict[str, Any]:
+        train: Dict[str, Any] = {**run.pictures(), "patch_size": run.side, "num_worker_per_gpu": 1}
+        train.update(batch_size=run.batch, pin_memory=False)
         return {
-            "datasets": {
-                "train": {**train, "num_worker_per_gpu": 1, "batch_size": batch, "pin_memory": False},
-                "val": {**validation, "pin_memory": False},
-            },
-            "val": {"val_freq": saved_at},
-            "logger": {"total_iter": iterations, **logger},
+            "datasets": {"train": train, "val": {**run.pictures("val_"), "pin_memory": False}},
+            "val": {"val_freq": run.saved_at},
+            "logger": {"total_iter": run.iterations, **run.logger()},
         }
 
 
@@ -327,9 +282,8 @@ def installed_basicsr(folder: Path) -> Framework:
     spec = importlib.util.find_spec("basicsr")
     if spec is None or not spec.origin:
         pytest.skip("BasicSR is not installed: see requirements-basicsr.txt")
-    shutil.copytree(
-        Path(spec.origin).parent, folder / "basicsr", ignore=shutil.ignore_patterns("__pycache__")
-    )
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(Path(spec.origin).parent, folder / "basicsr", ignore=ignored)
     return BasicSR(folder)
 
 
@@ -340,9 +294,8 @@ def released_neosr(folder: Path) -> Framework:
     install = [*pip, "--no-deps", "--ignore-requires-python", "--target", str(folder), *packages]
     done = subprocess.run(install, capture_output=True, text=True, timeout=300)
     if done.returncode:
-        pytest.skip(
-            f"neosr 0.1.0 can't be had from the package index: {done.stderr.strip().splitlines()[-1]}"
-        )
+        reason = done.stderr.strip().splitlines()[-1]
+        pytest.skip(f"neosr 0.1.0 can't be had from the package index: {reason}")
     return ReleasedNeosr(folder)
 
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Tuple
+from typing import Any, Callable, Dict, List
 
 import aether_arch
 import aether_quant
@@ -53,15 +53,11 @@ def assert_refused(net: Any, load: Callable[[], Any], match: str) -> None:
     assert getattr(net, "options", None) == options
 
 
+PLAIN = {"use_channel_attn": False, "use_spatial_attn": False, "embed_dim": 16, "lk_kernel": 3}
+
+
 def in_form(name: str, **options: Any) -> Any:
-    options = {
-        "use_channel_attn": False,
-        "use_spatial_attn": False,
-        "embed_dim": 16,
-        "lk_kernel": 3,
-        **options,
-    }
-    net: Any = small_net(2, **options).float()
+    net: Any = small_net(2, **{**PLAIN, **options}).float()
     if name != "training":
         net.fuse_model()
     if name in ("quantised", "int8"):
@@ -192,19 +188,22 @@ OPTIONS = "Build the network with the options that the file was trained with."
 STRICT = "To take only the body, pass strict=False; in a template, set strict_load_g: false"
 
 
+SMALL, MEDIUM, OWN = (96, (4, 4, 4, 4)), (128, (6, 6, 6, 6)), (96, (1, 2, 2, 3))
+
+
 @pytest.mark.parametrize(
-    ("scale", "width", "depths", "words", "remedy"),
+    ("scale", "shape", "words", "remedy"),
     [
-        (2, 96, (4, 4, 4, 4), "aether_small x2 (96 wide)", OPTIONS),
-        (4, 128, (6, 6, 6, 6), "aether_medium x4 (128 wide)", STRICT),
-        (2, 96, (1, 2, 2, 3), "AetherNet of depths [1, 2, 2, 3] x2 (96 wide)", OPTIONS),
+        (2, SMALL, "aether_small x2 (96 wide)", OPTIONS),
+        (4, MEDIUM, "aether_medium x4 (128 wide)", STRICT),
+        (2, OWN, "AetherNet of depths [1, 2, 2, 3] x2 (96 wide)", OPTIONS),
     ],
 )
 def test_a_refusal_says_what_the_file_is_what_the_network_is_and_what_mends_it(
-    scale: int, width: int, depths: Tuple[int, ...], words: str, remedy: str
+    scale: int, shape: Any, words: str, remedy: str
 ) -> None:
     with torch.device("meta"):
-        state = AetherNet(scale=scale, lk_kernel=3, embed_dim=width, depths=depths).state_dict()
+        state = AetherNet(scale=scale, lk_kernel=3, embed_dim=shape[0], depths=shape[1]).state_dict()
         net = aether_medium(scale=2, lk_kernel=3)
     with pytest.raises(RuntimeError) as error:
         net.load_state_dict({**state, "bound": torch.ones(1)})
@@ -220,15 +219,15 @@ def test_networks_are_described_in_words() -> None:
     assert described({}) == described({"conv_first.weight": X}) == "no AetherNet"
 
 
-@pytest.mark.parametrize("change", ["missing", "unexpected", "shape", "number"])
+@pytest.mark.parametrize("change", ["missing", "unexpected", "shape", "number", "bound"])
 @pytest.mark.parametrize("form", ["training", "fused"])
 def test_a_damaged_file_of_either_form_changes_nothing_and_is_named(change: str, form: str) -> None:
     source = in_form(form)
-    state, name = dict(source.state_dict()), "surplus" if change == "unexpected" else "fusion_convs.0.weight"
-    if change == "missing":
-        del state[name]
-    else:
-        state[name] = {"unexpected": X, "shape": torch.zeros(1, 2), "number": 3}[change]
+    name = {"unexpected": "surplus", "bound": "bound"}.get(change, "fusion_convs.0.weight")
+    changed: Dict[str, Any] = {"unexpected": X, "shape": X[0], "number": 3, "bound": torch.ones(2)}
+    state = {key: value for key, value in source.state_dict().items() if key != name}
+    if change in changed:
+        state[name] = changed[change]
     net = AetherNet(**source.options)
     assert_refused(net, lambda: net.load_state_dict(dict(state)), name)
     prefixed = {f"0.{key}": value for key, value in state.items()}
