@@ -34,14 +34,8 @@ TINY = "AetherNet,embed_dim=12,depths=(1, 1),use_channel_attn=False,use_spatial_
 
 
 def tiny(**options: Any) -> Any:
-    options = {
-        "embed_dim": 12,
-        "depths": (1, 1),
-        "use_channel_attn": False,
-        "use_spatial_attn": False,
-        **options,
-    }
-    return small_net(2, **options).float()
+    tiny = {"embed_dim": 12, "depths": (1, 1), "use_channel_attn": False, "use_spatial_attn": False}
+    return small_net(2, **{**tiny, **options}).float()
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +51,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Image.fromarray(resize(gt, 32, 32)).save(folder / "lq" / f"{k}.png")
     Image.fromarray(photographs.chelsea()[100:180, 100:201]).save(folder / "val" / "cat.png")
     save_file(tiny().state_dict(), folder / "net.safetensors")
-    save_file(tiny(embed_dim=14).state_dict(), folder / "wide.safetensors")
     package = folder / "checkout" / "traiNNer"
     (package / "archs" / "__init__.py").touch()
     (package / "utils" / "registry.py").write_text(
@@ -82,15 +75,8 @@ def bench(*words: str) -> speed.Bench:
 
 def test_every_case_of_the_cpu_is_in_the_table(folder: Path, capsys: pytest.CaptureFixture) -> None:
     output = folder / "speed.md"
-    more = [
-        "--weights",
-        folder / "net.safetensors",
-        "--traiNNer-redux",
-        folder / "checkout",
-        "--peers",
-        "peer",
-    ]
-    assert speed.main([*QUICK, *map(str, more), "--output", str(output)]) == 0
+    more = f"--weights {folder}/net.safetensors --traiNNer-redux {folder}/checkout --peers peer"
+    assert speed.main([*QUICK, *more.split(), "--output", str(output)]) == 0
     printed = capsys.readouterr().out
     assert printed == output.read_text()
     assert f"PyTorch {torch.__version__}" in printed.splitlines()[0]
@@ -106,11 +92,11 @@ def test_every_case_of_the_cpu_is_in_the_table(folder: Path, capsys: pytest.Capt
         assert all(float(row[2]) > 0 for row in measured)
         assert [row[3] for row in measured].count("1") == 1
     for row in rows:
-        missing = row[1] in ("NCNN", "OpenVINO fp32", "OpenVINO bf16", "OpenVINO int8")
+        missing = row[1] == "NCNN" or row[1].startswith("OpenVINO")
         assert speed.IMPOSSIBLE not in row[4] or (missing and "No module named" in row[4]), row
         differs = re.match(r"differs by (\S+)/255", row[4])
-        exact = row[1] in ("ONNX Runtime fp32", "PyTorch", "OpenVINO fp32")
-        assert not exact or not differs or float(differs[1]) < 0.1, row
+        if differs and row[1] in ("ONNX Runtime fp32", "PyTorch", "OpenVINO fp32"):
+            assert float(differs[1]) < 0.1, row
 
 
 def test_what_a_gpu_is_asked_runs_here_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,10 +142,8 @@ def test_a_short_step_has_the_time_of_one() -> None:
         return lambda bench: (lambda: now.__setitem__(0, now[0] + seconds), lambda ms: f"{ms:.3f}")
 
     made.group("what", {"short": (step(1e-3),), "long": (step(4e-3),)})
-    assert [row.strip("| ").split(" | ")[2:] for row in made.lines] == [
-        ["1.00", "1", "1.000"],
-        ["4.00", "0.25 (0.25 to 0.25)", "4.000"],
-    ]
+    short, long = (row.strip("| ").split(" | ")[2:] for row in made.lines)
+    assert (short, long) == (["1.00", "1", "1.000"], ["4.00", "0.25 (0.25 to 0.25)", "4.000"])
 
 
 def test_it_stops_when_its_minutes_are_over(capsys: pytest.CaptureFixture) -> None:
@@ -229,11 +213,8 @@ def test_the_picture_shows_weights_and_runs_with_their_times(
     assert [rows[name][1] for name in ("net", "AetherNet", "peer")] == list(quality.KINDS)
     assert float(rows["peer"][2]) < float(rows["net"][2]) < float(rows["AetherNet"][2])
     assert rows["net"][3] == "1.00"
-    net, validation = (
-        networks.opened(folder / "net.safetensors", ""),
-        quality.Validation(folder / "val", 192, 2),
-    )
-    assert rows["net"][4] == f"{validation.measure(net, 'cpu'):.2f}"
+    net = networks.opened(folder / "net.safetensors", "")
+    assert rows["net"][4] == f"{quality.Validation(folder / 'val', 192, 2).measure(net, 'cpu'):.2f}"
     pytest.importorskip("matplotlib", reason="needs matplotlib: pip install matplotlib")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
 
@@ -288,14 +269,12 @@ def test_without_a_card_one_line_says_what_to_do(capsys: pytest.CaptureFixture) 
     assert "pass --device cpu" in one_line(capsys.readouterr().err, "speed.py")
 
 
-@pytest.mark.parametrize("script", ["speed.py", "quality.py"])
-def test_each_script_starts_by_itself(script: str, tmp_path: Path) -> None:
-    """The test run's own paths would hide an import that only they can resolve."""
+def test_the_script_starts_by_itself(tmp_path: Path) -> None:
+    """The test run's own paths would hide an import that only they can resolve; speed.py: test_package.py."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    command = [sys.executable, str(ROOT / "benchmarks" / script), "--help"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert script in done.stdout
+    command = [sys.executable, str(ROOT / "benchmarks" / "quality.py"), "--help"]
+    printed = subprocess.check_output(command, cwd=tmp_path, env=environment, text=True)
+    assert "quality.py" in printed
 
 
 def test_every_result_is_what_todays_scripts_print_and_a_page_names_it() -> None:

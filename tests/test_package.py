@@ -12,7 +12,7 @@ import sys
 import venv
 import zipfile
 from pathlib import Path
-from typing import Iterator
+from typing import Iterator, List
 
 import aether_arch
 import pytest
@@ -20,9 +20,8 @@ import torch
 from conftest import ROOT, small_net
 from PIL import Image
 
-BLOCKS = re.findall(
-    r"```python\n(.*?)```", (ROOT / "tests" / "golden" / "first_published_usage.md").read_text(), re.DOTALL
-)
+USAGE = (ROOT / "tests" / "golden" / "first_published_usage.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", USAGE, re.DOTALL)
 SITE = Path(torch.__file__).parents[1]  # where the packages of the test run are
 
 
@@ -116,27 +115,25 @@ def test_the_wheel_holds_the_network_the_tools_and_nothing_else(wheel: Path) -> 
     assert names == {"aether_arch.py", "aether_quant.py", "aethersr/py.typed", *tools}
     for line in (f"Version: {aether_arch.__version__}", "Requires-Python: >=3.8", "License: MIT"):
         assert line in told
-    needed = [line for line in told if line.startswith("Requires-Dist: ")]
-    assert [line for line in needed if "extra ==" not in line] == [
-        "Requires-Dist: safetensors",
-        "Requires-Dist: torch>=1.13",
-    ]
-    assert not [line for line in needed if "torchvision" in line], (
-        "of spandrel alone, which asks for it itself"
-    )
+    needed = [line[15:] for line in told if line.startswith("Requires-Dist: ")]
+    assert [line for line in needed if "extra ==" not in line] == ["safetensors", "torch>=1.13"]
+    assert not [line for line in needed if "torchvision" in line], "spandrel asks for it itself"
+
+
+def python_files() -> List[Path]:
+    return [*ROOT.glob("*.py"), *(ROOT / "archs").glob("*.py"), *(ROOT / "aethersr").rglob("*.py")]
 
 
 def test_the_version_stands_in_one_place() -> None:
     pattern = re.compile(rf"['\"]{re.escape(aether_arch.__version__)}['\"]")
-    code = [*ROOT.glob("*.py"), *ROOT.glob("*.toml"), *(ROOT / "archs").glob("*.py")]
-    code += (ROOT / "aethersr").rglob("*.py")
-    assert [path.name for path in code if pattern.search(path.read_text(encoding="utf-8"))] == [
-        "aether_arch.py"
+    found = [
+        path.name for path in [*python_files(), *ROOT.glob("*.toml")] if pattern.search(path.read_text())
     ]
+    assert found == ["aether_arch.py"]
 
 
 def test_what_runs_on_python_3_8_has_its_syntax() -> None:
-    for path in [*ROOT.glob("*.py"), *(ROOT / "archs").glob("*.py"), *(ROOT / "aethersr").rglob("*.py")]:
+    for path in python_files():
         ast.parse(path.read_text(encoding="utf-8"), str(path), feature_version=(3, 8))
     with pytest.raises(SyntaxError):
         ast.parse("match x:\n    case 1: pass", feature_version=(3, 8))
@@ -155,15 +152,13 @@ def test_beside_pytorch_alone_a_checkpoint_is_fused(bare: Path, checkpoint: Path
     succeeds(bare / "aether-fuse", *words, cwd=checkpoint.parent)
     code = "import aether_arch, aethersr; from aether_arch import aether_medium; print(aethersr.__version__)"
     assert succeeds(bare / "python", "-c", code, cwd=checkpoint.parent).strip() == aether_arch.__version__
-    state = torch.load(checkpoint.parent / "out.pth", weights_only=True)
-    assert "head.weight" in state
+    assert "head.weight" in torch.load(checkpoint.parent / "out.pth", weights_only=True)
 
 
 def test_beside_pytorch_alone_the_speed_is_measured(bare: Path, tmp_path: Path) -> None:
     words = ["--quick", "--cases", "sizes", "training", "--sizes", "aether_small", "--scales", "2"]
-    printed = succeeds(
-        bare / "python", ROOT / "benchmarks" / "speed.py", *words, cwd=tmp_path, OMP_NUM_THREADS="1"
-    )
+    script = ROOT / "benchmarks" / "speed.py"
+    printed = succeeds(bare / "python", script, *words, cwd=tmp_path, OMP_NUM_THREADS="1")
     assert "| aether_small x2, 8x8, PyTorch | fused |" in printed
     assert "| aether_small x2, 8x8, ONNX Runtime | fused | - | - | not possible here: " in printed
 
@@ -208,8 +203,5 @@ def test_the_usage_that_was_first_published_runs_once_installed(full: Path, tmp_
     assert len(BLOCKS) == 5
     output = succeeds(full / "python", "-c", "\n".join(BLOCKS), cwd=tmp_path, OMP_NUM_THREADS="1")
     assert output.splitlines()[0] == "Output shape: torch.Size([1, 3, 512, 512])"
-    written = {path.name for path in tmp_path.iterdir()}
-    assert written == {
-        "aether_medium_x4_fused.pth",
-        *(f"aether_x4_{kind}.onnx" for kind in ("fp32", "fp16", "int8")),
-    }
+    written = {"aether_medium_x4_fused.pth", *(f"aether_x4_{kind}.onnx" for kind in ("fp32", "fp16", "int8"))}
+    assert {path.name for path in tmp_path.iterdir()} == written
