@@ -78,12 +78,15 @@ def test_smaller_weights_compute_what_the_network_does_without_the_parts(kind: s
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_with_nothing_taken_out_every_tensor_is_equal(tmp_path: Path, pictures: Path, kind: str) -> None:
+def test_with_nothing_taken_out_every_tensor_is_equal(
+    tmp_path: Path, pictures: Path, kind: str, capsys: Any
+) -> None:
     state = network(**KINDS[kind]).half().state_dict()
     torch.save(state, tmp_path / "net.pth")
     save_file(state, str(tmp_path / "net.safetensors"))
+    assert run(tmp_path) == 0
+    assert "Nothing is to be taken out; --time 0.5, --blocks" in capsys.readouterr().out
     everything = ("--blocks", sum(network(**KINDS[kind]).options["depths"]))
-    assert run(tmp_path, *everything) == 0
     assert run(tmp_path, *everything, source="net.safetensors", target="small.safetensors") == 0
     written = torch.load(tmp_path / "small.pth", weights_only=True)
     for found in (written, load_file(str(tmp_path / "small.safetensors"))):
@@ -145,7 +148,6 @@ def test_time_chooses_channels_then_blocks(
 
 
 REFUSED = {
-    "": "pass --time 0.5, or --blocks",
     "--scale 2": "comes from the checkpoint",
     "--time 50%": "--time",
     "--blocks 1": "from 2 to 5",
