@@ -89,4 +89,4 @@ requirements: .venv/.installed
 		--custom-compile-command "make requirements" --output-file requirements.lock requirements.txt
 
 clean:
-	rm -rf .venv demo_output build dist *.egg-info
+	rm -rf .venv demo_output* build dist *.egg-info

@@ -122,7 +122,10 @@ def _foreign(content: Mapping[Any, Any]) -> str:
     names = [name for _, tensors in _weights(content) for name in tensors]
     if any(re.search(r"(?<![^.])layers\.(.*\.)?(dwconv|ffn|conv)\.", name) for name in names):
         return "this is AetherNet's first layout (v1, tensors 'layers.*'): another network, not read here."
-    keys = ", ".join(repr(str(key)[:40]) for key in list(content)[:6]) or "none"
+    keys = (
+        ", ".join(repr(key[:40]) if isinstance(key, str) else type(key).__name__ for key in list(content)[:6])
+        or "none"
+    )
     keys += f" and {len(content) - 6} more" if len(content) > 6 else ""
     missing = f"not an AetherNet: no tensor 'stages.0.0.conv.lk_conv.weight' among {len(names)}"
     wrappers = f"{', '.join(WRAPPERS)}, with or without _ema, and any other up to {DEPTH} deep"

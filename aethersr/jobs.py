@@ -114,7 +114,7 @@ def _pictures(source: Path, target: Path, recursive: bool) -> Found:
                 inner.clear()
                 continue
             seen.add(place)
-            for path in (folder / each for each in sorted(names)):
+            for path in (folder / each for each in sorted(names) if not each.startswith("._")):  # macOS'
                 if path.suffix.lower() not in FORMATS:
                     of_system = path.name.startswith(".") or path.name.lower() in ("thumbs.db", "desktop.ini")
                     found.others["files that are no pictures"] += not of_system

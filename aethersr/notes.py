@@ -26,7 +26,8 @@ _MOST = {"colour profile", "EXIF", "XMP", "dpi"}
 _HELD = {"PNG": {*_MOST, "comment", "chunks"}, "JPEG": {*_MOST, "IPTC", "comment"}, "TIFF": {*_MOST, "IPTC"},
          "WEBP": _MOST, "AVIF": _MOST, "BMP": {"dpi"}, "GIF": set()}  # fmt: skip
 _SEGMENT = 65000  # bytes that a JPEG's segment holds at most, with a margin for its name
-_COLOURS, _TEXTS = (b"gAMA", b"cHRM", b"cICP", b"mDCV", b"cLLI"), (b"tEXt", b"zTXt", b"iTXt")
+_COLOURS = {b"gAMA": 4, b"cHRM": 32, b"cICP": 4, b"mDCV": 24, b"cLLI": 8}  # bytes
+_TEXTS = (b"tEXt", b"zTXt", b"iTXt")
 _OF_SRGB = {  # what a file without them means too
     (b"gAMA", struct.pack(">I", 45455)),
     (b"cHRM", struct.pack(">8I", 31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000)),
@@ -67,8 +68,10 @@ def read(content: bytes, found: Notes, orientation: Optional[int]) -> Tuple[Note
     parts = [part for part in _segments(content) if not part[1].startswith(b"XML:com.adobe.xmp")]
     found["EXIF"], found["XMP"] = _clean(tags), xmp
     found["dpi"] = None if _is_unknown(dpi) else dpi if turn < 5 else dpi[::-1]
-    found["comment"] = b"".join(data for name, data in parts if name == _COM)
-    found["chunks"] = [part for part in parts if part[0] in (*_COLOURS, *_TEXTS)]
+    found["comment"] = b"\n".join(data.rstrip(b"\0") for name, data in parts if name == _COM)
+    colours = {name: data for name, data in reversed(parts) if len(data) == _COLOURS.get(name)}
+    texts = [part for part in parts if part[0] in _TEXTS and 0 < part[1].find(b"\0") < 80]
+    found["chunks"] = [(name, colours[name]) for name in _COLOURS if name in colours] + texts
     notes = {name: value for name, value in found.items() if value}
     return notes, turn, tiff and tags.get(338) in (0, (0,))
 
@@ -80,7 +83,7 @@ def for_file(notes: Notes, kind: str, big: bool) -> Tuple[Dict[str, bytes], Extr
     """
     lost = {name for name in notes if name not in _HELD[kind]}
     if kind == "JPEG":
-        lost |= {n for n in ("EXIF", "XMP", "IPTC", "comment") if len(notes.get(n, b"")) > _SEGMENT}
+        lost |= {n for n in ("EXIF", "XMP", "IPTC") if len(notes.get(n, b"")) > _SEGMENT}
     # libvips writes no EXIF into TIFF, and IPTC so that nobody can read it: see add_to_tiff.
     added = {"EXIF", "IPTC"} if kind == "TIFF" else set()
     lost |= added & notes.keys() if big else set()
@@ -100,7 +103,9 @@ def for_file(notes: Notes, kind: str, big: bool) -> Tuple[Dict[str, bytes], Extr
             extra += struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
         return fields, (len(_PNG) + 25, extra), words
     if comment and "comment" not in lost:
-        extra = _COM + struct.pack(">H", len(comment) + 2) + comment
+        for start in range(0, len(comment), _SEGMENT):
+            part = comment[start : start + _SEGMENT]
+            extra += _COM + struct.pack(">H", len(part) + 2) + part
     return fields, (len(_JPEG), extra), words
 
 
@@ -119,6 +124,8 @@ def _segments(content: bytes) -> Iterator[Chunk]:
                 yield name, content[place + 8 : place + 8 + size]
             place += size + 12
         while content.startswith(_JPEG):
+            while content[place : place + 2] == b"\xff\xff":  # fill bytes
+                place += 1
             name, size = struct.unpack_from(">2sH", content, place)
             if name == _SOS or name[:1] != b"\xff":
                 return

@@ -20,7 +20,9 @@ _COSTS = {"MARK": 64, "EMPTY_SET": 216, "EMPTY_DICT": 96, "EMPTY_LIST": 96}  # o
 
 _KINDS = {
     rb"version https://git-lfs": "a git-lfs pointer, not the file itself; git lfs pull, or download it again",
-    rb"\s*<(!doctype|html|\?xml|!--)": "a web page; download the file itself (on GitHub with its Raw link)",
+    rb"\s*<(!doctype|html|head|body|\?xml|!--)": (
+        "a web page; download the file itself (on GitHub with its Raw link)"
+    ),
     rb"\x1f\x8b|7z\xbc\xaf|Rar!|.{257}ustar": "an archive; unpack it first",
     rb"\x08[\x01-\x20][\x12\x1a\x22\x3a\x42]": "an ONNX file; expected the weights that it was made from",
 }
@@ -31,6 +33,9 @@ def check_kind(head: bytes, weights: bool = True) -> None:
     """Raise Refused if a file that begins with ``head`` is known to be no weights, or at least no network."""
     if not head:
         raise Refused("is empty; copy it again")
+    if head[:2] in (b"\xff\xfe", b"\xfe\xff"):  # Windows' editors save text with a byte order mark
+        head = head.decode("utf-16", "ignore").encode()
+    head = head[3:] if head.startswith(b"\xef\xbb\xbf") else head
     for pattern, kind in list(_KINDS.items())[: None if weights else 2]:
         if re.match(pattern, head, re.IGNORECASE | re.DOTALL):
             raise Refused(f"is {kind}")

@@ -319,8 +319,14 @@ class AetherBase(nn.Module):
                 value.requires_grad_(False)
                 frozen.discard(_fused_name(name))
         frozen = {name for name in frozen if name.endswith(("weight", "bias"))}  # not statistics and ranges
+        if trained and not any(map(any, trained.values())):  # the whole network is frozen
+            other.requires_grad_(False)
+            frozen.clear()
         if frozen:
             log.warning("AetherNet: merged with others, no longer frozen: %s.", ", ".join(sorted(frozen)))
+        hooked = [name for name, part in self.named_modules() if name and _hooks(part)]
+        if hooked:
+            log.warning("AetherNet: hooks on these are gone with the old form: %s.", ", ".join(hooked))
         self.__class__ = type(other)  # as torch.nn.utils.parametrize does: forward belongs to the class
         for name in ("_parameters", "_buffers", "_modules", "options", "keep_norm", "is_int8"):
             self.__dict__.pop(name, None)
@@ -346,12 +352,17 @@ class AetherBase(nn.Module):
         """
         own = {name[len(prefix) :]: value for name, value in state_dict.items() if name.startswith(prefix)}
         # Without strict, BasicSR and traiNNer-redux append ".ignore" to names of tensors with other shapes.
-        file = {name.split(".ignore")[0]: value for name, value in own.items()}
+        tensors = {name: value for name, value in own.items() if getattr(value, "dim", int)()}  # of numbers
+        file = {name.split(".ignore")[0]: value for name, value in tensors.items()}
         form, scale, other = form_of(file), scale_of(file), self
         for name in {*RECORDED} & {*own}:
             if getattr(own[name], "shape", None) != (1,):
                 raise RuntimeError(f"{type(self).__name__}: {name!r} is not one number of shape (1,).")
         recorded: Dict[str, Any] = {name: float(own[name]) for name in RECORDED if name in own}
+        try:
+            _check_options({**self.options, **recorded})
+        except ValueError as error:
+            raise RuntimeError(str(error)) from None
         mine = form and isinstance(self, form)
         if form and not (mine and form.options_from_names(own).items() <= vars(self).items()):
             other = form(**{**self.options, "bound": None, **recorded}, **form.options_from_names(own))
@@ -362,7 +373,7 @@ class AetherBase(nn.Module):
         allowed = () if strict else ("unexpected",) if other is not self else ("unexpected", "missing")
         wrong = differences(other, own, allowed)
         if wrong:
-            raise RuntimeError(_refusal(self, file, wrong))
+            raise RuntimeError(_refusal(self, file, wrong, strict))
         whole = form is not None and not differences(other, own, ("unexpected",))
         ignored = tuple(prefix + part for part in ((TAIL if body else ()) if whole else RECORDED))
         for name in [name for name in state_dict if name.startswith(ignored)]:
@@ -723,10 +734,12 @@ def described(state: Mapping[str, Any]) -> str:
     return f"{kind}{name} x{scale_of(state)} ({first.shape[0]} wide)"
 
 
-def _refusal(net: AetherBase, state: Mapping[str, Any], wrong: str) -> str:
+def _refusal(net: AetherBase, state: Mapping[str, Any], wrong: str, strict: bool) -> str:
     """Why a load is refused: what the file is, what the network is, and what mends it."""
-    remedy = "fuse_aether.py reads other layouts."
-    if form_of(state) is AetherNet and scale_of(state) != net.scale:
+    remedy, other_scale = "fuse_aether.py reads other layouts.", scale_of(state) not in (None, net.scale)
+    body = {name: value for name, value in state.items() if not name.startswith(TAIL)}
+    body.update({name: value for name, value in net.state_dict().items() if name.startswith(TAIL)})
+    if strict and other_scale and form_of(state) is AetherNet and not differences(net, body):
         remedy = "To take only the body, pass strict=False; in a template, set strict_load_g: false"
     elif form_of(state):
         remedy = "Build the network with the options that the file was trained with."
@@ -755,9 +768,13 @@ def _strict_of_caller() -> bool:
     this looks up the stack.
     """
     frame: Any = inspect.currentframe()
-    while frame and not isinstance(frame.f_locals.get("strict"), bool):
+    while frame and not isinstance(frame.f_locals.get("strict"), int):
         frame = frame.f_back
-    return frame is None or frame.f_locals["strict"]
+    return frame is None or bool(frame.f_locals["strict"])
+
+
+def _hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
 
 
 def _import_sibling(module: str) -> Any:

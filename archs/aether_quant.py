@@ -270,10 +270,15 @@ class QuantAetherNet(arch.FusedAetherNet):
         form = arch.form_of(own)
         if form in (arch.AetherNet, arch.FusedAetherNet):
             net = form(**self.options, **form.options_from_names(own))
+            other_scale = form is arch.AetherNet and arch.scale_of(own) not in (None, self.scale)
+            if other_scale and not strict:  # gives its body
+                own = {name: value for name, value in own.items() if not name.startswith(arch.TAIL)}
+                tail = [name for name in net.state_dict() if name.startswith(arch.TAIL)]
+                own.update({name: net.state_dict()[name] for name in tail})
             if not arch.differences(net, own, () if strict else ("unexpected",)):  # else it is refused below
                 net.load_state_dict(own, strict=False)
-                for name in own:
-                    del state_dict[prefix + name]
+                for name in [name for name in state_dict if name.startswith(prefix)]:
+                    del state_dict[name]
                 state = insert_quantizers(net.eval()).state_dict()
                 state_dict.update({prefix + name: value for name, value in state.items()})
         self._settle(self.is_int8)

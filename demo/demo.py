@@ -10,9 +10,9 @@ table and comparison.png. Exit code 2 if the three forms of the network disagree
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -41,7 +41,6 @@ from aethersr.timing import interleaved  # noqa: E402
 SCALE = 2
 OPTIONS = ROOT / "options" / "basicsr" / "demo_aether_small_x2.yml"
 TRAINER = ROOT / "demo" / "basicsr_train.py"
-MARKER = ".aether_demo"  # only folders with this file are ever emptied
 HELD_OUT = "astronaut"
 CUTS = ((200, 60), (300, 330), (125, 340))  # left and top of its face, helmet and badge
 # Part of the package, so nothing is downloaded. All are CC0, public domain or without known restrictions.
@@ -116,14 +115,17 @@ def check(bicubic: float, networks: Sequence[float], quick: bool) -> None:
         raise UserError(f"the network has {lowest:.3f} dB, bicubic {bicubic:.3f} dB.")
 
 
+def is_free(path: Path) -> bool:
+    return not os.path.lexists(path) or (path.is_dir() and not any(path.iterdir()))
+
+
 def demo(args: argparse.Namespace) -> None:
-    output = args.output.resolve()
-    if output.exists() and not (output / MARKER).is_file() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"{output} is not empty, nor from an earlier demo; name another folder (--output).")
-    shutil.rmtree(output, ignore_errors=True)
+    places = (ROOT / f"demo_output{'_' * (count > 0)}{count or ''}" for count in itertools.count())
+    output = (args.output or next(path for path in places if is_free(path))).resolve()
+    if not is_free(output):
+        raise UserError(f"{output} is not an empty folder; name another (--output).")
     photographs = output / "photographs"
     photographs.mkdir(parents=True)
-    (output / MARKER).touch()
     torch.set_num_threads(1)  # more help little, and wait for each other on a busy machine
     start = time.perf_counter()
 
@@ -166,8 +168,8 @@ def demo(args: argparse.Namespace) -> None:
 
 def main(argv: Optional[List[str]] = None) -> int:
     parser = Parser("demo.py", __doc__)
-    text = "folder for what is written; emptied first (default: demo_output)"
-    parser.add_argument("--output", type=Path, default=ROOT / "demo_output", help=text)
+    text = "new folder for what is written (default: demo_output, then demo_output_1 and so on)"
+    parser.add_argument("--output", type=Path, help=text)
     text = "two iterations and a small picture, to see that every step runs; bicubic may win"
     parser.add_argument("--quick", action="store_true", help=text)
     stopped = "start it again, or with --quick, which takes less than a minute."
