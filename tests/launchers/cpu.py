@@ -21,6 +21,10 @@ from trainner_redux_cpu import (  # noqa: E402, F401
     torch_with_cuda,
 )
 
+_place = sys.argv.index("--dump") if "--dump" in sys.argv else len(sys.argv)
+DUMP = sys.argv[_place + 1 : _place + 2]  # taken out at once: neosr reads the arguments when it is imported
+del sys.argv[_place : _place + 2]
+
 
 def replace(*replacements: Any) -> None:
     """Set attributes, each given as owner, name and value."""
@@ -68,9 +72,6 @@ def run(module: Any, pipeline: Callable[[str], Any]) -> None:
 
     With ``--dump FOLDER`` save what this rank's network holds at the end, for a test that compares ranks.
     """
-    place = sys.argv.index("--dump") if "--dump" in sys.argv else len(sys.argv)
-    folder = sys.argv[place + 1 : place + 2]
-    del sys.argv[place : place + 2]
     built: List[Any] = []
     build = module.build_model
 
@@ -80,8 +81,8 @@ def run(module: Any, pipeline: Callable[[str], Any]) -> None:
 
     module.build_model = build_model
     pipeline(os.getcwd())
-    if folder:
+    if DUMP:
         net = built[-1].net_g
         while hasattr(net, "module"):
             net = net.module
-        torch.save(net.state_dict(), os.path.join(folder[0], f"rank{os.environ.get('RANK', '0')}.pth"))
+        torch.save(net.state_dict(), os.path.join(DUMP[0], f"rank{os.environ.get('RANK', '0')}.pth"))
