@@ -233,7 +233,7 @@ def test_what_other_programs_write_is_kept_in_place(tmp_path: Path) -> None:
     usual = Picture(waves(3), notes={"chunks": [(b"gAMA", struct.pack(">I", 45455))]})
     assert usual.write(tmp_path / "usual.jpg", "JPEG") == [], "every JPEG has these colours"
     too_long = Picture(waves(3), notes={"XMP": bytes(70000), "comment": bytes(70000)})
-    assert too_long.write(tmp_path / "long.jpg", "JPEG") == ["XMP", "comment"]
+    assert too_long.write(tmp_path / "long.jpg", "JPEG") == ["XMP"], "a comment takes several segments"
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
