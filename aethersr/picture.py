@@ -18,14 +18,13 @@ from PIL import BmpImagePlugin, Image
 
 from aethersr import notes
 from aethersr.errors import UserError, first_line
+from aethersr.folders import FORMATS, KINDS
 
 try:
     import pyvips
 except (ImportError, OSError):  # OSError: libvips itself is missing
     raise ImportError(name="pyvips pyvips-binary") from None
 
-FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".jfif": "JPEG", ".webp": "WEBP", ".tif": "TIFF",
-           ".tiff": "TIFF", ".bmp": "BMP", ".gif": "GIF", ".avif": "AVIF"}  # fmt: skip
 SAVE_OPTIONS: Dict[str, Dict[str, Any]] = {
     "PNG": {"compression": 2, "filter": "up"},  # a network on a card must not wait for it
     "JPEG": {"Q": 95, "subsample_mode": "off"},
@@ -67,7 +66,7 @@ class Picture:
         except (UserError, MemoryError):
             raise
         except Exception as error:  # Pillow raises many kinds
-            expected = f"expected one of {', '.join(FORMATS)} ({flag})"
+            expected = f"expected one of {KINDS} ({flag})"
             raise UserError(f"{path} is not a readable picture ({_reason(error)}); {expected}.") from None
 
     @classmethod

@@ -15,6 +15,7 @@ from typing import Any, Callable, Dict, Iterable, List, Optional, Tuple
 
 from aethersr.commands import DEVICES, Parser, check_device, exit_code, local_path
 from aethersr.errors import UserError, missing_package
+from aethersr.folders import find_pictures
 from aethersr.identify import add_img_range
 
 Pair = Tuple[Path, Optional[Path]]  # high resolution, low resolution
@@ -26,8 +27,6 @@ HINTS = {"--model": "pass the networks without an option", "--input": "pass --hr
 
 def find_pairs(folder: Path, low: Optional[Path], scale: int) -> List[Pair]:
     """A folder's pictures, each with its low-resolution version: the same name or, as in DIV2K, NAMEx2."""
-    from aethersr.quality import find_pictures
-
     found = find_pictures(folder, "--hr")
     if low is None:
         return [(path, None) for path in found]
@@ -111,14 +110,14 @@ def names(paths: List[Path]) -> Dict[str, Path]:
 
 def evaluate(args: argparse.Namespace) -> None:
     try:
+        from aethersr import quality  # noqa: F401
         from aethersr.network import load_network
-        from aethersr.quality import find_pictures  # noqa: F401
     except ImportError as error:
         raise missing_package(error, "aether-evaluate", "upscale") from None
     check_device(args.device)
-    for folders in (args.hr, args.lr):  # an option takes all words that follow it
-        args.files += [path for path in folders or () if path.suffix.lower() in NETWORKS]
-    highs, lows = ([path for path in each or () if path not in args.files] for each in (args.hr, args.lr))
+    words = [*args.hr, *(args.lr or ())]  # an option takes all words that follow it
+    args.files += [path for path in words if path.suffix.lower() in NETWORKS]
+    highs, lows = ([p for p in each or () if p.suffix.lower() not in NETWORKS] for each in (args.hr, args.lr))
     if not highs:
         raise UserError("no folder with the ground truth was given; pass one (--hr).")
     networks = {

@@ -23,7 +23,9 @@ from aethersr.identify import add_img_range
 PROGRAM = program_name("aether-upscale", "upscale.py")
 ENDINGS = ("png", "jpg", "webp", "tif", "bmp", "gif", "avif")
 _SCALE = "the scale comes from the model, so pass another --model"
-HINTS = {"--scale": _SCALE, "--upscale": _SCALE, "-s": _SCALE}
+HINTS = {**dict.fromkeys(("--scale", "--upscale", "--outscale", "-s"), _SCALE), "-n": "pass --model",
+         "-m": "pass --model", "-i": "pass --input", "-o": "pass --output", "-t": "pass --tile",
+         "-f": "pass --format"}  # fmt: skip
 
 
 class Progress:
