@@ -8,8 +8,9 @@ import shutil
 import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, Tuple
 
 import cv2
 import numpy as np
@@ -181,8 +182,9 @@ def test_an_orientation_in_xmp_alone_turns_once(tmp_path: Path) -> None:
 )
 def test_notes_are_kept_or_named(tmp_path: Path, kind: str, dtype: Any) -> None:
     text = (b"iTXt", b"workflow" + bytes(5) + "{\u00fc}".encode())
-    notes = {"colour profile": PROFILE, "EXIF": EXIF.tobytes(), "XMP": XMP, "IPTC": IPTC, "dpi": (300, 150),
-             "comment": "Grüße".encode(), "chunks": [GAMMA, PRIMARIES, HDR, text]}  # fmt: skip
+    notes = {"colour profile": PROFILE, "EXIF": EXIF.tobytes(), "XMP": XMP.replace(b"6", b"1"), "IPTC": IPTC,
+             "dpi": (300, 150), "comment": "Grüße".encode(),
+             "chunks": [GAMMA, PRIMARIES, HDR, text]}  # fmt: skip
     lost = set(Picture(waves(3, dtype), False, notes).write(tmp_path / "in.png", kind))
     back = Picture.read(tmp_path / "in.png").notes
     everything = {*notes, "gAMA", "cHRM", "cICP", "text 'workflow'"} - {"chunks"}
@@ -212,8 +214,73 @@ def test_notes_are_kept_or_named(tmp_path: Path, kind: str, dtype: Any) -> None:
         image.load()  # another program reads it
 
 
+def png(*chunks: Tuple[bytes, bytes]) -> bytes:
+    """A picture with these chunks after the head."""
+    whole = saved(IMAGE, "PNG")
+    checked = (
+        struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in map(b"".join, chunks)
+    )
+    return whole[:33] + b"".join(checked) + whole[33:]
+
+
+def jpeg(*segments: bytes) -> bytes:
+    """A picture that begins with these instead of JFIF's segment."""
+    whole = saved(IMAGE, "JPEG")
+    return whole[:2] + b"".join(segments) + whole[20:]
+
+
+def comment(text: bytes) -> bytes:
+    return b"\xff\xfe" + struct.pack(">H", len(text) + 2) + text
+
+
+JFIF = b"\xff\xe0\0\x10JFIF\0\1\1%c%c%c%c%c\0\0"
+
+
+@pytest.mark.parametrize(
+    ("content", "notes"),
+    [
+        (png(GAMMA, (b"gAMA", bytes(4)), PRIMARIES, HDR), {"chunks": [GAMMA, PRIMARIES, HDR]}),
+        (png((b"gAMA", bytes(3)), (b"cICP", bytes(5)), GAMMA), {"chunks": [GAMMA]}),
+        (png((b"tEXt", b"no end of a name"), (b"tEXt", b"\0no name")), {}),
+        (png((b"pHYs", struct.pack(">IIB", 11811, 5906, 1))), {"dpi": (300, 150)}),
+        (png((b"pHYs", struct.pack(">IIB", 2835, 2835, 1))), {"dpi": (72, 72)}),
+        (png((b"pHYs", struct.pack(">IIB", 3, 2, 0))), {}),
+        (png((b"pHYs", bytes(9)), (b"pHYs", b"short")), {}),
+        (jpeg(JFIF % (1, 1, 44, 0, 150)), {"dpi": (300, 150)}),
+        (jpeg(JFIF % (2, 0, 100, 0, 200)), {"dpi": (254, 508)}),
+        (jpeg(JFIF % (0, 0, 1, 0, 1)), {}),
+        (jpeg(comment(b"a"), b"\xff\xff\xff", comment(b"b\0")), {"comment": b"a\nb"}),  # fill bytes between
+        (jpeg(comment(b"a\0b"), b"\xff\xfe\0\0"), {"comment": b"a\0b"}),
+        (jpeg(comment(b"Gr\xfc\xdfe")), {"comment": b"Gr\xfc\xdfe"}),
+        (saved(IMAGE, "BMP", dpi=(0, 0)), {}),
+        (saved(IMAGE, "TIFF"), {}),
+    ],
+)
+def test_notes_are_read_as_they_stand_and_none_is_invented(
+    tmp_path: Path, content: bytes, notes: Any
+) -> None:
+    """Malformed and second ones are no notes. Each format gives back what it was given, and nothing more."""
+    picture = read(tmp_path, content)
+    for kind in ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "AVIF"):
+        lost = set(picture.write(tmp_path / "again", kind))
+        back = {"dpi": None, **Picture.read(tmp_path / "again").notes}
+        assert back["dpi"] == (pytest.approx(notes["dpi"], abs=0.05) if "dpi" in notes else None), kind
+        assert lost <= ({"comment"} if "comment" in notes else {"gAMA", "cHRM", "cICP"})
+        with Image.open(tmp_path / "again") as image:
+            image.load()  # another program reads it
+            if kind in ("PNG", "BMP"):
+                assert ("dpi" in image.info and min(image.info["dpi"]) > 0) == ("dpi" in notes)
+            if kind == "PNG" and "comment" in notes:
+                text = notes["comment"].replace(b"\0", b" ")
+                assert image.text == {"Comment": text.decode("latin-1")}
+            if kind == "TIFF" and "comment" in notes:
+                assert image.tag_v2[270].encode("latin-1") == notes["comment"].replace(b"\0", b" ")
+        if kind == ("JPEG" if content.startswith(b"\xff") else "PNG"):
+            assert {**back, "dpi": 0} == {**notes, "dpi": 0}
+
+
 def test_what_other_programs_write_is_kept_in_place(tmp_path: Path) -> None:
-    """Texts after the pixels, a profile of a text that is compressed, a Latin-1 comment."""
+    """Texts after the pixels, and one that is compressed; a description in UTF-8; too long segments."""
     info = PngInfo()
     for name, data in (GAMMA, PRIMARIES, HDR):
         info.add(name, data)
@@ -226,10 +293,12 @@ def test_what_other_programs_write_is_kept_in_place(tmp_path: Path) -> None:
         image.load()
         assert image.text == {"parameters": "a cat, Steps: 20", "date": "2020"}
         assert image.info["gamma"] == 1.0
-    latin = read(tmp_path, saved(IMAGE, "JPEG", comment=b"Gr\xfc\xdfe"))
-    assert read(tmp_path, written(tmp_path, latin, "JPEG")).notes == {"comment": b"Gr\xfc\xdfe"}
-    with Image.open(io.BytesIO(written(tmp_path, latin, "PNG"))) as image:
-        assert image.text == {"Comment": "Grüße"}
+    exif = Image.Exif()
+    exif[0x010E] = "Gr\u00fc\u00dfe".encode()
+    for kind in ("PNG", "JPEG", "WEBP", "TIFF", "AVIF"):
+        assert "Gr\u00fc\u00dfe".encode() in written(
+            tmp_path, read(tmp_path, saved(IMAGE, "JPEG", exif=exif)), kind
+        )
     usual = Picture(waves(3), notes={"chunks": [(b"gAMA", struct.pack(">I", 45455))]})
     assert usual.write(tmp_path / "usual.jpg", "JPEG") == [], "every JPEG has these colours"
     too_long = Picture(waves(3), notes={"XMP": bytes(70000), "comment": bytes(70000)})

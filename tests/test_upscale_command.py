@@ -119,7 +119,8 @@ def test_a_folder_of_jpegs_becomes_pngs(folder: Path, capfd: Any) -> None:
     for ending, kind in {"webp": "WEBP", "avif": "AVIF", "tif": "TIFF", "bmp": "BMP", "gif": "GIF"}.items():
         assert run("net.pth", folder / "in" / "a.jpg", "new/", "--format", ending) == 0
         assert Image.open(f"new/a.{ending}").format == kind
-        assert f"without comment: .{ending} can't hold it" in capfd.readouterr().out
+        without = f" without comment, not written into .{ending}\n" if ending != "tif" else ")\n"
+        assert capfd.readouterr().out.endswith(without)
     noise(folder / "in" / "a.png")
     assert "would both become" in refused(capfd, "net.pth", "in", "other", "--format", "png")
     assert not (folder / "other").exists()

@@ -122,7 +122,7 @@ def upscale(args: argparse.Namespace) -> None:
     work = Upscaler(network, args.tile, overlap, args.wrap, args.overwrite, progress.say)
     try:
         for job, (width, height), lost, problem in work.run(jobs, progress.tick):
-            without = f" without {', '.join(lost)}: {job.target.suffix} can't hold it" if lost else ""
+            without = f" without {', '.join(lost)}, not written into {job.target.suffix}" if lost else ""
             progress.finish("" if problem else f"Wrote {job.target} ({width}x{height}){without}")
             problems += [problem] if problem else []
             written += not problem
