@@ -83,7 +83,7 @@ def _dpi(tags: Image.Exif, parts: List[Chunk], tiff: bool) -> Tuple[float, ...]:
         for name, data in parts:
             if name == b"pHYs" and data[8:] == b"\1":
                 found = tuple(dots * 0.0254 for dots in struct.unpack(">II", data[:8]))
-            elif name == _APP0 and data.startswith(b"JFIF\0") and data[7:8] in (b"\1", b"\2"):
+            elif name == _APP0 and data[:5] == b"JFIF\0" and len(data) > 11 and data[7] in (1, 2):
                 found = tuple(dots * (1, 2.54)[data[7] - 1] for dots in struct.unpack_from(">HH", data, 8))
     return found if all(0 < dots < 1e6 for dots in found) else ()
 
@@ -130,7 +130,7 @@ def _png_chunks(notes: Notes) -> bytes:
 
 
 def _jpeg_segments(notes: Notes) -> bytes:
-    dots = [min(round(dots), 65535) for dots in notes.get("dpi", (1, 1))]
+    dots = [min(max(round(dots), 1), 65535) for dots in notes.get("dpi", (1, 1))]
     segments = [(_APP0, b"JFIF\0\1\1" + struct.pack(">BHHBB", "dpi" in notes, *dots, 0, 0))]
     comment = notes.get("comment", b"")
     places = range(0, len(comment), _SEGMENT)

@@ -248,7 +248,7 @@ JFIF = b"\xff\xe0\0\x10JFIF\0\1\1%c%c%c%c%c\0\0"
         (png((b"pHYs", bytes(9)), (b"pHYs", b"short")), {}),
         (jpeg(JFIF % (1, 1, 44, 0, 150)), {"dpi": (300, 150)}),
         (jpeg(JFIF % (2, 0, 100, 0, 200)), {"dpi": (254, 508)}),
-        (jpeg(JFIF % (0, 0, 1, 0, 1)), {}),
+        (jpeg(JFIF % (0, 0, 1, 0, 1), b"\xff\xe0\0\x0aJFIF\0\1\1\1"), {}),
         (jpeg(comment(b"a"), b"\xff\xff\xff", comment(b"b\0")), {"comment": b"a\nb"}),  # fill bytes between
         (jpeg(comment(b"a\0b"), b"\xff\xfe\0\0"), {"comment": b"a\0b"}),
         (jpeg(comment(b"Gr\xfc\xdfe")), {"comment": b"Gr\xfc\xdfe"}),

@@ -28,21 +28,13 @@ def program_name(installed: str, script: str) -> str:
     return installed if Path(sys.argv[0]).stem == installed else script
 
 
-# By argparse's name of an argument's type: what a user is to write instead.
+# What an argument of a type should have been.
 _EXPECTED = {
     "int": "a whole number",
     "float": "a number",
     "fromisoformat": "a day as YYYY-MM-DD",
     "loads": "JSON",
 }
-
-
-class _Version(argparse.Action):
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        from aether_arch import __version__  # not before: PyTorch takes seconds
-
-        print(f"{parser.prog} {__version__}")
-        parser.exit()
 
 
 class Parser(argparse.ArgumentParser):
@@ -54,7 +46,9 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, program: str, document: Optional[str], hints: Optional[Dict[str, str]] = None) -> None:
         super().__init__(prog=program, description=(document or "").split("\n", 1)[0])
         self.hints = hints or {}
-        self.add_argument("--version", action=_Version, nargs=0, help="print the version")
+        from aether_arch import __version__
+
+        self.add_argument("--version", action="version", version=f"{program} {__version__}")
 
     def parse(self, argv: Optional[List[str]] = None) -> argparse.Namespace:
         known = {name.replace("_", "-"): name for name in self._option_string_actions}
