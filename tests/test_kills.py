@@ -19,6 +19,7 @@ from conftest import small_net
 from PIL import Image
 
 from aethersr import checkpoint, files, upscaling
+from aethersr.picture import Picture
 
 FUSE = "fuse --model_path in.pth --output_path out/2x_net.safetensors --overwrite --device cpu"
 COMMANDS = {
@@ -32,7 +33,7 @@ COMMANDS = {
     ),
 }
 WRITERS: List[Any] = [files.Together.commit, files.Together._tidy, files.Together.part]
-WRITERS += [checkpoint.write_state, upscaling._write]
+WRITERS += [checkpoint.write_state, upscaling._write, Picture.write]
 
 
 @pytest.fixture
