@@ -61,9 +61,6 @@ def job(folder: Path, name: str, *shape: int) -> Job:
     return Job(source, folder / "out" / name)
 
 
-# ----------------------------------------------------------------------------------------------- transparency
-
-
 def over(pixels: np.ndarray, colour: Tuple[int, int, int]) -> np.ndarray:
     alpha = pixels[..., 3:] / 255
     return pixels[..., :3] * alpha + np.array(colour) * (1 - alpha)
@@ -170,9 +167,6 @@ def test_a_network_for_grey_takes_colours_too() -> None:
         assert np.array_equal(out[..., channel], upscaled(colours[..., channel : channel + 1], net)[..., 0])
 
 
-# --------------------------------------------------------------------------------------------------- textures
-
-
 def test_a_wrapped_texture_with_holes_is_the_middle_of_its_tiling() -> None:
     options: Any = {"embed_dim": 8, "depths": (1,), "lk_kernel": 3, "use_channel_attn": False}
     net = TorchNetwork(small_net(2, **options).float().fused())
@@ -183,9 +177,6 @@ def test_a_wrapped_texture_with_holes_is_the_middle_of_its_tiling() -> None:
     many = upscaled(np.tile(texture, (3, 3, 1)), net, True)
     height, width = out.shape[:2]
     assert np.abs(out - many[height : 2 * height, width : 2 * width]).max() <= 1
-
-
-# ----------------------------------------------------------------------------------------------------- memory
 
 
 def test_the_tile_is_halved_when_memory_runs_out(tmp_path: Path) -> None:
@@ -216,9 +207,6 @@ def test_too_little_memory_for_any_tile_is_said_and_other_faults_are_raised(tmp_
     with pytest.raises(RuntimeError, match="memory format"):
         list(Upscaler(Double(fail), 512, 3).run([one]))
     assert not one.target.exists()
-
-
-# ----------------------------------------------------------------------------------------------- many at once
 
 
 def test_a_folder_that_changes_while_it_is_read(tmp_path: Path) -> None:
