@@ -38,11 +38,6 @@ def pictures_in(folder: Path, flag: str, recursive: bool = False, besides: Optio
 
     for name, inner, files in os.walk(folder, onerror=failed):
         here = Path(name)
-        visible = (here / each for each in sorted(inner) if not each.startswith("."))
-        folders = [path for path in visible if os.path.realpath(path) != results]
-        inner[:] = [path.name for path in folders if recursive and not path.is_symlink()]
-        kind = "links to folders" if recursive else "folders, without --recursive"
-        held.others[kind] += len(folders) - len(inner)
         for path in (here / each for each in sorted(files) if not each.startswith(".")):
             if path.suffix.lower() not in FORMATS:
                 is_of_windows = path.name.lower() in ("thumbs.db", "desktop.ini")
@@ -53,6 +48,11 @@ def pictures_in(folder: Path, flag: str, recursive: bool = False, besides: Optio
                 is_there = os.path.exists(path)
                 kind = "neither a file nor a folder" if is_there else "a link to nothing, or gone"
                 held.problems.append(f"{path} is {kind}; expected a picture ({flag}).")
+        visible = (here / each for each in sorted(inner) if not each.startswith("."))
+        folders = [path for path in visible if os.path.realpath(path) != results]
+        inner[:] = [path.name for path in folders if recursive and not path.is_symlink()]
+        kind = "links to folders" if recursive else "folders, without --recursive"
+        held.others[kind] += len(folders) - len(inner)
     if not held.pictures:
         none = f"{folder} holds no picture; expected files that end in {KINDS} ({flag})."
         raise UserError(held.problems[0] if held.problems else none)

@@ -24,8 +24,6 @@ FIELDS = {"colour profile": "icc-profile-data", "EXIF": "exif-data", "XMP": "xmp
 _MOST = {"colour profile", "EXIF", "XMP", "dpi"}
 _WRITTEN = {"PNG": {*_MOST, "comment", "chunks"}, "JPEG": {*_MOST, "IPTC", "comment"}, "WEBP": _MOST,
             "TIFF": {*_MOST, "IPTC", "comment"}, "AVIF": _MOST, "BMP": {"dpi"}, "GIF": set()}  # fmt: skip
-_IN_PNG = {"colour profile": (b"iCCP", b"ICC profile\0\0"), "EXIF": (b"eXIf", b""),
-           "XMP": (b"iTXt", b"XML:com.adobe.xmp" + bytes(5))}  # fmt: skip
 _SEGMENT = 65000  # bytes that a JPEG's segment holds at most, with a margin for its name
 _COLOURS = {b"gAMA": 4, b"cHRM": 32, b"cICP": 4, b"mDCV": 24, b"cLLI": 8}  # bytes
 _TEXTS = (b"tEXt", b"zTXt", b"iTXt")
@@ -95,7 +93,7 @@ def for_file(notes: Notes, kind: str, big: bool) -> Tuple[Dict[str, bytes], byte
     """
     lost = notes.keys() - _WRITTEN[kind]
     # libvips writes no EXIF into TIFF, and IPTC so that nobody can read it: see add_to_tiff.
-    added = {"TIFF": {"EXIF", "IPTC", "comment"}, "PNG": {*_IN_PNG}}.get(kind, set())
+    added = {"TIFF": {"EXIF", "IPTC", "comment"}, "PNG": {*FIELDS}}.get(kind, set())
     if kind == "JPEG":
         lost |= {n for n in ("EXIF", "XMP", "IPTC") if len(notes.get(n, b"")) > _SEGMENT}
     elif kind == "TIFF":
@@ -113,11 +111,12 @@ def for_file(notes: Notes, kind: str, big: bool) -> Tuple[Dict[str, bytes], byte
 
 def _png_chunks(notes: Notes) -> bytes:
     chunks: List[Chunk] = list(notes.get("chunks", []))
-    for note, (name, head) in _IN_PNG.items():
-        if note in notes:
-            data = notes[note]
-            data = zlib.compress(data) if name == b"iCCP" else data[len(_EXIF) :] if name == b"eXIf" else data
-            chunks.append((name, head + data))
+    if "colour profile" in notes:
+        chunks.append((b"iCCP", b"ICC profile\0\0" + zlib.compress(notes["colour profile"])))
+    if "EXIF" in notes:
+        chunks.append((b"eXIf", notes["EXIF"][len(_EXIF) :]))
+    if "XMP" in notes:
+        chunks.append((b"iTXt", b"XML:com.adobe.xmp" + bytes(5) + notes["XMP"]))
     if "dpi" in notes:
         chunks.append((b"pHYs", struct.pack(">IIB", *(round(dots / 0.0254) for dots in notes["dpi"]), 1)))
     comment = notes.get("comment", b"").replace(b"\0", b" ")  # which ends a text
