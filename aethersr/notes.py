@@ -47,12 +47,8 @@ def read(content: bytes, found: Notes, orientation: Optional[int]) -> Tuple[Note
 
     ``found``: what libvips read; values may be None.
     """
-    xmp = found["XMP"]
-    if xmp:
-        pattern = rb'(tiff:Orientation(?:="|>))([1-8])'
-        written = re.search(pattern, xmp)
-        orientation = orientation or (int(written.group(2)) if written else None)
-        xmp = re.sub(pattern, rb"\g<1>1", xmp)
+    if orientation and found["XMP"]:  # alone it stays, and so what a program makes of it
+        found["XMP"] = re.sub(rb'(tiff:Orientation(?:="|>))[1-8]', rb"\g<1>1", found["XMP"])
     turn, tiff = orientation or 1, content.startswith(_TIFF)
     tags = _tags(content if tiff else found["EXIF"] or b"")
     if tiff:
@@ -62,7 +58,7 @@ def read(content: bytes, found: Notes, orientation: Optional[int]) -> Tuple[Note
         found["IPTC"] = _PHOTOSHOP + resources if isinstance(resources, bytes) else None
     parts = [part for part in _segments(content) if not part[1].startswith(b"XML:com.adobe.xmp")]
     dpi = _dpi(tags, parts, tiff)
-    found["EXIF"], found["XMP"], found["dpi"] = _clean(tags), xmp, dpi[::-1] if turn >= 5 else dpi
+    found["EXIF"], found["dpi"] = _clean(tags), dpi[::-1] if turn >= 5 else dpi
     found["comment"] = b"\n".join(data.rstrip(b"\0") for name, data in parts if name == _COM and data)
     colours = {name: data for name, data in reversed(parts) if len(data) == _COLOURS.get(name)}
     texts = [part for part in parts if part[0] in _TEXTS and 0 < part[1].find(b"\0") < 80]
