@@ -29,8 +29,7 @@ def pictures_in(folder: Path, flag: str, recursive: bool = False, besides: Optio
     UserError, as are problems, with the folder's ``flag``: it is no folder, or holds no picture.
     """
     if not os.path.isdir(folder):
-        found = "is no folder" if os.path.exists(folder) else "does not exist"
-        raise UserError(f"{folder} {found}; pass a folder with pictures ({flag}).")
+        raise UserError(f"{flag} {folder} is not a folder; pass one with pictures.")
     held, results = Held([], [], Counter()), os.path.realpath(besides) if besides else ""
 
     def failed(error: OSError) -> None:

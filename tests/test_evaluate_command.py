@@ -185,7 +185,7 @@ def test_what_it_cannot_do_is_said_in_one_line(hr: Path, tmp_path: Path, capsys:
         ([x2, x4, "--hr", hr], "x2.pth x2, x4.pth x4"),
         ([x2, "--scale", 4, "--hr", hr], "--scale x4"),
         ([tmp_path / "none.pth", "--hr", hr], "none.pth"),
-        ([x2, "--hr", none], "none does not exist"),
+        ([x2, "--hr", none], "none is not a folder; pass one with pictures"),
         ([x2, "--hr", tmp_path / "empty"], "holds no picture"),
         (["--scale", 2, "--hr", tmp_path / "broken.png"], "broken.png is not a readable picture"),
         (["--scale", 2, "--hr", tmp_path / "small.png"], "small.png: 14x40 is too small"),

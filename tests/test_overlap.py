@@ -61,7 +61,7 @@ def test_a_test_picture_among_the_cuts_is_found(
     assert "of face.jpg in astronaut.png" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("name", "words"), [("none", "does not exist"), ("flat.png", "with details")])
+@pytest.mark.parametrize(("name", "words"), [("none", "is not a folder"), ("flat.png", "with details")])
 def test_a_folder_without_pictures_or_details_ends_in_one_line(
     name: str, words: str, folders: tuple[Path, Path], capsys: Any
 ) -> None:

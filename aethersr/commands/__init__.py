@@ -40,7 +40,7 @@ _EXPECTED = {
 class Parser(argparse.ArgumentParser):
     """Answers --version, and raises UserError where argparse would print its usage.
 
-    ``hints``: answers to words that are typed but don't exist: options, or values that are one too many.
+    ``hints``: answers to options that don't exist but are typed.
     """
 
     def __init__(self, program: str, document: Optional[str], hints: Optional[Dict[str, str]] = None) -> None:
@@ -66,9 +66,6 @@ class Parser(argparse.ArgumentParser):
         wrong = re.fullmatch(r"argument (\S+): invalid (\w+) value: '(.*)'", message, re.DOTALL)
         if wrong and wrong[2] in _EXPECTED:
             message = f"{wrong[1]} {wrong[3]} is not possible; expected {_EXPECTED[wrong[2]]}"
-        extra = re.match(r"unrecognized arguments: (\S+)", message)
-        if extra and extra[1] in self.hints:
-            message = f"{extra[1]} is not expected there: {self.hints[extra[1]]}"
         raise UserError(f"{message} (--help lists the options).")
 
 
