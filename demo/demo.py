@@ -1,10 +1,11 @@
-"""Go from photographs to a finished network in one run: train, fuse, export, upscale, compare.
+"""Go from photographs to a finished network in one run: train, fuse, export, measure, compare.
 
     python demo/demo.py [--output DIR] [--quick]
 
-Cuts training pairs from scikit-image's photographs, all but one, trains aether_small x2 on them with BasicSR
-(on a GPU if there is one), fuses it, exports it to ONNX, and upscales the remaining photograph. Ends with a
-table and comparison.png. Exit code 2 if the three forms of the network disagree, or bicubic is better.
+Cuts training pairs from scikit-image's photographs, all but one, and trains aether_small x2 on them with
+BasicSR (on a GPU if there is one). aether-fuse fuses it and exports it to ONNX, aether-evaluate measures the
+three files on the remaining photograph. Ends with the table and comparison.png. Exit code 2 if the three
+disagree, or bicubic is better.
 """
 
 from __future__ import annotations
@@ -16,27 +17,22 @@ import re
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, List, Optional, Sequence
 
 import numpy as np
 import torch
 import yaml
 from comparison import SIZE, enlarged, photograph, reduced, sheet, upscaled
-from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "archs"), str(ROOT / "training")]
 
 import prepare_pictures  # noqa: E402
 
-from aethersr.checkpoint import read_checkpoint  # noqa: E402
-from aethersr.commands import Parser, exit_code, fuse  # noqa: E402
+from aethersr.commands import Parser, evaluate, exit_code, fuse  # noqa: E402
 from aethersr.errors import UserError  # noqa: E402
-from aethersr.identify import aether_from_state_dict  # noqa: E402
-from aethersr.quality import quality  # noqa: E402
-from aethersr.timing import interleaved  # noqa: E402
+from aethersr.network import load_network  # noqa: E402
 
 SCALE = 2
 OPTIONS = ROOT / "options" / "basicsr" / "demo_aether_small_x2.yml"
@@ -47,7 +43,6 @@ CUTS = ((200, 60), (300, 330), (125, 340))  # left and top of its face, helmet a
 TRAINING = ["chelsea", "coffee", "rocket", "immunohistochemistry", "hubble_deep_field"]
 TRAINING += ["camera", "coins", "brick", "grass", "gravel"]
 AGREEMENT = 0.01  # dB between the networks: more than rounding can do, less than an eye could see
-TIMED = 64  # side of the low-resolution picture on which times are measured
 
 
 def train(root: Path, iterations: Optional[int]) -> Path:
@@ -77,33 +72,6 @@ def train(root: Path, iterations: Optional[int]) -> Path:
         print("".join(lines[-30:]), file=sys.stderr)
         raise UserError(f"{TRAINER.name} ended with exit code {code}; its last lines stand above.")
     return checkpoint
-
-
-def compare(unfused: Path, fused: Path, onnx: Path, truth: Image.Image) -> Dict[str, Tuple]:
-    """What each way makes of ``truth``'s low-resolution version: pixels, PSNR, SSIM and milliseconds."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    run = onnxruntime.InferenceSession(str(onnx), options, providers=["CPUExecutionProvider"]).run
-
-    def with_onnx(image: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(run(None, {"input": image.numpy()})[0])
-
-    ways: Dict[str, Callable[[Image.Image], Any]] = {
-        "bicubic": partial(enlarged, scale=SCALE),
-        "AetherNet unfused": partial(upscaled, aether_from_state_dict(read_checkpoint(unfused).state)),
-        "AetherNet fused": partial(upscaled, aether_from_state_dict(read_checkpoint(fused).state)),
-        "AetherNet ONNX fp32": partial(upscaled, with_onnx),
-    }
-    low = reduced(truth, SCALE)
-    part = low.crop((0, 0, TIMED, TIMED))
-    times = interleaved({name: partial(way, part) for name, way in ways.items()}, rounds=3)
-    results = {}
-    for name, way in ways.items():
-        pixels = np.asarray(way(low)).round().astype(np.uint8)
-        results[name] = (pixels, *quality(np.asarray(truth), pixels, SCALE), times.median(name))
-    return results
 
 
 def check(bicubic: float, networks: Sequence[float], quick: bool) -> None:
@@ -145,24 +113,24 @@ def demo(args: argparse.Namespace) -> None:
     step("fusing and exporting to ONNX")
     fused = output / "aether_small_x2_fused.pth"
     paths = ["--model_path", str(checkpoint), "--output_path", str(fused)]
-    if fuse.main([*paths, "--onnx", "fp32", "--device", "cpu"]):
+    if fuse.main([*paths, "--onnx", "fp32", "--device", "cpu", "--measure"]):
         raise UserError("fusing failed, for the reason above; start again (--output).")
-    step(f"upscaling {HELD_OUT}, which was not trained on")
+    step(f"measuring on {HELD_OUT}, which was not trained on")
     truth, cuts = photograph(HELD_OUT, SCALE), CUTS
     if args.quick:
         truth, cuts = truth.crop((200, 60, 328, 188)), ((0, 0),)
-    results = compare(checkpoint, fused, output / "aether_small_x2_fp32.onnx", truth)
-    names = ("bicubic", "AetherNet fused")
-    shown = {f"{name}: {results[name][1]:.2f} dB": results[name][0] for name in names}
-    shown["ground truth"] = np.asarray(truth)
-    rows = [{k: v[top : top + SIZE, left : left + SIZE] for k, v in shown.items()} for left, top in cuts]
+    truth.save(output / f"{HELD_OUT}.png")
+    files = {path.name: load_network(path, "cpu") for path in (checkpoint, fused, *output.glob("*.onnx"))}
+    pairs: Any = {HELD_OUT: [(output / f"{HELD_OUT}.png", None)]}
+    figures = evaluate.measure(files, pairs[HELD_OUT], SCALE, None)
+    low = reduced(truth, SCALE)
+    shown = {"bicubic": enlarged(low, SCALE), "AetherNet": upscaled(files[fused.name], low), HELD_OUT: truth}
+    whole = {name: np.asarray(picture) for name, picture in shown.items()}
+    rows = [{k: v[top : top + SIZE, left : left + SIZE] for k, v in whole.items()} for left, top in cuts]
     sheet(rows).save(output / "comparison.png")
-    step(f"done: {HELD_OUT} {truth.width}x{truth.height}, luma, {SCALE} border pixels left out\n")
-    print(f"{'':<20} {'PSNR-Y dB':>10} {'SSIM':>8} {f'ms, {TIMED}x{TIMED}':>10}")
-    for name, (_, psnr, ssim, milliseconds) in results.items():
-        print(f"{name:<20} {psnr:>10.3f} {ssim:>8.4f} {milliseconds:>10.0f}")
-    print(f"\npicture: {output / 'comparison.png'}")
-    bicubic, *networks = (psnr for _, psnr, _, _ in results.values())
+    step(f"done\n\n{evaluate.markdown({HELD_OUT: figures}, pairs, False)}\n")
+    print(f"picture: {output / 'comparison.png'}")
+    bicubic, *networks = (psnr for ((psnr, _),) in figures.values())
     check(bicubic, networks, args.quick)
 
 

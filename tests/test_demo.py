@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 from pathlib import Path
 from typing import Any, Tuple
@@ -67,9 +68,10 @@ def test_what_goes_wrong_ends_in_one_line(tmp_path: Path, monkeypatch: Any, caps
 def test_a_quick_run_goes_from_photographs_to_a_picture(tmp_path: Path, capsys: Any) -> None:
     assert demo.main(["--quick", "--output", str(tmp_path)]) == 0, capsys.readouterr()
     printed = capsys.readouterr().out
-    table = printed.split("PSNR-Y dB")[1].splitlines()[1:5]
-    names = [line[:20].strip() for line in table]
-    assert names == ["bicubic", "AetherNet unfused", "AetherNet fused", "AetherNet ONNX fp32"]
+    table = printed.split("| PSNR-Y, dB / SSIM | astronaut |")[1]
+    names = ["bicubic", "net_g_latest.pth", "aether_small_x2_fused.pth", "aether_small_x2_fp32.onnx"]
+    assert re.findall(r"^\| (\S+) \|", table, re.MULTILINE) == names
+    assert "ms, 64x64, cpu" in printed
     assert "iteration 2 of 2, loss 0.0" in printed
     with Image.open(tmp_path / "comparison.png") as picture:
         assert picture.width > 3 * comparison.SIZE * comparison.ZOOM
