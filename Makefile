@@ -8,15 +8,18 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 FAST := network fusion loading registration checkpoint checkpoint_* identify errors files tiling timing
 RUNTIMES := runtimes exported onnx onnx_int8 ncnn tensorrt spandrel comfyui
+# What the demo and the page do without, and the whole environment in its place where that is there already.
+ONLY_TESTS := coremltools|greenlet|hypothesis|mnn|mypy|ncnn|openvino|playwright|pnnx|pytorch-optimizer|ruff|spandrel
+SMALL := .venv/.$(if $(wildcard .venv/.installed),installed,small)
 tests_of = $(wildcard $(patsubst %,tests/test_%.py,$(1)))
 
 .PHONY: demo web test test-fast test-slow test-runtimes lint format options bench gpu mutants requirements clean
 
-demo: .venv/.installed
+demo: $(SMALL)
 	$(BIN)/python demo/demo.py $(ARGS)
 
 # The page that upscales in the browser, on localhost. make web ARGS="--port 8080"
-web: .venv/.installed
+web: $(SMALL)
 	$(BIN)/python demo/serve_web.py $(ARGS)
 
 test: .venv/.installed
@@ -75,9 +78,10 @@ mutants: .venv/.installed
 	OMP_NUM_THREADS=1 PATH="$(abspath $(BIN)):$$PATH" $(BIN)/cosmic-ray exec mutants.toml mutants.sqlite
 	$(BIN)/cr-report --surviving-only --show-diff mutants.sqlite
 
-.venv/.installed: requirements.lock requirements-basicsr.txt
+.venv/.installed .venv/.small: requirements.lock requirements-basicsr.txt
 	$(PYTHON) -m venv .venv
-	$(PIP) --no-deps --require-hashes -r requirements.lock
+	sed -E '/^($(if $(findstring small,$@),$(ONLY_TESTS),nothing))==/,/[^\]$$/d' requirements.lock > .venv/packages
+	$(PIP) --no-deps --require-hashes -r .venv/packages
 	$(PIP) torch==2.13.0
 	$(PIP) --no-deps --require-hashes --no-build-isolation -r requirements-basicsr.txt
 	touch $@
