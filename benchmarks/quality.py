@@ -45,7 +45,8 @@ from torch.nn import functional as F
 from aethersr.commands import Parser, exit_code
 from aethersr.errors import UserError, first_line
 from aethersr.files import Together
-from aethersr.quality import crop_to_multiple, find_pictures, psnr, read_rgb, resize
+from aethersr.folders import find_pictures
+from aethersr.quality import crop_to_multiple, psnr, read_rgb, resize
 from aethersr.timing import interleaved
 
 POINTS = 6  # measurements of a run

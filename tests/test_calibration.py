@@ -50,7 +50,7 @@ def test_broken_and_small_pictures_are_passed_over_and_a_folder_without_others_i
     (tmp_path / "z.png").unlink()
     with pytest.raises(UserError, match="holds no picture of 16 pixels or more"):
         calibration_pairs(tmp_path, net)
-    with pytest.raises(UserError, match=r"--pictures .* is not a folder"):
+    with pytest.raises(UserError, match=r"small\.png is no folder; .* \(--pictures"):
         calibration_pairs(tmp_path / "small.png", net, "--pictures")
 
 

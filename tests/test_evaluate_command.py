@@ -34,12 +34,14 @@ def network(path: Path, **options: Any) -> AetherNet:
 
 @pytest.fixture(scope="module")
 def hr(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two pictures whose sides no 2 divides, and a text file."""
+    """Two pictures whose sides no 2 divides, and what is none."""
     folder = tmp_path_factory.mktemp("pictures") / "hr"
     folder.mkdir()
     Image.fromarray(photographs.astronaut()[:41, 200:251]).save(folder / "a.png")
     Image.fromarray(photographs.chelsea()[100:143, 100:149]).save(folder / "b.bmp")
     (folder / "notes.txt").write_text("not a picture")
+    (folder / "._a.png").write_text("what macOS puts beside a.png")
+    (folder / "x.png").mkdir()
     return folder
 
 
@@ -176,6 +178,7 @@ def test_what_it_cannot_do_is_said_in_one_line(hr: Path, tmp_path: Path, capsys:
     (tmp_path / "empty").mkdir()
     for arguments, part in (
         (["--hr", hr], "--scale"),
+        ([hr, "--hr", hr], f"{hr} is not a file; pass another (FILE)"),
         (["--hr", x2], "no folder with the ground truth"),
         (["--model", x2, "--hr", hr], "--model is not an option: pass the networks without an option"),
         ([x2, "--hr", "https://example.org/Set5"], "https://example.org/Set5 is a web address"),

@@ -98,6 +98,7 @@ def test_an_output_that_cannot_be_written_is_refused_with_the_reason_and_the_opt
     (open_folder / "device.pth").symlink_to(os.devnull)
     (open_folder / "taken.pth").write_text("mine")
     (open_folder / "locked").mkdir(0o555)
+    (open_folder / "read-only.pth").touch(0o444)
     for name, words, overwrite in (
         ("no/out.pth", "does not exist", True),
         ("in.pth", "is the input itself", True),
@@ -107,6 +108,8 @@ def test_an_output_that_cannot_be_written_is_refused_with_the_reason_and_the_opt
         ("device.pth", "is a pipe or a device", True),
         ("taken.pth", "exists; pass --overwrite", False),
         ("dangling.pth", "exists; pass --overwrite", False),
+        ("taken.pth/out.pth", "taken.pth is a file, where a folder is needed", True),
+        ("read-only.pth", "is read-only; make it writable", True),
         ("locked/out.pth", "locked can't be written: Permission denied; pass another --out", True),
     ):
         with pytest.raises(UserError, match=words) as error, AsNobody():

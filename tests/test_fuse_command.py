@@ -139,7 +139,17 @@ OPTIONS = [
     ("--upscale 5", "choose from"),
     ("--int8", "it is --onnx int8"),
     ("--check-fp16", "what half precision costs is always printed"),
-    ("--onxx fp32", "unrecognized arguments: --onxx"),
+    ("--onxx fp32", "--onxx is not an option: the nearest one is --onnx"),
+    ("--onnx fp32 fp16", "fp16 is not expected there: separate precisions by commas"),
+    ("--output-path b.pth", "--output-path is not an option: the nearest one is --output_path"),
+    (
+        "--output_path b.onnx",
+        "expected .pth or .safetensors (--output_path); --onnx fp32 writes an ONNX file",
+    ),
+    (
+        "--calibration nowhere --onnx int8",
+        "nowhere does not exist; pass a folder with pictures (--calibration)",
+    ),
 ]
 
 

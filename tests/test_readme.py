@@ -129,5 +129,5 @@ def test_every_command_of_the_readme_runs_as_typed_on_a_fresh_clone(tmp_path: Pa
             said += line
             if line.startswith("Open http://"):  # make web: until Ctrl-C
                 os.killpg(process.pid, signal.SIGINT)
-        assert process.wait() == 0 or "serve_web.py: ended." in said, f"{command}\n{said[-3000:]}"
+        assert process.wait() == 0 or "serve_web.py: stopped" in said, f"{command}\n{said[-3000:]}"
         print(command, said, sep="\n")

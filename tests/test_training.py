@@ -95,8 +95,8 @@ def test_a_run_that_is_stopped_leaves_nothing(mine: Path, tmp_path: Path, monkey
     ("source", "words"),
     [
         ("mine", "no crop of mine is sharp enough"),
-        ("none", "there is no folder none"),
-        ("empty", "empty holds no pictures of 192 pixels or more"),
+        ("none", "none does not exist; pass a folder"),
+        ("empty", "empty holds no picture"),
         ("broken", "broken holds no pictures of 192 pixels or more a side that can be read"),
     ],
 )

@@ -46,7 +46,7 @@ ROUNDING, RUNTIMES = 0.5, 0.01
 
 def serve(code: str = "pass") -> tuple[subprocess.Popen[str], str]:
     """demo/serve_web.py, started after ``code``, and all that it says until it is ready."""
-    code = f"import serve_web; {code}; serve_web.main(['--port', '0'])"
+    code = f"import sys, serve_web; {code}; sys.exit(serve_web.main(['--port', '0']))"
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "demo")}
     pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     process, said = subprocess.Popen([sys.executable, "-c", code], env=environment, **pipes), ""
@@ -384,8 +384,8 @@ def test_the_first_start_says_what_it_does_and_ctrl_c_ends_it_with_a_line(tmp_pa
     process, said = serve(code)
     process.send_signal(signal.SIGINT)
     rest, _ = process.communicate()
-    assert process.returncode == 0
-    assert rest.strip() == "serve_web.py: ended."
+    assert process.returncode == 130
+    assert rest.strip() == "serve_web.py: stopped; the page is no longer there."
     for name in SHIPPED:
         assert f"Exporting {name}.safetensors for the page ...\n" in said
     assert "npm is not installed; the page will load ONNX Runtime Web" in said
@@ -394,7 +394,6 @@ def test_the_first_start_says_what_it_does_and_ctrl_c_ends_it_with_a_line(tmp_pa
 
 def test_a_port_in_use_is_one_line_before_any_work(address: str, capsys: pytest.CaptureFixture) -> None:
     port = address.split(":")[-1].strip("/")
-    with pytest.raises(SystemExit):
-        serve_web.main(["--port", port])
-    told = capsys.readouterr().err.splitlines()[-1]
-    assert re.search(f"error: --port {port} can't be used: .*; pass another one, or 0", told)
+    assert serve_web.main(["--port", port]) == 2
+    told = capsys.readouterr().err
+    assert re.fullmatch(f"serve_web.py: error: --port {port} can't be used: .*; pass another one, .*\n", told)

@@ -18,6 +18,7 @@ from aethersr import ncnn
 from aethersr.checkpoint import ENDINGS
 from aethersr.commands import Parser, check_device, program_name
 from aethersr.errors import UserError, missing_package
+from aethersr.folders import pictures_in
 from aethersr.identify import add_img_range
 from aethersr.onnx import PRECISIONS, opsets
 
@@ -30,6 +31,7 @@ HINTS = {
     "--placement": "there is one placement, so leave it out",
     "--fp16": "--half writes the weights in half precision, --onnx fp16 an ONNX file",
     "--check-fp16": "what half precision costs is always printed, so leave it out",
+    **dict.fromkeys(PRECISIONS, "separate precisions by commas, as in --onnx fp32,fp16"),
 }
 
 
@@ -80,6 +82,8 @@ def check_options(args: argparse.Namespace) -> None:
     for option in ("calibration", "reduce_range"):
         if getattr(args, option) and "int8" not in args.onnx:
             raise UserError(f"--{option} needs --onnx int8; pass both, or leave it out.")
+    if args.calibration is not None:
+        pictures_in(Path(args.calibration), "--calibration", recursive=True)
     if args.static is not None and not args.onnx:
         raise UserError("--static needs --onnx; pass both, or leave it out.")
     for name in args.onnx:
@@ -112,8 +116,9 @@ def static_shape(args: argparse.Namespace, net: AetherBase) -> Optional[List[int
 def check_ending(path: Path) -> None:
     """Raise UserError if no weights can be written under this name."""
     if path.suffix.lower() not in ENDINGS:
-        found = f"{path} ends in {path.suffix or 'nothing'!r}"
-        raise UserError(f"{found}; expected .pth or .safetensors (--output_path).")
+        found = f"{path} ends in {path.suffix or 'nothing'!r}; expected .pth or .safetensors (--output_path)"
+        beside = "; --onnx fp32 writes an ONNX file beside it" if path.suffix.lower() == ".onnx" else ""
+        raise UserError(f"{found}{beside}.")
     if path.suffix.lower() == ".safetensors":
         try:
             import safetensors.torch  # noqa: F401

@@ -23,7 +23,9 @@ from aethersr.identify import add_img_range
 PROGRAM = program_name("aether-upscale", "upscale.py")
 ENDINGS = ("png", "jpg", "webp", "tif", "bmp", "gif", "avif")
 _SCALE = "the scale comes from the model, so pass another --model"
-HINTS = {"--scale": _SCALE, "--upscale": _SCALE, "-s": _SCALE}
+HINTS = {**dict.fromkeys(("--scale", "--upscale", "--outscale", "-s"), _SCALE), "-n": "pass --model",
+         "-m": "pass --model", "-i": "pass --input", "-o": "pass --output", "-t": "pass --tile",
+         "-f": "pass --format"}  # fmt: skip
 
 
 class Progress:
@@ -120,7 +122,7 @@ def upscale(args: argparse.Namespace) -> None:
     work = Upscaler(network, args.tile, overlap, args.wrap, args.overwrite, progress.say)
     try:
         for job, (width, height), lost, problem in work.run(jobs, progress.tick):
-            without = f" without {', '.join(lost)}: {job.target.suffix} can't hold it" if lost else ""
+            without = f" without {', '.join(lost)}, not written into {job.target.suffix}" if lost else ""
             progress.finish("" if problem else f"Wrote {job.target} ({width}x{height}){without}")
             problems += [problem] if problem else []
             written += not problem

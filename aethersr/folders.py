@@ -1,0 +1,76 @@
+"""Which pictures a folder holds."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Dict, List, NamedTuple, Optional
+
+from aethersr.errors import UserError
+
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".jfif": "JPEG", ".webp": "WEBP", ".tif": "TIFF",
+           ".tiff": "TIFF", ".bmp": "BMP", ".gif": "GIF", ".avif": "AVIF"}  # fmt: skip
+KINDS = ", ".join(FORMATS)
+
+
+class Held(NamedTuple):
+    """What a folder holds. Hidden files and folders, and those of Windows, are no part of it."""
+
+    pictures: List[Path]
+    problems: List[str]  # a line for each picture that can't be read
+    others: Dict[str, int]  # counts of what is no picture, by its name
+
+
+def pictures_in(folder: Path, flag: str, recursive: bool = False, besides: Optional[Path] = None) -> Held:
+    """The pictures in a folder, by name; each once, whatever links lead to.
+
+    ``besides``: a folder inside that is passed over, such as an earlier run's results.
+    UserError, as are problems, with the folder's ``flag``: it is no folder, or holds no picture.
+    """
+    if not os.path.isdir(folder):
+        found = "is no folder" if os.path.exists(folder) else "does not exist"
+        raise UserError(f"{folder} {found}; pass a folder with pictures ({flag}).")
+    held = Held([], [], Counter())
+    seen = {os.path.realpath(besides)} - {os.path.realpath(folder)} if besides else set()
+    roots = [folder]
+
+    def failed(error: OSError) -> None:
+        held.problems.append(f"{error.filename} can't be read: {error.strerror}; pass another ({flag}).")
+
+    while roots:  # links last: what they lead to has its own place, if it lies in the folder too
+        for name, inner, files in os.walk(roots.pop(0), onerror=failed):
+            here, place = Path(name), os.path.realpath(name)
+            inner[:] = sorted(each for each in inner if not each.startswith(".") and place not in seen)
+            files = sorted(each for each in files if not each.startswith(".") and place not in seen)
+            seen.add(place)
+            for path in (here / each for each in files):
+                if path.suffix.lower() not in FORMATS:
+                    is_of_windows = path.name.lower() in ("thumbs.db", "desktop.ini")
+                    held.others["files that are no pictures"] += not is_of_windows
+                elif os.path.isfile(path):
+                    held.pictures.append(path)
+                else:
+                    is_there = os.path.exists(path)
+                    kind = "neither a file nor a folder" if is_there else "a link to nothing, or gone"
+                    held.problems.append(f"{path} is {kind}; expected a picture ({flag}).")
+            folders = [path for path in (here / each for each in inner) if os.path.realpath(path) not in seen]
+            if recursive:
+                roots += [path for path in folders if path.is_symlink()]
+            else:
+                held.others["folders, without --recursive"] += len(folders)
+                inner.clear()
+    if not held.pictures:
+        none = f"{folder} holds no picture; expected files that end in {KINDS} ({flag})."
+        raise UserError(held.problems[0] if held.problems else none)
+    return held._replace(others={name: count for name, count in held.others.items() if count})
+
+
+def find_pictures(path: Path, flag: str) -> List[Path]:
+    """The same without the folders inside, or a picture's own path. UserError for one that can't be read."""
+    if os.path.isfile(path):
+        return [path]
+    pictures, problems, _ = pictures_in(path, flag)
+    if problems:
+        raise UserError(problems[0])
+    return pictures
