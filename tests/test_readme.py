@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import time
 from pathlib import Path
 
 import aether_arch
@@ -124,10 +125,10 @@ def test_every_command_of_the_readme_runs_as_typed_on_a_fresh_clone(tmp_path: Pa
             text=True,
             start_new_session=True,
         )
-        said = ""
+        said, start = "", time.monotonic()
         for line in process.stdout or ():
             said += line
             if line.startswith("Open http://"):  # make web: until Ctrl-C
                 os.killpg(process.pid, signal.SIGINT)
         assert process.wait() == 0 or "serve_web.py: stopped" in said, f"{command}\n{said[-3000:]}"
-        print(command, said, sep="\n")
+        print(f"{command}: {time.monotonic() - start:.0f} s\n{said}")
