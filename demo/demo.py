@@ -3,9 +3,9 @@
     python demo/demo.py [--output DIR] [--quick]
 
 Cuts training pairs from scikit-image's photographs, all but one, and trains aether_small x2 on them with
-BasicSR (on a GPU if there is one). aether-fuse fuses it and exports it to ONNX, aether-evaluate measures the
-three files on the remaining photograph. Ends with the table and comparison.png. Exit code 2 if the three
-disagree, or bicubic is better.
+BasicSR (on a GPU if there is one). aether-fuse fuses it, exports it to ONNX and checks that all compute the
+same; aether-evaluate measures the files on the remaining photograph. Ends with its table and comparison.png.
+Exit code 2 if bicubic is better.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, List, Optional, Sequence
+from typing import Any, List, Optional
 
 import numpy as np
 import torch
@@ -42,7 +42,6 @@ CUTS = ((200, 60), (300, 330), (125, 340))  # left and top of its face, helmet a
 # Part of the package, so nothing is downloaded. All are CC0, public domain or without known restrictions.
 TRAINING = ["chelsea", "coffee", "rocket", "immunohistochemistry", "hubble_deep_field"]
 TRAINING += ["camera", "coins", "brick", "grass", "gravel"]
-AGREEMENT = 0.01  # dB between the networks: more than rounding can do, less than an eye could see
 
 
 def train(root: Path, iterations: Optional[int]) -> Path:
@@ -74,13 +73,9 @@ def train(root: Path, iterations: Optional[int]) -> Path:
     return checkpoint
 
 
-def check(bicubic: float, networks: Sequence[float], quick: bool) -> None:
-    """Raise UserError if the networks disagree or, unless they are ``quick``, bicubic has more decibels."""
-    lowest, highest = min(networks), max(networks)
-    if not highest - lowest <= AGREEMENT:
-        raise UserError(f"the networks differ by {highest - lowest:.3f} dB, expected at most {AGREEMENT}.")
-    if not (quick or lowest > bicubic):
-        raise UserError(f"the network has {lowest:.3f} dB, bicubic {bicubic:.3f} dB.")
+def check(bicubic: float, networks: List[float]) -> None:
+    if not all(each > bicubic for each in networks):
+        raise UserError(f"the networks have {networks} dB, bicubic {bicubic}; train longer ({OPTIONS.name}).")
 
 
 def is_free(path: Path) -> bool:
@@ -120,7 +115,7 @@ def demo(args: argparse.Namespace) -> None:
     if args.quick:
         truth, cuts = truth.crop((200, 60, 328, 188)), ((0, 0),)
     truth.save(output / f"{HELD_OUT}.png")
-    files = {path.name: load_network(path, "cpu") for path in (checkpoint, fused, *output.glob("*.onnx"))}
+    files = {path.name: load_network(path, "cpu") for path in (fused, *output.glob("*.onnx"))}
     pairs: Any = {HELD_OUT: [(output / f"{HELD_OUT}.png", None)]}
     figures = evaluate.measure(files, pairs[HELD_OUT], SCALE, None)
     low = reduced(truth, SCALE)
@@ -131,7 +126,8 @@ def demo(args: argparse.Namespace) -> None:
     step(f"done\n\n{evaluate.markdown({HELD_OUT: figures}, pairs, False)}\n")
     print(f"picture: {output / 'comparison.png'}")
     bicubic, *networks = (psnr for ((psnr, _),) in figures.values())
-    check(bicubic, networks, args.quick)
+    if not args.quick:
+        check(bicubic, networks)
 
 
 def main(argv: Optional[List[str]] = None) -> int:
