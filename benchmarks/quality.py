@@ -126,8 +126,6 @@ def parse_run(text: str) -> Run:
                 options[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
             raise UserError(f"{text!r}: {name} can't be {value!r}; pass another value (--run).") from None
-    if min(training["rate"], training["batch"], training["patch"]) <= 0:
-        raise UserError(f"{text!r}: rate, batch and patch must be above 0 (--run).")
     return Run(text, network, training, options)
 
 
