@@ -8,8 +8,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 FAST := network fusion loading registration checkpoint checkpoint_* identify errors files tiling timing
 RUNTIMES := runtimes exported onnx onnx_int8 ncnn tensorrt spandrel comfyui
-# What the demo and the page do without, and the whole environment in its place where that is there already.
-ONLY_TESTS := coremltools|greenlet|hypothesis|mnn|mypy|ncnn|openvino|playwright|pnnx|pytorch-optimizer|ruff|spandrel
+# The demo and the page need less than the tests, whose environment serves as well where it is there.
 SMALL := .venv/.$(if $(wildcard .venv/.installed),installed,small)
 tests_of = $(wildcard $(patsubst %,tests/test_%.py,$(1)))
 
@@ -78,12 +77,18 @@ mutants: .venv/.installed
 	OMP_NUM_THREADS=1 PATH="$(abspath $(BIN)):$$PATH" $(BIN)/cosmic-ray exec mutants.toml mutants.sqlite
 	$(BIN)/cr-report --surviving-only --show-diff mutants.sqlite
 
-.venv/.installed .venv/.small: requirements.lock requirements-basicsr.txt
+.venv/.installed: requirements.lock requirements-basicsr.txt
 	$(PYTHON) -m venv .venv
-	sed -E '/^($(if $(findstring small,$@),$(ONLY_TESTS),nothing))==/,/[^\]$$/d' requirements.lock > .venv/packages
-	$(PIP) --no-deps --require-hashes -r .venv/packages
+	$(PIP) --no-deps --require-hashes -r requirements.lock
 	$(PIP) torch==2.13.0
 	$(PIP) --no-deps --require-hashes --no-build-isolation -r requirements-basicsr.txt
+	touch $@
+
+.venv/.small: requirements.lock
+	$(PYTHON) -m venv .venv
+	grep -oE '^[^ #]+==[^ ]+' $< > .venv/versions
+	$(PIP) -c .venv/versions torch==2.13.0 numpy onnx onnxruntime onnxslim pillow pyvips pyvips-binary safetensors \
+		scikit-image tqdm
 	touch $@
 
 # After changing requirements.txt. Pinned versions stay unless UPGRADE=--upgrade.

@@ -168,7 +168,8 @@ def average(averaged: nn.Module, net: nn.Module, iteration: int) -> None:
             value.lerp_(new, 1 - kept)
 
 
-def train_one(run: Run, seed: int, cuts: Cuts, validation: Validation, args: Any) -> Dict[str, Any]:
+def train_one(run: Run, seed: int, cuts: Cuts, validation: Validation, args: Any) -> Tuple[Any, Any]:
+    """A row of the results, and the averaged network."""
     torch.manual_seed(seed)
     random, options = np.random.default_rng(seed), run.training
     net: Any = build(run, cuts.scale, args.checkout).train().to(memory_format=torch.channels_last)
@@ -196,7 +197,7 @@ def train_one(run: Run, seed: int, cuts: Cuts, validation: Validation, args: Any
             points.append([iteration, round(seconds, 1), round(validation.measure(averaged), 5)])
             told = f"{iteration} iterations, {seconds:.0f} s, {points[-1][2]:.2f} dB"
             print(f"{run.text}, seed {seed}: {told}", flush=True)
-    return {"run": run.text, "seed": seed, "machine": networks.machine(), "points": points}
+    return {"run": run.text, "seed": seed, "machine": networks.machine(), "points": points}, averaged
 
 
 def train(args: argparse.Namespace) -> None:
@@ -221,7 +222,7 @@ def train(args: argparse.Namespace) -> None:
     print(f"{args.file} holds {len(result['rows'])} runs, which are not repeated")
     for run, seed in [(run, seed) for seed in args.seeds for run in runs]:
         if not any((row["run"], row["seed"]) == (run.text, seed) for row in result["rows"]):
-            result["rows"].append(train_one(run, seed, cuts, validation, args))
+            result["rows"].append(train_one(run, seed, cuts, validation, args)[0])
             with Together() as files:
                 files.part(args.file).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
                 files.commit()
