@@ -35,7 +35,7 @@ from aethersr.network import load_network  # noqa: E402
 
 SCALE = 2
 RECIPE = "aether_small,batch=4,patch=24,rate=1e-3"
-ITERATIONS = 120
+ITERATIONS = 100
 HELD_OUT = "astronaut"
 CUTS = ((200, 60), (300, 330), (125, 340))  # left and top of its face, helmet and badge
 # Part of the package, so nothing is downloaded. All are CC0, public domain or without known restrictions.
