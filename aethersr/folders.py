@@ -23,7 +23,7 @@ class Held(NamedTuple):
 
 
 def pictures_in(folder: Path, flag: str, recursive: bool = False, besides: Optional[Path] = None) -> Held:
-    """The pictures in a folder, by name; each once, whatever links lead to.
+    """The pictures in a folder, by name. Links to other folders aren't followed.
 
     ``besides``: a folder inside that is passed over, such as an earlier run's results.
     UserError, as are problems, with the folder's ``flag``: it is no folder, or holds no picture.
@@ -31,35 +31,28 @@ def pictures_in(folder: Path, flag: str, recursive: bool = False, besides: Optio
     if not os.path.isdir(folder):
         found = "is no folder" if os.path.exists(folder) else "does not exist"
         raise UserError(f"{folder} {found}; pass a folder with pictures ({flag}).")
-    held = Held([], [], Counter())
-    seen = {os.path.realpath(besides)} - {os.path.realpath(folder)} if besides else set()
-    roots = [folder]
+    held, results = Held([], [], Counter()), os.path.realpath(besides) if besides else ""
 
     def failed(error: OSError) -> None:
         held.problems.append(f"{error.filename} can't be read: {error.strerror}; pass another ({flag}).")
 
-    while roots:  # links last: what they lead to has its own place, if it lies in the folder too
-        for name, inner, files in os.walk(roots.pop(0), onerror=failed):
-            here, place = Path(name), os.path.realpath(name)
-            inner[:] = sorted(each for each in inner if not each.startswith(".") and place not in seen)
-            files = sorted(each for each in files if not each.startswith(".") and place not in seen)
-            seen.add(place)
-            for path in (here / each for each in files):
-                if path.suffix.lower() not in FORMATS:
-                    is_of_windows = path.name.lower() in ("thumbs.db", "desktop.ini")
-                    held.others["files that are no pictures"] += not is_of_windows
-                elif os.path.isfile(path):
-                    held.pictures.append(path)
-                else:
-                    is_there = os.path.exists(path)
-                    kind = "neither a file nor a folder" if is_there else "a link to nothing, or gone"
-                    held.problems.append(f"{path} is {kind}; expected a picture ({flag}).")
-            folders = [path for path in (here / each for each in inner) if os.path.realpath(path) not in seen]
-            if recursive:
-                roots += [path for path in folders if path.is_symlink()]
+    for name, inner, files in os.walk(folder, onerror=failed):
+        here = Path(name)
+        for path in (here / each for each in sorted(files) if not each.startswith(".")):
+            if path.suffix.lower() not in FORMATS:
+                is_of_windows = path.name.lower() in ("thumbs.db", "desktop.ini")
+                held.others["files that are no pictures"] += not is_of_windows
+            elif os.path.isfile(path):
+                held.pictures.append(path)
             else:
-                held.others["folders, without --recursive"] += len(folders)
-                inner.clear()
+                is_there = os.path.exists(path)
+                kind = "neither a file nor a folder" if is_there else "a link to nothing, or gone"
+                held.problems.append(f"{path} is {kind}; expected a picture ({flag}).")
+        visible = (here / each for each in sorted(inner) if not each.startswith("."))
+        folders = [path for path in visible if os.path.realpath(path) != results]
+        inner[:] = [path.name for path in folders if recursive and not path.is_symlink()]
+        kind = "links to folders" if recursive else "folders, without --recursive"
+        held.others[kind] += len(folders) - len(inner)
     if not held.pictures:
         none = f"{folder} holds no picture; expected files that end in {KINDS} ({flag})."
         raise UserError(held.problems[0] if held.problems else none)

@@ -24,8 +24,6 @@ FIELDS = {"colour profile": "icc-profile-data", "EXIF": "exif-data", "XMP": "xmp
 _MOST = {"colour profile", "EXIF", "XMP", "dpi"}
 _WRITTEN = {"PNG": {*_MOST, "comment", "chunks"}, "JPEG": {*_MOST, "IPTC", "comment"}, "WEBP": _MOST,
             "TIFF": {*_MOST, "IPTC", "comment"}, "AVIF": _MOST, "BMP": {"dpi"}, "GIF": set()}  # fmt: skip
-_IN_PNG = {"colour profile": (b"iCCP", b"ICC profile\0\0"), "EXIF": (b"eXIf", b""),
-           "XMP": (b"iTXt", b"XML:com.adobe.xmp" + bytes(5))}  # fmt: skip
 _SEGMENT = 65000  # bytes that a JPEG's segment holds at most, with a margin for its name
 _COLOURS = {b"gAMA": 4, b"cHRM": 32, b"cICP": 4, b"mDCV": 24, b"cLLI": 8}  # bytes
 _TEXTS = (b"tEXt", b"zTXt", b"iTXt")
@@ -49,12 +47,8 @@ def read(content: bytes, found: Notes, orientation: Optional[int]) -> Tuple[Note
 
     ``found``: what libvips read; values may be None.
     """
-    xmp = found["XMP"]
-    if xmp:
-        pattern = rb'(tiff:Orientation(?:="|>))([1-8])'
-        written = re.search(pattern, xmp)
-        orientation = orientation or (int(written.group(2)) if written else None)
-        xmp = re.sub(pattern, rb"\g<1>1", xmp)
+    if orientation and found["XMP"]:  # alone it stays, and so what a program makes of it
+        found["XMP"] = re.sub(rb'(tiff:Orientation(?:="|>))[1-8]', rb"\g<1>1", found["XMP"])
     turn, tiff = orientation or 1, content.startswith(_TIFF)
     tags = _tags(content if tiff else found["EXIF"] or b"")
     if tiff:
@@ -64,7 +58,7 @@ def read(content: bytes, found: Notes, orientation: Optional[int]) -> Tuple[Note
         found["IPTC"] = _PHOTOSHOP + resources if isinstance(resources, bytes) else None
     parts = [part for part in _segments(content) if not part[1].startswith(b"XML:com.adobe.xmp")]
     dpi = _dpi(tags, parts, tiff)
-    found["EXIF"], found["XMP"], found["dpi"] = _clean(tags), xmp, dpi[::-1] if turn >= 5 else dpi
+    found["EXIF"], found["dpi"] = _clean(tags), dpi[::-1] if turn >= 5 else dpi
     found["comment"] = b"\n".join(data.rstrip(b"\0") for name, data in parts if name == _COM and data)
     colours = {name: data for name, data in reversed(parts) if len(data) == _COLOURS.get(name)}
     texts = [part for part in parts if part[0] in _TEXTS and 0 < part[1].find(b"\0") < 80]
@@ -95,7 +89,7 @@ def for_file(notes: Notes, kind: str, big: bool) -> Tuple[Dict[str, bytes], byte
     """
     lost = notes.keys() - _WRITTEN[kind]
     # libvips writes no EXIF into TIFF, and IPTC so that nobody can read it: see add_to_tiff.
-    added = {"TIFF": {"EXIF", "IPTC", "comment"}, "PNG": {*_IN_PNG}}.get(kind, set())
+    added = {"TIFF": {"EXIF", "IPTC", "comment"}, "PNG": {*FIELDS}}.get(kind, set())
     if kind == "JPEG":
         lost |= {n for n in ("EXIF", "XMP", "IPTC") if len(notes.get(n, b"")) > _SEGMENT}
     elif kind == "TIFF":
@@ -113,11 +107,12 @@ def for_file(notes: Notes, kind: str, big: bool) -> Tuple[Dict[str, bytes], byte
 
 def _png_chunks(notes: Notes) -> bytes:
     chunks: List[Chunk] = list(notes.get("chunks", []))
-    for note, (name, head) in _IN_PNG.items():
-        if note in notes:
-            data = notes[note]
-            data = zlib.compress(data) if name == b"iCCP" else data[len(_EXIF) :] if name == b"eXIf" else data
-            chunks.append((name, head + data))
+    if "colour profile" in notes:
+        chunks.append((b"iCCP", b"ICC profile\0\0" + zlib.compress(notes["colour profile"])))
+    if "EXIF" in notes:
+        chunks.append((b"eXIf", notes["EXIF"][len(_EXIF) :]))
+    if "XMP" in notes:
+        chunks.append((b"iTXt", b"XML:com.adobe.xmp" + bytes(5) + notes["XMP"]))
     if "dpi" in notes:
         chunks.append((b"pHYs", struct.pack(">IIB", *(round(dots / 0.0254) for dots in notes["dpi"]), 1)))
     comment = notes.get("comment", b"").replace(b"\0", b" ")  # which ends a text

@@ -30,19 +30,6 @@ def write(folder: Path, *names: str) -> None:
         files.commit()
 
 
-def test_files_appear_when_they_are_committed_and_leave_nothing_else(tmp_path: Path) -> None:
-    """Of names as long as the system takes, too: a temporary one is no longer."""
-    names = [
-        "a" * 240 + ".safetensors",
-        "é" * 100 + "_fp32.onnx",
-        "é" * 100 + "_fp16.onnx",
-        "写" * 80 + ".pth",
-    ]
-    (tmp_path / names[0]).write_text("old")
-    write(tmp_path, *names)
-    assert contents(tmp_path) == {name: f"new {name}" for name in names}
-
-
 @pytest.mark.parametrize("links", [True, False], ids=["links", "a disk without links"])
 @pytest.mark.parametrize("failing", [0, 1, 2])
 @pytest.mark.parametrize(

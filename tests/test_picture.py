@@ -62,9 +62,6 @@ def tiff(pixels: np.ndarray, **tags: Any) -> bytes:
     return buffer.getvalue() + pixels.tobytes()
 
 
-# ----------------------------------------------------------------------------------------------------- pixels
-
-
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
@@ -154,9 +151,6 @@ def test_pictures_are_turned_upright_once(tmp_path: Path, kind: str, turn: int) 
         assert np.abs(pixels - expected).mean() < 12
 
 
-# ---------------------------------------------------------------------------------------------------- refused
-
-
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
@@ -236,8 +230,6 @@ def test_a_damaged_picture_is_refused_or_read(tmp_path: Path, ending: str, deep:
 
     run()
 
-
-# --------------------------------------------------------------------------------------------- large pictures
 
 LARGE = """
 import resource, sys, numpy as np

@@ -87,8 +87,7 @@ def pictures(folder: Path, shortest: int, packages: bool) -> List[Path]:
     """Every picture once: no links, and only the largest if a package has it in several sizes."""
     best: Dict[Path, Tuple[int, Path]] = {}
     for path in pictures_in(folder, "--pictures", recursive=True).pictures:
-        is_link = path.resolve() != folder.resolve() / path.relative_to(folder)
-        if is_link or (folder.name in TEXTURES and NO_PICTURE.search(path.stem)):
+        if path.is_symlink() or (folder.name in TEXTURES and NO_PICTURE.search(path.stem)):
             continue
         try:
             with Image.open(path) as image:

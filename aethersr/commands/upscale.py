@@ -34,19 +34,18 @@ class Progress:
     def __init__(self, count: int) -> None:
         from tqdm import tqdm
 
-        self.count, self.done = count, 0
+        self.count, self.done, self.tiles = count, 0, 0
         form = "{percentage:3.0f}% |{bar}| {desc}{remaining} left"
         quiet = None if sys.stderr else True  # None: unless it is a terminal
         self.bar: Any = tqdm(total=count, bar_format=form, disable=quiet, miniters=0, leave=False)
 
     def tick(self, tiles: int, count: int) -> None:
         """``tiles`` more of a picture's tiles are done, of ``count``."""
-        part, words = tiles / count, f"{self.done} of {self.count} pictures, "
-        if self.count == 1:
-            self.bar.total, part = count, float(tiles)
-            words = f"{self.bar.n + tiles:.0f} of {count} tiles, "
+        self.tiles += tiles
+        one = self.count == 1
+        words = f"{self.tiles} of {count} tiles, " if one else f"{self.done} of {self.count} pictures, "
         self.bar.set_description_str(words, refresh=False)
-        self.bar.update(part)
+        self.bar.update(tiles / count)
 
     def finish(self, line: str) -> None:
         """A picture is written or skipped; ``line`` says so, or is empty."""
