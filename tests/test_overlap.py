@@ -43,15 +43,11 @@ def test_other_pictures_and_a_pattern_that_looks_like_one_place_have_nothing_in_
     assert "3 pictures, 3 cuts" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda cut: cut.rotate(90),
-        lambda cut: cut.resize((192, 192), Image.Resampling.BICUBIC),
-        lambda cut: cut.crop((90, 60, 282, 252)).convert("L"),
-    ],
-    ids=["turned", "reduced", "cropped and grey"],
-)
+@pytest.mark.parametrize("change", [
+    lambda cut: cut.rotate(90),
+    lambda cut: cut.resize((192, 192), Image.Resampling.BICUBIC),
+    lambda cut: cut.crop((90, 60, 282, 252)).convert("L"),
+])  # fmt: skip
 def test_a_test_picture_among_the_cuts_is_found(
     folders: tuple[Path, Path], change: Callable[[Image.Image], Image.Image], capsys: Any
 ) -> None:
