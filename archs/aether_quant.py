@@ -262,27 +262,19 @@ class QuantAetherNet(arch.FusedAetherNet):
             if isinstance(block, QuantAetherBlock):
                 block.reparam_conv.quant_out.limit = bound  # type: ignore[union-attr]
 
-    @torch.inference_mode(False)
-    @torch.random.fork_rng(devices=[])
-    def _take_form_of(self, state_dict: Dict[str, Tensor], prefix: str, strict: bool) -> None:
-        """Also takes a float network's weights; the ranges are unknown then."""
-        own = {name[len(prefix) :]: value for name, value in state_dict.items() if name.startswith(prefix)}
-        form = arch.form_of(own)
-        if form in (arch.AetherNet, arch.FusedAetherNet):
-            net = form(**self.options, **form.options_from_names(own))
-            other_scale = form is arch.AetherNet and arch.scale_of(own) not in (None, self.scale)
-            if other_scale and not strict:  # gives its body
-                own = {name: value for name, value in own.items() if not name.startswith(arch.TAIL)}
-                tail = [name for name in net.state_dict() if name.startswith(arch.TAIL)]
-                own.update({name: net.state_dict()[name] for name in tail})
-            if not arch.differences(net, own, () if strict else ("unexpected",)):  # else it is refused below
-                net.load_state_dict(own, strict=False)
-                for name in [name for name in state_dict if name.startswith(prefix)]:
-                    del state_dict[name]
-                state = insert_quantizers(net.eval()).state_dict()
-                state_dict.update({prefix + name: value for name, value in state.items()})
+    def take(self, other: arch.AetherBase, file: Dict[str, Tensor]) -> Dict[str, Tensor]:
+        """Stay quantised, and take a float network's weights in; the ranges are unknown then."""
+        if not isinstance(other, QuantAetherNet):
+            other.load_state_dict(file, strict=False)
+            other = insert_quantizers(other.eval())
+            file = other.state_dict()
+        if self.is_int8 or other.is_int8 or other.keep_norm != self.keep_norm:
+            self.become(other)
+        return file
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
         self._settle(self.is_int8)
-        super()._take_form_of(state_dict, prefix, strict)
 
     def quantizers(self) -> Dict[str, Quantizer]:
         return {name: module for name, module in self.named_modules() if isinstance(module, Quantizer)}
