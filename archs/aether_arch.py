@@ -316,12 +316,15 @@ class AetherBase(nn.Module):
                 self.__dict__[name] = vars(other)[name]
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        """Also records options, each as a tensor of shape (1,)."""
+        """Also records options, each of shape (1,), in single precision where half doesn't hold them."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        precision = torch.promote_types(self.mean.dtype, torch.float32)  # half ends at 65504
+        like: Any = self._buffers.get("mean", torch.empty(0))  # which an exporter may have made a constant
         for name in RECORDED if isinstance(self, AetherNet) else ("bound",):  # others' weights hold img_range
-            if self.options[name] != RECORDED[name]:
-                destination[prefix + name] = self.mean.new_full((1,), self.options[name], dtype=precision)
+            option = self.options[name]
+            if option != RECORDED[name]:
+                held = float(torch.tensor(option, dtype=like.dtype, device="cpu")) == option
+                precision = like.dtype if held else torch.promote_types(like.dtype, torch.float32)
+                destination[prefix + name] = torch.full((1,), option, dtype=precision, device=like.device)
 
     def map_state_dict(self, state_dict: Dict[str, Tensor]) -> Dict[str, Tensor]:
         """Take the form of ``state_dict``. traiNNer-redux calls this before it compares names."""
