@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any, Dict, List
 
@@ -15,7 +16,7 @@ import aether_arch
 import pytest
 import torch
 from aether_arch import AetherNet, CollapsedTail, FusedAetherBlock, FusedAetherNet
-from conftest import ROOT, randomize, small_net
+from conftest import ROOT, X, in_form, randomize, small_net
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import reference
@@ -253,3 +254,102 @@ def test_the_tail_has_the_shapes_of_files_that_are_released(scale: int, depth: i
     assert shapes["top_weight"] == shapes["bottom_weight"] == (outputs, 24, depth, 5)
     assert shapes["left_weight"] == shapes["right_weight"] == (outputs, 24, 5, depth)
     assert shapes["top_left_weight"] == shapes["bottom_right_weight"] == corner
+
+
+# ------------------------------------------------------------------------------------------- a change of form
+
+
+def test_training_the_fused_form_is_said_once() -> None:
+    net = small_net(2).float()
+    other = AetherNet(**net.options)
+    other.load_state_dict(net.fused().state_dict())
+    with pytest.warns(UserWarning, match="fused form"):
+        other.train()(X).sum().backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        other(X).sum().backward()
+        net.fused()(X)
+
+
+def test_hooks_and_foreign_attributes_survive_a_change_of_form_and_lost_ones_are_named(caplog: Any) -> None:
+    net, seen = in_form("training"), []
+    net.register_forward_hook(lambda module, inputs, output: seen.append(type(module)))
+    net.register_full_backward_hook(lambda module, before, after: seen.append("backward"))
+    net.hyperparameters = {"scale": 2}
+    net.fuse_model()(X.clone().requires_grad_()).sum().backward()
+    assert seen == [FusedAetherNet, "backward"]
+    assert net.hyperparameters == {"scale": 2}
+    assert not caplog.text
+    net.head.register_forward_hook(lambda *call: None)
+    net.fusion.register_forward_pre_hook(lambda *call: None)
+    net.stages[0][0].register_full_backward_hook(lambda *call: None)
+    net.prepare_qat(calibration=[X])
+    assert "hooks on these are gone with the old form: head, stages.0.0, fusion." in caplog.text
+
+
+FROZEN: Dict[
+    str, Any
+] = {  # parts, the fused form's tensors that are frozen then, and those that aren't any more
+    "all": ("", "", ""),
+    "one to one": ("stages conv_first.bias", "stages. head.bias", ""),
+    "a part of the tail": ("upsample", "none", "tail.weight"),
+    "both neighbours of the last norm": (
+        "norm conv_after_body quant_fusion_layer.fusion_conv",
+        "body_conv. body_norm. fusion.weight",
+        "fusion.bias",
+    ),
+    "the last norm": ("norm", "body_norm.", "body_conv.bias, body_conv.weight"),
+    "a block's norm": (
+        "stages.0.0.norm",
+        "none",
+        "stages.0.0.reparam_conv.bias, stages.0.0.reparam_conv.weight",
+    ),
+}
+
+
+CHANGES = [(kind, change) for kind in FROZEN for change in ("fuse", "load")] + [("one to one", "prepare_qat")]
+
+
+@pytest.mark.parametrize("keep_norm", [False, True])
+@pytest.mark.parametrize(("kind", "change"), CHANGES)
+def test_what_is_frozen_stays_frozen_in_another_form(
+    kind: str, change: str, keep_norm: bool, caplog: Any
+) -> None:
+    (parts, frozen, mixed), net = FROZEN[kind], in_form("training")
+    net.norm.weight.data[0, 3] *= 0 if keep_norm else 1
+    for name, value in net.named_parameters():
+        value.requires_grad_(not name.startswith(tuple(parts.split(" "))))
+    before, fused = {name: value.requires_grad for name, value in net.named_parameters()}, net.fused()
+    caplog.clear()
+    changes = {"fuse": net.fuse_model, "prepare_qat": lambda: net.prepare_qat(calibration=[X])}
+    changes.get(change, lambda: net.load_state_dict(fused.state_dict()))()
+    for name, value in net.named_parameters():
+        state = name.endswith((".range_sum", ".watched"))
+        assert value.requires_grad != (state or name.startswith(tuple(frozen.split(" ")))), name
+    mixed = "" if keep_norm and kind == "the last norm" else mixed
+    said = [record.message for record in caplog.records if "no longer frozen" in record.message]
+    assert said == ([f"AetherNet: merged with others, no longer frozen: {mixed}."] if mixed else [])
+    if kind in ("all", "one to one") and change != "prepare_qat":
+        net.load_state_dict(in_form("training").state_dict())
+        assert {name: value.requires_grad for name, value in net.named_parameters()} == before
+
+
+def test_a_form_leaves_nothing_of_its_own_behind() -> None:
+    net = in_form("training")
+    net.norm.weight.data[0, 3] = 0.0
+    net.fuse_model()
+    assert net.keep_norm
+    net.prepare_qat(calibration=[X])
+    assert not net.is_int8
+    net.load_state_dict(net.convert_to_quantized().state_dict())
+    assert net.is_int8
+    net.fuse_model()
+    assert not hasattr(net, "is_int8")
+    assert all(value.requires_grad for value in net.parameters())
+    net.load_state_dict(in_form("training").state_dict())
+    assert not hasattr(net, "keep_norm")
+
+
+def test_arguments_of_the_other_forms_have_names() -> None:
+    with pytest.raises(TypeError):
+        FusedAetherNet(2)  # type: ignore[misc]
