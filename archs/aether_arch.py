@@ -770,9 +770,8 @@ def __getattr__(name: str) -> Any:
     except ModuleNotFoundError as error:
         if home.split(".")[0] not in (error.name or "").split("."):
             raise
-        remedy = (
-            f"copy {home}.py beside {__file__}" if name in QUANT else "pip install . in AetherNet's folder"
-        )
+        copied = f"copy {home}.py beside {__file__}"
+        remedy = copied if name in QUANT else "pip install . in AetherNet's folder"
         raise ImportError(f"{home} is missing: {remedy}.") from None
 
 
@@ -855,9 +854,8 @@ def _initialize(net: AetherNet) -> None:
     carry(net.conv_last, eye)
 
 
-FRAMEWORK = {"basicsr.archs": "basicsr", "neosr.archs": "neosr", "traiNNer.archs": "traiNNer"}.get(
-    __package__
-)
+ARCHS = ("basicsr.archs", "neosr.archs", "traiNNer.archs")
+FRAMEWORK = __package__.split(".")[0] if __package__ in ARCHS else None  # in whose folder this file lies
 
 
 def _variant(name: str, doc: str, width: int, depths: Tuple[int, ...], attention: bool) -> Any:
@@ -889,7 +887,7 @@ aether_medium = _variant("aether_medium", "Balanced: 3.7 million parameters at x
 aether_large = _variant("aether_large", "Best: 10.6 million parameters at x4.", 180, (8, 8, 8, 8, 8), True)
 VARIANTS = (aether_small, aether_medium, aether_large)
 
-if FRAMEWORK:  # this file lies in its archs folder
+if FRAMEWORK:
     registry = importlib.import_module(f"{FRAMEWORK}.utils.registry").ARCH_REGISTRY
     for variant in VARIANTS:
         if variant.__name__ in registry:
