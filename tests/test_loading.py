@@ -190,8 +190,8 @@ DAMAGED: Dict[
     "unexpected": ("surplus", X, True),
     "like a recorded option": ("bound_x", X, True),
     "another shape": (WEIGHT, X[0], False),
-    "a number": (WEIGHT, 3, False),
-    "a tensor without dimensions": (WEIGHT, torch.tensor(3.0), False),
+    "a number": ("head.weight", 3, False),
+    "a tensor without dimensions": ("head.weight", torch.tensor(3.0), False),
     "two bounds": ("bound", torch.ones(2), False),
     "no number": ("bound", "one", False),
 }
@@ -201,6 +201,7 @@ DAMAGED: Dict[
 @pytest.mark.parametrize("damage", DAMAGED)
 def test_a_damaged_file_of_either_form_changes_nothing_and_is_named(damage: str, form: str) -> None:
     source, (name, value, takes) = in_form(form), DAMAGED[damage]
+    name = name.replace("head", "conv_first") if form == "training" else name
     state = {**source.state_dict(), name: value}
     if value is None:
         del state[name]

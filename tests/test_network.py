@@ -257,7 +257,7 @@ def test_layout_copy_and_pickle_change_nothing() -> None:
 def test_torch_compile_sees_one_graph_in_every_form() -> None:
     net = small_net(2, **TINY).float()
     x = torch.rand(2, 3, 8, 8)
-    for form in (net.train(), net.fused()):
+    for form in (net.train(), net.fused(), net.fused().prepare_qat(calibration=[x]).train()):
         torch._dynamo.reset()
         compiled = torch.compile(form, backend="eager", fullgraph=True)  # breaks are errors
         assert compiled(x).shape == (2, 3, 16, 16)
