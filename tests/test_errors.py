@@ -117,17 +117,11 @@ def test_every_script_tells_its_version(name: str, capsys: Any) -> None:
 )
 def test_what_is_typed_wrong_is_answered_with_what_is_right(words: str, said: str) -> None:
     parser = Parser("x.py", "", {"-s": "it is read", "--gone": "there is one alone"})
-    types = {
-        "tile": int,
-        "share": float,
-        "date": datetime.date.fromisoformat,
-        "more": json.loads,
-        "list": str,
-    }
+    types = {"tile": int, "share": float, "date": datetime.date.fromisoformat, "more": json.loads}
     for name, kind in {**types, "output_path": str}.items():
         parser.add_argument(f"--{name}", type=kind)
     with pytest.raises(UserError) as error:
         parser.parse(words.split())
     assert str(error.value) == f"{said} (--help lists the options)."
-    right = parser.parse(["--out", "two", "--tile", "-2", "--list", "one"])
-    assert (right.output_path, right.tile, right.list) == ("two", -2, "one")
+    right = parser.parse(["--out", "two", "--tile", "-2"])
+    assert (right.output_path, right.tile) == ("two", -2)
