@@ -305,8 +305,9 @@ class AetherBase(nn.Module):
             other.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if not getattr(self, "is_int8", False):  # which can't be trained anyway
             _freeze_alike(self, other)
-        kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
-        hooked = [name for name, part in self.named_modules() if name and any(vars(part)[k] for k in kinds)]
+        kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        parts: List[Any] = [*self.named_modules(), *self.named_parameters()]
+        hooked = [name for name, part in parts if name and any(getattr(part, kind, None) for kind in kinds)]
         if hooked:
             log.warning("AetherNet: hooks on these are gone with the old form: %s.", ", ".join(hooked))
         self.__class__ = type(other)  # as torch.nn.utils.parametrize does: forward belongs to the class
@@ -655,8 +656,12 @@ def scale_of(state: Mapping[str, Tensor]) -> Optional[int]:
 
 def differences(net: nn.Module, state: Mapping[str, Any], allowed: Sequence[str] = ()) -> str:
     """Why ``net`` can't load ``state``, by kind: "of another shape", "missing", "unexpected" names."""
-    expected = {name: value.shape for name, value in net.state_dict().items() if name not in RECORDED}
-    found = {name: getattr(value, "shape", None) for name, value in state.items() if name not in RECORDED}
+
+    def kind_of(value: Any) -> Any:  # torch copies no sparse or quantised tensor into another
+        return [getattr(value, name, None) for name in ("shape", "layout", "is_quantized")]
+
+    expected = {name: kind_of(value) for name, value in net.state_dict().items() if name not in RECORDED}
+    found = {name: kind_of(value) for name, value in state.items() if name not in RECORDED}
     both = expected.keys() & found.keys()
     kinds = {
         "missing": sorted(expected.keys() - both),

@@ -271,8 +271,11 @@ def test_hooks_and_foreign_attributes_survive_a_change_of_form_and_lost_ones_are
     net.head.register_forward_hook(lambda *call: None)
     net.fusion.register_forward_pre_hook(lambda *call: None)
     net.stages[0][0].register_full_backward_hook(lambda *call: None)
+    net.body_conv.register_full_backward_pre_hook(lambda *call: None)
+    net.fusion.weight.register_hook(lambda gradient: None)
     net.prepare_qat(calibration=[X])
-    assert "hooks on these are gone with the old form: head, stages.0.0, fusion." in caplog.text
+    names = "head, stages.0.0, fusion, body_conv, fusion.weight"
+    assert f"hooks on these are gone with the old form: {names}." in caplog.text
 
 
 # Parts, which of the fused form's tensors are frozen then, and which are named because they no longer are.

@@ -190,6 +190,8 @@ DAMAGED: Dict[
     "unexpected": ("surplus", X, True),
     "like a recorded option": ("bound_x", X, True),
     "another shape": (WEIGHT, X[0], False),
+    "sparse": ("head.weight", torch.zeros(16, 3, 3, 3).to_sparse(), False),
+    "no tensor": ("head.weight", torch.zeros(16, 3, 3, 3).numpy(), False),
     "a number": ("head.weight", 3, False),
     "a tensor without dimensions": ("head.weight", torch.tensor(3.0), False),
     "two bounds": ("bound", torch.ones(2), False),
