@@ -22,7 +22,7 @@ else:  # copied into a framework
     from . import aether_arch as arch
 
 TARGETS = ("onnxruntime", "tensorrt", "openvino")  # runtimes to optimise for, see for_target
-FULL = "placement 'full' was removed; AetherNet 0.2.0 is the last version that reads it"
+FULL = "placement 'full' was removed; AetherNet 0.2.0 is the last version to read it"
 RANGES = (".range_sum", ".watched")  # how names of a quantiser's tensors end
 
 
