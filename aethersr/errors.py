@@ -45,7 +45,7 @@ def missing_package(error: ImportError, why: str, extra: str) -> UserError:
         extra: our extra that installs it, such as "onnx".
     """
     name = (error.name or first_line(error)).split(".")[0]
-    name = {"PIL": "pillow", "cv2": "opencv-python"}.get(name, name)
+    name = {"PIL": "pillow", "cv2": "opencv-python", "skimage": "scikit-image"}.get(name, name)
     ours = f"""pip install ".[{extra}]" in AetherNet's folder"""
     return UserError(f"{why} needs the package {name}: pip install {name} (or {ours}).")
 
