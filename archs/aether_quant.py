@@ -409,7 +409,7 @@ class QuantAetherNet(arch.FusedAetherNet):
         if self.is_int8:
             return self
         if not self.has_ranges():
-            raise ValueError("convert_to_quantized: the ranges are unknown; train, or call calibrate(images).")
+            raise ValueError("convert_to_quantized: the ranges are unknown; train, or calibrate(images).")
         other = copy.deepcopy(self).eval().float()
         for quantizer in other.quantizers().values():
             # A sum over a hundred may exceed half precision; a tensor that is always zero has no range yet.
