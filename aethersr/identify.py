@@ -10,6 +10,7 @@ from collections import Counter
 from typing import Any, Dict, List, Mapping, Optional, Tuple
 
 import aether_arch
+import aether_quant
 import torch
 from aether_arch import AetherBase, AetherNet, FusedAetherNet
 from torch import Tensor
@@ -45,11 +46,11 @@ def aether_from_state_dict(state_dict: Mapping[str, Any], img_range: Optional[fl
         ValueError: not an AetherNet of a known layout; the message says what is missing or doesn't fit.
     """
     state = unwrap(state_dict).state
-    form: Any = aether_arch.form_of(state)
-    own = form.options_from_names(state) if form else {}  # refuses what was quantised with placement full
-    options = {**read_options(state), **own}
+    options = read_options(state)
     if form_name(state) == "older fused":
-        form, state = AetherNet, older_fused_to_training(state, options["sk_kernel"])
+        state = older_fused_to_training(state, options["sk_kernel"])
+    form: Any = aether_arch.form_of(state)
+    options.update(form.options_from_names(state))
     if img_range is not None:
         if not 1e-6 <= img_range < 1e6:
             expected = "expected a number from 1e-6 to 1e6, the training option of this name"
@@ -138,6 +139,7 @@ def read_options(state: Mapping[str, Tensor]) -> Dict[str, Any]:
 
 
 def _refuse_other_versions(state: Mapping[str, Tensor]) -> None:
+    aether_quant.refuse_full(state)
     for name, value in state.items():
         if 0 in value.shape:
             raise ValueError(f"tensor {name[:80]!r} holds no value; its shape is {tuple(value.shape)}.")

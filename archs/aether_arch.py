@@ -270,8 +270,7 @@ class AetherBase(nn.Module):
     def set_bound(self, bound: Optional[float]) -> None:
         """Clamp every block's norm to [-bound, bound], 1e-3 to 1e6 (else ValueError); None: no limit.
 
-        Do it before fusing: a fused file's values may be rescaled for half precision, unknown to the bound.
-        A file that is loaded decides anew.
+        Before fusing: fused values may be rescaled for half precision. A file that is loaded decides anew.
         """
         _check_options({**self.options, "bound": bound})
         self.options["bound"] = bound
@@ -296,10 +295,7 @@ class AetherBase(nn.Module):
         raise ValueError("convert_to_quantized: call prepare_qat() first, and fine-tune.")
 
     def become(self, other: AetherBase) -> None:
-        """Take ``other``'s form and tensors in place, but keep device, precision, layout, mode and hooks.
-
-        A tensor whose parts were all frozen stays frozen.
-        """
+        """Take ``other``'s form and tensors in place; device, precision, layout, mode and hooks stay."""
         other.to(device=self.mean.device, dtype=self.mean.dtype).train(self.training)
         if any(value.dim() == 4 and not value.is_contiguous() for value in self.parameters()):
             other.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -712,17 +708,18 @@ def _take_form_of(net: AetherBase, state_dict: Dict[str, Any], prefix: str) -> N
     body = form is AetherNet and scale not in (None, net.scale)
     taken = {name: value for name, value in file.items() if not (body and name.startswith(TAIL))}
     tail = {name: value for name, value in other.state_dict().items() if body and name.startswith(TAIL)}
+    completed = {**taken, **tail}
     allowed = () if strict else ("unexpected",) if other is not net else ("unexpected", "missing")
-    wrong = differences(other, file if strict else {**taken, **tail}, allowed)
+    wrong = differences(other, file if strict else completed, allowed)
     if wrong:
         remedy = "Build the network with the options that the file was trained with."
         if form is None:
             remedy = "fuse_aether.py reads other layouts."
-        elif body and not differences(other, {**taken, **tail}):
+        elif body and not differences(other, completed):
             remedy = "To take only the body, pass strict=False; in a template, set strict_load_g: false"
         text = f"the file is {described(named)}, the network {described(net.state_dict())}"
         raise RuntimeError(f"{type(net).__name__} stays as it was: {text}; tensors {wrong}. {remedy}")
-    whole = form is not None and not differences(other, {**taken, **tail}, ("unexpected",))
+    whole = form is not None and not differences(other, completed, ("unexpected",))
     if other is not net:
         taken = net.take(other, taken)
     if body:

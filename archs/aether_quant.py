@@ -22,7 +22,7 @@ else:  # copied into a framework
     from . import aether_arch as arch
 
 TARGETS = ("onnxruntime", "tensorrt", "openvino")  # runtimes to optimise for, see for_target
-FULL = "placement 'full' was removed; AetherNet 0.2.0 is the last version that reads it"
+FULL = "placement 'full' was removed; AetherNet 0.2.0 is the last version to read it"
 RANGES = (".range_sum", ".watched")  # how names of a quantiser's tensors end
 
 
@@ -246,10 +246,8 @@ class QuantAetherNet(arch.FusedAetherNet):
 
     @classmethod
     def options_from_names(cls, names: Iterable[str]) -> Dict[str, Any]:
-        """Raises ValueError if the tensors are those of placement "full"."""
         names = list(names)
-        if "fusion.quant_in.range_sum" in names:
-            raise ValueError(f"{FULL}; quantise the float network again.")
+        refuse_full(names)
         is_int8 = any(name.endswith(".reparam_conv.weight_scale") for name in names)
         return {**super().options_from_names(names), "is_int8": is_int8}
 
@@ -320,10 +318,7 @@ class QuantAetherNet(arch.FusedAetherNet):
 
     @torch.no_grad()
     def _average_ranges(self) -> None:
-        """Give every process the mean of all processes' ranges, since each saw different images.
-
-        A tensor that is zero until the others' ranges are fixed gets none; else this would go on for ever.
-        """
+        """Give every process the mean of all processes' ranges, since each saw different images."""
         quantizers = self.quantizers().values()
         values: List[Tensor] = [value for each in quantizers for value in (each.range_sum, each.watched)]
         mean = torch.cat(values)
@@ -331,7 +326,7 @@ class QuantAetherNet(arch.FusedAetherNet):
         mean /= torch.distributed.get_world_size()
         for value, new in zip(values, mean):
             value.copy_(new)
-        fixed = mean[1::2] >= Quantizer.WATCH
+        fixed = mean[1::2] >= Quantizer.WATCH  # or zero all the time: else this would go on for ever
         self._settle(bool((fixed | (mean[1::2] == 0)).all() and fixed.any()))
 
     def _settle(self, settled: bool) -> None:
@@ -414,8 +409,7 @@ class QuantAetherNet(arch.FusedAetherNet):
         if self.is_int8:
             return self
         if not self.has_ranges():
-            remedy = "train a batch, or call calibrate(images)"
-            raise ValueError(f"convert_to_quantized: the ranges are unknown; {remedy}.")
+            raise ValueError("convert_to_quantized: the ranges are unknown; train, or calibrate(images).")
         other = copy.deepcopy(self).eval().float()
         for quantizer in other.quantizers().values():
             # A sum over a hundred may exceed half precision; a tensor that is always zero has no range yet.
@@ -427,6 +421,12 @@ class QuantAetherNet(arch.FusedAetherNet):
                 text = "is beyond half precision; fuse_aether.py rescales float weights to prevent that"
                 raise ValueError(f"convert_to_quantized: {name} {text}.")
         return other
+
+
+def refuse_full(names: Iterable[str]) -> None:
+    """Raises ValueError if the tensors are those of placement "full"."""
+    if "fusion.quant_in.range_sum" in names:
+        raise ValueError(f"{FULL}; quantise the float network again.")
 
 
 def _median(values: Tensor) -> Tensor:
