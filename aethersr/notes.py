@@ -52,6 +52,8 @@ def read(content: bytes, found: Notes, orientation: Optional[int]) -> Tuple[Note
     turn, tiff = orientation or 1, content.startswith(_TIFF)
     tags = _tags(content if tiff else found["EXIF"] or b"")
     if tiff:
+        if tags.get(262) == 6 and tags.get(259) != 7:  # libvips turns only JPEG's into RGB
+            raise ValueError("its colours are YCbCr without JPEG")
         records, resources = tags.get(33723), tags.get(34377)
         if isinstance(records, bytes) and not resources:
             resources = b"8BIM\x04\x04\0\0" + struct.pack(">I", len(records)) + records

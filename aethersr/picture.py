@@ -114,6 +114,8 @@ class Picture:
             found = "16 bits a channel"
         elif self.alpha and kind in ("JPEG", "BMP") and self.pixels[..., -1].min() < 255:
             found = "transparency"
+        elif self.alpha and kind == "GIF" and not np.isin(self.pixels[..., -1], (0, 255)).all():
+            found = "half transparency"
         if found:
             raise UserError(f"{source} has {found}, which {target.name} can't hold; {OTHER_FORMAT}.")
 
@@ -126,7 +128,7 @@ class Picture:
         big = self.pixels.nbytes > _BIG
         fields, extra, lost = notes.for_file(self.notes, kind, big)
         if kind == "BMP":
-            image = Image.fromarray(self.pixels[..., 0] if channels == 1 else self.pixels)
+            image = Image.fromarray(self.pixels[..., 0] if channels < 3 else self.pixels)
             image.save(buffer := io.BytesIO(), kind, dpi=self.notes.get("dpi", (0, 0)))
             path.write_bytes(buffer.getvalue())  # Pillow doesn't see that a disk is full
             return lost

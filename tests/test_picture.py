@@ -157,6 +157,7 @@ def test_pictures_are_turned_upright_once(tmp_path: Path, kind: str, turn: int) 
         ("float.tif", tiff(np.zeros((4, 4, 1), np.float32), t339=(3,)), "32-bit floating-point"),
         ("half.tif", tiff(np.zeros((4, 4, 3), np.float16), t339=(3, 3, 3)), "16-bit floating-point"),
         ("signed.tif", tiff(np.zeros((4, 4, 3), np.int16), t339=(2, 2, 2)), "16-bit signed"),
+        ("ycc.tif", saved(IMAGE.convert("YCbCr"), "TIFF"), "YCbCr without JPEG"),
         ("five.tif", tiff(np.zeros((4, 4, 5), np.uint8)), "5 channels"),
         ("empty.png", b"", "is empty"),
         ("text.png", b"text", "not in a known format"),
@@ -179,10 +180,14 @@ def test_what_is_no_still_picture_is_refused_by_name(
     assert "--input" in str(caught.value)
 
 
-def test_a_format_that_cannot_hold_the_picture_is_refused() -> None:
+def test_a_format_that_cannot_hold_the_picture_is_refused(tmp_path: Path) -> None:
+    opaque = Picture(np.full((4, 4, 2), 255, np.uint8), True)
+    opaque.check_fits(Path("in.png"), Path("out.bmp"))
+    assert read(tmp_path, written(tmp_path, opaque, "BMP")).pixels.shape == (4, 4, 1)
     for picture, target, words in (
         (Picture(waves(4), True), "out.jpg", "transparency"),
         (Picture(waves(2), True), "out.bmp", "transparency"),
+        (Picture(waves(4), True), "out.gif", "half transparency"),
         (Picture(waves(3, np.uint16)), "out.webp", "16 bits"),
     ):
         with pytest.raises(UserError, match=words):
