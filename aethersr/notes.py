@@ -35,7 +35,7 @@ _OF_SRGB = {  # what a file without them means too
 _PNG, _TIFF = b"\x89PNG\r\n\x1a\n", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _JPEG, _APP0, _COM, _SOS = b"\xff\xd8", b"\xff\xe0", b"\xff\xfe", b"\xff\xda"
 _PHOTOSHOP, _EXIF = b"Photoshop 3.0\0", b"Exif\0\0"  # a JPEG's IPTC and EXIF begin with them, others' don't
-_SUB_IFDS = (0x8769, 0x8825, 0xA005)
+_SUB_IFDS, _INTEROP = (0x8769, 0x8825), 0xA005
 _DESCRIPTION, _DPI, _UNIT = 270, (282, 283), 296  # tags
 # In a TIFF, EXIF tags are mixed with those about its pixels: size, bits, strips, resolution, XMP, profile.
 _OF_PIXELS = {*range(254, 260), 262, 266, *range(273, 280), *_DPI, 284, _UNIT, 317,
@@ -173,9 +173,18 @@ def _tags(block: bytes) -> Image.Exif:
     return tags
 
 
+class _Text(str):
+    """Text that Pillow writes as it stood, whatever its encoding: it decodes Latin-1, but encodes ASCII.
+
+    It would give bytes another type, and few programs read a date that isn't of type ASCII.
+    """
+
+    def encode(self, encoding: str = "latin-1", errors: str = "strict") -> bytes:
+        return super().encode("latin-1")
+
+
 def _raw(value: Any) -> Any:
-    """Text as it stood, of any encoding: Pillow decodes it as Latin-1 and encodes it as ASCII."""
-    return value.encode("latin-1") if isinstance(value, str) else value
+    return _Text(value) if isinstance(value, str) else value
 
 
 def _clean(tags: Image.Exif) -> bytes:
@@ -183,6 +192,7 @@ def _clean(tags: Image.Exif) -> bytes:
 
     def writable(some: Dict[int, Any]) -> Dict[int, Any]:
         found = {}
+        some.pop(_INTEROP, None)  # a place in the old file
         for tag, value in some.items():
             with contextlib.suppress(Exception):
                 directory = ImageFileDirectory_v2()

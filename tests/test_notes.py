@@ -23,7 +23,8 @@ PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><d tiff:Orientation="6" title="Bild"/></x:xmpmeta>'
 PROMPT = b"UNICODE\0" + "eine Katze, Schritte: 20 \u5199".encode("utf-16-be")
 EXIF = Image.Exif()
-for tag, value in ((0x010E, "Bild"), (0x8769, {0x829A: 0.01, 0x9286: PROMPT}), (0x8825, {1: "N"})):
+EXPOSURE = {0x829A: 0.01, 0x9003: "2020:01:01 10:11:12", 0x9286: PROMPT}
+for tag, value in ((0x010E, "Bild"), (0x8769, {**EXPOSURE, 0xA005: 26}), (0x8825, {1: "N"})):
     EXIF[tag] = value
 IPTC = b"Photoshop 3.0\x008BIM\x04\x04\0\0\0\0\0\x09\x1c\x02\x19\0\x04eins\0"
 GAMMA = (b"gAMA", struct.pack(">I", 100000))
@@ -67,7 +68,9 @@ def test_notes_are_kept_or_named(tmp_path: Path, kind: str, dtype: Any) -> None:
         exif = Image.Exif()
         exif.load(back.pop("EXIF"))
         assert (exif[0x010E], exif.get_ifd(0x8825)[1]) == ("Bild", "N")
-        assert (exif.get_ifd(0x8769)[0x829A], exif.get_ifd(0x8769)[0x9286]) == (0.01, PROMPT)
+        inner = exif.get_ifd(0x8769)
+        assert {tag: inner.get(tag) for tag in EXPOSURE} == EXPOSURE, "text as text: else no date is read"
+        assert 0xA005 not in inner, "a place in the old file"
         assert b'title="Bild"' in back.pop("XMP")
     assert back.pop("dpi", None) == (pytest.approx((300, 150), abs=0.05) if "dpi" in kept else None)
     if kind == "PNG":
