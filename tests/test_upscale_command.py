@@ -100,7 +100,7 @@ def test_what_a_folder_holds_besides_pictures_is_counted_or_named(folder: Path, 
 def test_a_folder_of_jpegs_becomes_pngs(folder: Path, capfd: Any) -> None:
     noise(folder / "in" / "a.jpg", comment=b"hello")
     noise(folder / "in" / "b.JFIF")
-    assert run("net.pth", "in", "out", "--format", "png") == 0
+    assert run("net.pth", "in", "out", "--format", "PNG") == 0
     assert files(folder / "out") == ["a.png", "b.png"]
     assert Image.open(folder / "out" / "a.png").text == {"Comment": "hello"}
     for ending, kind in {"webp": "WEBP", "avif": "AVIF", "tif": "TIFF", "bmp": "BMP", "gif": "GIF"}.items():
@@ -166,6 +166,7 @@ def test_an_onnx_file_gives_the_same_picture_and_runs_on_the_cpu_if_only_pytorch
         (["--overwrite", "--skip-existing"], "exclude each other"),
         (["--device", "mps"], "PyTorch finds no Apple GPU"),
         (["--input", "https://example.org/a.png"], "https://example.org/a.png is a web address"),
+        (["--output", "https://example.org/a.png"], "--output: https://example.org/a.png is a web address"),
         (["--input", "cut.png"], "not a readable picture"),
         (["--output", "out.jpg"], "transparency"),
         (["--input", "wide.png", "--output", "out.webp"], ".png or .tif"),

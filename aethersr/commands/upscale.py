@@ -146,8 +146,10 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     flag = {"action": "store_true"}
     add("--model", type=local_path, required=True, help="weights (.pth, .safetensors) or a network (.onnx)")
     add("--input", type=local_path, required=True, help="a picture, or a folder of pictures")
-    add("--output", required=True, help="the picture to write, or a folder (names stay the same)")
-    add("--format", choices=ENDINGS, help="to write (default: as --output ends, in a folder as each is)")
+    text = "the picture to write, or a folder (names stay the same)"
+    add("--output", type=lambda path: local_path(path) and path, required=True, help=text)
+    text = "to write (default: as --output ends, in a folder as each is)"
+    add("--format", type=str.lower, choices=ENDINGS, help=text)
     add("--recursive", **flag, help="also upscale the pictures in subfolders")
     add("--skip-existing", **flag, help="skip pictures whose output exists, to continue a folder")
     add("--overwrite", **flag, help="replace existing files")
