@@ -45,12 +45,11 @@ def aether_from_state_dict(state_dict: Mapping[str, Any], img_range: Optional[fl
         ValueError: not an AetherNet of a known layout; the message says what is missing or doesn't fit.
     """
     state = unwrap(state_dict).state
-    options = read_options(state)
+    form: Any = aether_arch.form_of(state) or AetherNet
+    more = form.options_from_names(state)
+    options = {**read_options(state), **more}
     if form_name(state) == "older fused":
         state = older_fused_to_training(state, options["sk_kernel"])
-    form: Any = aether_arch.form_of(state)
-    if form is not AetherNet:
-        options.update(form.options_from_names(state))
     if img_range is not None:
         if not 1e-6 <= img_range < 1e6:
             expected = "expected a number from 1e-6 to 1e6, the training option of this name"
@@ -142,9 +141,6 @@ def _refuse_other_versions(state: Mapping[str, Tensor]) -> None:
     for name, value in state.items():
         if 0 in value.shape:
             raise ValueError(f"tensor {name[:80]!r} holds no value; its shape is {tuple(value.shape)}.")
-        if name == "fusion.quant_in.range_sum":
-            last = "AetherNet 0.2.0 is the last version to read it"
-            raise ValueError(f"it was quantised with placement full; {last}.")
         *_, last = name.split(".")
         if last in OTHER_VERSIONS:
             found = f"this is the layout of AetherNet {OTHER_VERSIONS[last]} (tensor {last!r})"
