@@ -126,7 +126,7 @@ def test_an_older_fused_file_is_refused_unless_asked_for(tmp_path: Path, refused
 OPTIONS = [
     ("--img_range 0", "img_range 0 is not possible"),
     ("--bound 0", "--bound 0 is not possible"),
-    ("--onnx fp32,fp8", "'fp8' is not known; allowed, separated by commas: fp32, fp16, int8"),
+    ("--onnx fp32,fp8", "--onnx 'fp8' is not known; allowed: fp32, fp16, int8"),
     ("--static 3,8,8", "--static needs --onnx"),
     ("--static 1,8,8 --onnx fp32", "--static 1,8,8 does not fit; expected 3,H,W"),
     ("--calibration x", "--calibration needs --onnx int8"),
@@ -134,8 +134,15 @@ OPTIONS = [
     ("--opset 9 --onnx fp32", "--opset 9 is not possible for fp32; pass 11 to"),
     ("--opset 21 --onnx int8 --target tensorrt", "is not possible for int8; pass 13 to 20"),
     ("--model_type aether_medium", "embed_dim=8"),
+    ("--output_path o.onnx", "pass --output_path o.safetensors, and --onnx fp32 for files beside it"),
+    ("--output_path o.param", "pass --output_path o.safetensors, and --ncnn for files beside it"),
+    (
+        "--output_path o",
+        "ends in 'nothing', expected .pth or .safetensors; pass --output_path o.safetensors.",
+    ),
+    ("--onnx int8 --calibration nope", "--calibration nope is not a folder; pass one with pictures"),
     ("--model_type aether_tiny", "aether_large"),
-    ("--upscale 4", "holds a x2 network, but --upscale 4 was given; pass --upscale 2"),
+    ("--upscale 4", "x2, but --upscale 4 was given; pass what it holds, or leave --upscale out"),
     ("--upscale 5", "choose from"),
     ("--int8", "it is --onnx int8"),
     ("--check-fp16", "what half precision costs is always printed"),
@@ -165,7 +172,6 @@ def test_outputs_are_checked_before_anything_is_written(checkpoint: Path, refuse
     folder = checkpoint.parent
     (folder / "taken.pth").write_text("mine")
     assert "input itself" in refused(checkpoint, checkpoint, "--overwrite")
-    assert "ends in '.onnx'" in refused(checkpoint, folder / "a.onnx")
     assert "does not exist" in refused(checkpoint, folder / "no" / "a.pth")
     assert "--overwrite" in refused(checkpoint, folder / "taken.pth")
     assert run(checkpoint, folder / "taken.pth", "--overwrite") == 0

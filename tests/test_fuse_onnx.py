@@ -106,7 +106,7 @@ def test_all_files_stay_as_they_were_where_the_last_one_fails(
     trained: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """How they come and go together: test_files.py."""
-    arguments = [trained, trained.with_name("a.pth"), "--onnx", "fp32,int8", "--overwrite"]
+    arguments = [trained, trained.with_name("a.pth"), "--onnx", "fp32", "int8,fp32", "--overwrite"]
     assert run(*arguments) == 0
     before, check, count = contents(trained.parent), onnx.checker.check_model, iter(range(9))
     assert {*before} == {"qat.pth", "a.pth", "a_fp32.onnx", "a_int8.onnx"}

@@ -159,7 +159,7 @@ REFUSED = {
     "--time 0.5 --blocks 3": "leave out --blocks",
     "--time 0.5 --img_range 0": "--img_range",
     "--time 0.5 --pictures missing": "--pictures missing",
-    "--time 0.5 --output_path small.onnx": "end in .pth or .safetensors",
+    "--time 0.5 --output_path small.onnx": "expected .pth or .safetensors",
     "--time 0.5 --output_path net.pth": "the input itself",
     "--time 0.5 --model_path fused.pth": "fused form",
     "--time 0.5 --model_path int8.pth": "int8 form",

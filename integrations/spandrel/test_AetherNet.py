@@ -1,3 +1,4 @@
+from functools import partial
 from typing import Any
 
 from spandrel.architectures.AetherNet import AetherNet, AetherNetArch
@@ -22,45 +23,26 @@ def small(**options: Any) -> AetherNet:
 
 
 def test_load():
+    plain = {"use_channel_attn": False, "use_spatial_attn": False}
     assert_loads_correctly(
         AetherNetArch(),
         lambda: AetherNet(),
-        lambda: AetherNet(
-            embed_dim=96,
-            depths=(4, 4, 4, 4),
-            use_channel_attn=False,
-            use_spatial_attn=False,
-        ),
-        lambda: small(scale=1),
-        lambda: small(scale=3),
-        lambda: small(scale=4),
-        lambda: small(scale=8),
-        lambda: small(in_chans=1),
-        lambda: small(in_chans=4),
-        lambda: small(embed_dim=24, depths=[1, 3, 2]),
-        lambda: small(mlp_ratio=1.5),
-        lambda: small(lk_kernel=17, sk_kernel=5),
-        lambda: small(use_channel_attn=False),
-        lambda: small(use_spatial_attn=False),
-        lambda: small(bound=4.0, img_range=255.0),
+        lambda: AetherNet(embed_dim=96, depths=(4, 4, 4, 4), **plain),
+        *[partial(small, scale=scale) for scale in (1, 3, 4, 8)],
+        *[partial(small, in_chans=channels) for channels in (1, 4)],
+        *[partial(small, **{name: False}) for name in plain],
+        partial(small, embed_dim=24, depths=[1, 3, 2], mlp_ratio=1.5),
+        partial(small, lk_kernel=17, sk_kernel=5, bound=4.0, img_range=255.0),
         ignore_parameters=NOT_IN_WEIGHTS,
     )
 
 
-def test_load_fused():
+def test_load_other_forms():
     assert_loads_correctly(
         AetherNetArch(),
-        lambda: small(scale=1).fused(),
-        lambda: small(in_chans=1).fused(),
+        lambda: small(scale=1, in_chans=1).fused(),
         lambda: small(scale=3, use_channel_attn=False).fused(),
         lambda: small(scale=4, lk_kernel=17, bound=4.0).fused(),
-        ignore_parameters=NOT_IN_WEIGHTS | {"sk_kernel"},
-    )
-
-
-def test_load_quantised():
-    assert_loads_correctly(
-        AetherNetArch(),
         lambda: small().prepare_qat(),
         lambda: small().prepare_qat().convert_to_quantized(),
         ignore_parameters=NOT_IN_WEIGHTS | {"sk_kernel"},
@@ -75,8 +57,4 @@ def test_aether_small(snapshot):
     file = ModelFile.from_url(URL)
     model = file.load_model()
     assert model == snapshot(exclude=disallowed_props)
-    assert_image_inference(
-        file,
-        model,
-        [TestImage.SR_16, TestImage.SR_32, TestImage.SR_64],
-    )
+    assert_image_inference(file, model, [TestImage.SR_16, TestImage.SR_32, TestImage.SR_64])
