@@ -45,11 +45,11 @@ def aether_from_state_dict(state_dict: Mapping[str, Any], img_range: Optional[fl
         ValueError: not an AetherNet of a known layout; the message says what is missing or doesn't fit.
     """
     state = unwrap(state_dict).state
-    form: Any = aether_arch.form_of(state) or AetherNet
-    more = form.options_from_names(state)
-    options = {**read_options(state), **more}
+    form: Any = aether_arch.form_of(state)
+    own = form.options_from_names(state) if form else {}  # refuses what was quantised with placement full
+    options = {**read_options(state), **own}
     if form_name(state) == "older fused":
-        state = older_fused_to_training(state, options["sk_kernel"])
+        form, state = AetherNet, older_fused_to_training(state, options["sk_kernel"])
     if img_range is not None:
         if not 1e-6 <= img_range < 1e6:
             expected = "expected a number from 1e-6 to 1e6, the training option of this name"

@@ -140,7 +140,7 @@ BESIDE: Dict[str, Any] = {
     "bytearray": bytearray(b"abc"),
     "sets": [{1, 2}, set()],
     "complex": 1j,
-    "a loss history": [k / 7 for k in range(1_200_000)],
+    "a loss history": [k / 7 for k in range(150_000)],
     "logs": [{"epoch": k, "loss": k / 7} for k in range(5000)],
     "a counter": collections.Counter("aab"),
     "a large number": 10**30,
