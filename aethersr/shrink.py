@@ -160,7 +160,7 @@ def steps(state: State, pairs: Pairs, left: Size) -> Iterator[Step]:
 
 def times(nets: Mapping[str, AetherBase]) -> Comparison:
     """Times of fused networks for a picture of SIDE x SIDE: computing time of one thread, in turns."""
-    return compare_times(nets, size=SIDE, one_thread=True)
+    return compare_times(nets, size=SIDE)
 
 
 def size_within(share: float, options: Mapping[str, Any], most: Size, least: Size) -> Size:

@@ -40,20 +40,17 @@ def largest_difference(net: AetherBase, other: AetherBase, device: str = "cpu") 
 
 
 @torch.no_grad()
-def compare_times(
-    nets: Mapping[str, AetherBase], device: str = "cpu", size: int = 64, one_thread: bool = False
-) -> Comparison:
-    """Times for one float32 picture of size x size, on a CPU also the computing time of one thread.
+def compare_times(nets: Mapping[str, AetherBase], device: str = "cpu", size: int = 64) -> Comparison:
+    """Times for one float32 picture of size x size; on a CPU the computing time of one thread.
 
     Afterwards the networks are in float32 and channels_last on ``device``.
     """
     image = torch.rand(1, next(iter(nets.values())).options["in_chans"], size, size, device=device)
     for net in nets.values():
         net.float().eval().to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    wait = torch.cuda.synchronize if device == "cuda" else None
     calls = {name: functools.partial(net, image) for name, net in nets.items()}
-    if not one_thread:
-        return interleaved(calls, wait=wait)
+    if device == "cuda":
+        return interleaved(calls, wait=torch.cuda.synchronize)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

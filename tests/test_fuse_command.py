@@ -16,6 +16,7 @@ import aether_arch
 import pytest
 import torch
 from checkpoints import FUSED, NET, STATE, older_fused
+from checkpoints import fuse as run
 from conftest import ROOT, one_line, randomize
 from safetensors.torch import load_file
 from torch import Tensor
@@ -27,11 +28,6 @@ from aethersr.identify import aether_from_state_dict
 X = torch.rand(1, 3, 11, 15, generator=torch.Generator().manual_seed(2))
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def run(source: Any, target: Any, *options: Any) -> int:
-    words = ["--model_path", source, "--output_path", target, *options, "--device", "cpu"]
-    return fuse.main([str(word) for word in words])
 
 
 @pytest.fixture
@@ -136,10 +132,7 @@ OPTIONS = [
     ("--model_type aether_medium", "embed_dim=8"),
     ("--output_path o.onnx", "pass --output_path o.safetensors, and --onnx fp32 for files beside it"),
     ("--output_path o.param", "pass --output_path o.safetensors, and --ncnn for files beside it"),
-    (
-        "--output_path o",
-        "ends in 'nothing', expected .pth or .safetensors; pass --output_path o.safetensors.",
-    ),
+    ("--output_path o", "ends in 'nothing', expected .pth or .safetensors; pass --output_path o.safe"),
     ("--onnx int8 --calibration nope", "--calibration nope is not a folder; pass one with pictures"),
     ("--model_type aether_tiny", "aether_large"),
     ("--upscale 4", "x2, but --upscale 4 was given; pass what it holds, or leave --upscale out"),
@@ -152,8 +145,9 @@ OPTIONS = [
 
 @pytest.mark.parametrize(("options", "words"), OPTIONS)
 def test_an_option_that_does_not_fit_ends_in_one_line(
-    checkpoint: Path, refused: Any, options: str, words: str
+    checkpoint: Path, refused: Any, monkeypatch: Any, options: str, words: str
 ) -> None:
+    monkeypatch.setattr(aether_arch.AetherNet, "fused", None)  # before the work
     assert words in refused(checkpoint, checkpoint.with_name("b.pth"), *options.split())
 
 

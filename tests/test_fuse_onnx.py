@@ -10,13 +10,13 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from checkpoints import fuse as run
 from conftest import one_line, small_net
 from PIL import Image
 from skimage import data as photographs
 from test_half_precision import blown_up
 
 from aethersr import half_precision
-from aethersr.commands import fuse
 
 SMALL: Dict[str, Any] = {
     "embed_dim": 16,
@@ -27,11 +27,6 @@ SMALL: Dict[str, Any] = {
 IMAGE = torch.rand(1, 3, 20, 24, generator=torch.Generator().manual_seed(1))
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def run(source: Any, target: Any, *options: Any) -> int:
-    words = ["--model_path", source, "--output_path", target, *options, "--device", "cpu"]
-    return fuse.main([str(word) for word in words])
 
 
 def output(path: Path) -> Any:

@@ -160,8 +160,7 @@ def fuse(args: argparse.Namespace) -> None:
         print(note)
     if fit.problem and (args.half or args.ncnn or "fp16" in args.onnx):
         raise UserError(f"{source}: {fit.problem}; leave --half, fp16 and --ncnn out, or {OTHER_CHECKPOINT}.")
-    difference = check_difference(unfused, net, source, args.device)
-    int8 = None
+    difference, int8 = check_difference(unfused, net, source, args.device), None
     if "int8" in args.onnx:
         try:
             int8 = quantise(trained, net, fit.powers, pairs, args)
@@ -187,10 +186,9 @@ def fuse(args: argparse.Namespace) -> None:
             files.commit()
     except OSError as error:
         raise unwritable(target, error, "--output_path") from None
-    print(f"\n{variant_name(unfused.options)} x{unfused.scale}")
-    print(rows)
-    limit = f"{verify.ALLOWED_DIFFERENCE:g} allowed"
-    print(f"Fused: within {difference:.1e} steps of 1/255 of the unfused network ({limit})")
+    print(f"\n{variant_name(unfused.options)} x{unfused.scale}\n{rows}")
+    found = f"within {difference:.1e} steps of 1/255 of the unfused network"
+    print(f"Fused: {found} ({verify.ALLOWED_DIFFERENCE:g} allowed)")
     half = f"{fit.decibels:.1f} dB from float32, within {fit.steps:.2g} steps of 1/255"
     print(f"Half precision: {f'{fit.problem}; use float32' if fit.problem else half}")
     for path in written:
