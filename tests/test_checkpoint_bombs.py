@@ -90,7 +90,6 @@ BOMBS: Dict[str, Callable[[], bytes]] = {  # each name begins with its file's
     ),
     "net.pth: key that doubles": lambda: repacked(doubling(b"}", b"K\x01s.")),
     "net.pth: function that doubles": lambda: repacked(doubling(b"", b"K\x01\x85R.")),
-    "net.pth: key in a key": lambda: repacked(b"\x80\x02})" + b"\x85" * 100_000 + b"K\x01s."),
     "net.pth: in itself": lambda: saved(in_itself(1000)),
     "net.pth: storage of terabytes": lambda: repacked(good_pickle(b"K\x03tq", long1(2**40) + b"tq")),
     "old.pth: storage of gigabytes": lambda: FILES["old.pth"].replace(b"K\x03Ntq", long1(2**31) + b"Ntq", 1),

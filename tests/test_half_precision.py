@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any, Dict, cast
 
 import aether_arch
 import numpy as np
@@ -36,12 +36,11 @@ from aethersr.quality import psnr, resize
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOO_LARGE = [defaultdict(lambda: 40 * HALF_MAX)]  # every value
-NARROW: Dict[str, Any] = {"scale": 2, "embed_dim": 16, "lk_kernel": 5}
 NETWORKS: Dict[str, Dict[str, Any]] = {
-    "attention": NARROW,
-    "grey": {**NARROW, "scale": 1, "use_channel_attn": False, "use_spatial_attn": False, "in_chans": 1},
-    "norm kept": NARROW,
-    "bounded": {**NARROW, "bound": 2.0, "img_range": 255.0},
+    "attention": {"scale": 2},
+    "grey": {"scale": 1, "use_channel_attn": False, "use_spatial_attn": False, "in_chans": 1, "lk_kernel": 7},
+    "norm kept": {"scale": 2},
+    "bounded": {"scale": 2, "bound": 2.0, "img_range": 255.0},
 }
 
 
@@ -85,7 +84,7 @@ def test_the_rescaled_network_gives_the_same_bits(name: str) -> None:
         torch.testing.assert_close(net(picture), other(picture), msg=title)
 
 
-LARGE = ("stream", "stages.1.1 attention", "fusion_convs", "body_norm", "stages.1.1 depthwise")
+LARGE = ("stream", "stages.0.0 attention", "fusion_convs", "body_norm", "stages.1.1 depthwise")
 BOTH = ("stages.0.0 product", "conv_before_upsample")
 
 
@@ -96,7 +95,7 @@ BOTH = ("stages.0.0 product", "conv_before_upsample")
 def test_weights_that_half_precision_does_not_hold_are_fine_once_rescaled(name: str, power: int) -> None:
     net = trained_net("norm kept").fused().float()
     other = blown_up(copy.deepcopy(net), name, power)
-    pictures = list(pictures_of(net).values())
+    pictures = list(pictures_of(net).values())[::2]
     assert not loss(other, pictures)[0] > 50, "half precision holds it"
     assert rescale_(other, [largest_values(other, picture) for picture in pictures])
     for picture in pictures:
@@ -232,8 +231,7 @@ def test_what_no_rescaling_helps_is_an_error_where_half_precision_is_asked_for_a
     folder: Folder,
 ) -> None:
     """A gate beyond half precision in a block that adds next to nothing, and an output that runs away."""
-    gate: Any = small_net(2)
-    huge: Any = small_net(2)
+    gate, huge = (cast(Any, small_net(2, embed_dim=8, depths=(1,), lk_kernel=3)) for _ in range(2))
     gate.stages[0][0].ffn.conv_gate.bias.fill_(1e6)
     gate.stages[0][0].ffn.conv_out.weight.div_(1e7)
     huge.conv_last.weight.mul_(1e7)
