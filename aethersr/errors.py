@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 from typing import Any, Iterator
 
@@ -39,8 +40,17 @@ def missing_package(error: ImportError, why: str, extra: str) -> UserError:
     """One line about a package that ``why`` (such as "--onnx") needs, and that our ``extra`` installs."""
     name = (error.name or first_line(error)).split(".")[0]
     name = {"PIL": "pillow", "cv2": "opencv-python"}.get(name, name)
-    ours = f"""pip install ".[{extra}]" in AetherNet's folder"""
-    return UserError(f"{why} needs the package {name}: pip install {name} (or {ours}).")
+    ours = f""" (or pip install ".[{extra}]" in AetherNet's folder)""" if extra else ""
+    return UserError(f"{why} needs the package {name}: pip install {name}{ours}.")
+
+
+def need(packages: str, why: str, extra: str = "") -> None:
+    """Import packages, named with spaces between. UserError, see missing_package: one isn't installed."""
+    try:
+        for name in packages.split():
+            importlib.import_module(name)
+    except ImportError as error:
+        raise missing_package(error, why, extra) from None
 
 
 # What the allocators of PyTorch and ONNX Runtime say when memory runs out. The word "memory" alone is not

@@ -14,7 +14,7 @@ from aether_arch import AetherBase, ChannelAttention, SpatialAttention
 from torch import Tensor
 from torch.nn import functional as F
 
-from aethersr.errors import UserError
+from aethersr.errors import UserError, need
 from aethersr.exported import ExportTail, for_export
 from aethersr.files import Together
 from aethersr.onnx import picture
@@ -46,7 +46,7 @@ def convert(model: AetherBase) -> Tuple[bytes, bytes]:
     scale * W), as Upscayl and others expect. H and W can be any size; weights are in half precision. Raises
     UserError if ncnn or pnnx is missing, or ncnn's output is more than a step of 1/255 off.
     """
-    require()
+    need("ncnn pnnx", "an NCNN file", "ncnn")
     import ncnn
     import pnnx
 
@@ -116,15 +116,6 @@ class _SpatialAttention(SpatialAttention):
         window = [1, self.channels]
         pooled = [pool(pixels, window, 1).permute(0, 3, 2, 1) for pool in (F.max_pool2d, F.avg_pool2d)]
         return x * torch.sigmoid(self.conv(torch.cat(pooled, 1)))
-
-
-def require() -> None:
-    """Raise UserError if a package is missing."""
-    try:
-        import ncnn  # noqa: F401
-        import pnnx  # noqa: F401
-    except ImportError:
-        raise UserError(f"an NCNN file needs the packages ncnn and pnnx: {WAY_OUT}") from None
 
 
 def named_for_upscayl(stem: str, scale: int) -> str:

@@ -10,7 +10,7 @@ import torch
 from aether_arch import AetherBase
 from torch import Tensor
 
-from aethersr.errors import Refused, UserError, first_line, missing_package, naming
+from aethersr.errors import Refused, UserError, first_line, naming, need
 from aethersr.identify import read_network
 from aethersr.tiling import receptive_field
 from aethersr.untrusted import check_kind
@@ -49,11 +49,10 @@ class OnnxNetwork:
     """An exported AetherNet. Raises Refused for other files."""
 
     def __init__(self, path: Path, device: Optional[str]) -> None:
-        try:
-            import onnx
-            import onnxruntime
-        except ImportError as error:
-            raise missing_package(error, str(path), "onnx") from None
+        need("onnx onnxruntime", str(path), "onnx")
+        import onnx
+        import onnxruntime
+
         cuda = "CUDAExecutionProvider"
         has_cuda = cuda in onnxruntime.get_available_providers()
         if device == "cuda" and not has_cuda:
@@ -95,12 +94,11 @@ class NcnnNetwork:
     size: Optional[Tuple[int, int]] = None
 
     def __init__(self, path: Path) -> None:
+        need("ncnn", str(path), "ncnn")
+        import ncnn
+
         from aethersr.ncnn import channels_and_reach, run
 
-        try:
-            import ncnn
-        except ImportError:
-            raise Refused("needs the package ncnn: pip install ncnn, or leave it out") from None
         self.net, self.run, weights = ncnn.Net(), run, path.with_suffix(".bin")
         if not weights.is_file() or self.net.load_param(str(path)) or self.net.load_model(str(weights)):
             raise Refused(f"and {weights.name} are not the two files of an NCNN network; pass others")

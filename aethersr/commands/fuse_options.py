@@ -17,7 +17,7 @@ from aether_quant import TARGETS
 from aethersr import ncnn
 from aethersr.checkpoint import ENDINGS
 from aethersr.commands import Parser, check_device, program_name
-from aethersr.errors import UserError, missing_package
+from aethersr.errors import UserError, need
 from aethersr.identify import add_img_range
 from aethersr.onnx import PRECISIONS, opsets
 
@@ -86,15 +86,8 @@ def check_options(args: argparse.Namespace) -> None:
         first, last = opsets(name, args.target)
         if not first <= args.opset <= last:
             raise UserError(f"--opset {args.opset} is not possible for {name}; pass {first} to {last}.")
-    if args.ncnn:
-        ncnn.require()
-    if args.onnx:
-        try:
-            import onnx  # noqa: F401
-            import onnxruntime  # noqa: F401
-            import onnxslim  # noqa: F401
-        except ImportError as error:
-            raise missing_package(error, "--onnx", "onnx") from None
+    need("ncnn pnnx" if args.ncnn else "", "--ncnn", "ncnn")
+    need("onnx onnxruntime onnxslim" if args.onnx else "", "--onnx", "onnx")
 
 
 def static_shape(args: argparse.Namespace, net: AetherBase) -> Optional[List[int]]:
@@ -118,11 +111,7 @@ def check_ending(path: Path) -> None:
         beside = f", and {option} for files beside it" if option else ""
         raise UserError(f"{found}; pass --output_path {path.with_suffix('.safetensors')}{beside}.")
     if ending == ".safetensors":
-        try:
-            import safetensors.torch  # noqa: F401
-        except ImportError as error:
-            remedy = f"pip install {error.name}, or write a .pth file (--output_path)"
-            raise UserError(f"{path} needs the package {error.name}: {remedy}.") from None
+        need("safetensors.torch", f"--output_path {path}, unlike a .pth file,")
 
 
 def onnx_and_ncnn_paths(
