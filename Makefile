@@ -8,15 +8,17 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 FAST := network fusion loading registration checkpoint checkpoint_* identify errors files tiling timing
 RUNTIMES := runtimes exported onnx onnx_int8 ncnn tensorrt spandrel comfyui
+# The demo and the page need less than the tests, whose environment serves as well where it is there.
+SMALL := .venv/.$(if $(wildcard .venv/.installed),installed,small)
 tests_of = $(wildcard $(patsubst %,tests/test_%.py,$(1)))
 
 .PHONY: demo web test test-fast test-slow test-runtimes lint format options bench gpu mutants requirements clean
 
-demo: .venv/.installed
+demo: $(SMALL)
 	$(BIN)/python demo/demo.py $(ARGS)
 
 # The page that upscales in the browser, on localhost. make web ARGS="--port 8080"
-web: .venv/.installed
+web: $(SMALL)
 	$(BIN)/python demo/serve_web.py $(ARGS)
 
 test: .venv/.installed
@@ -80,6 +82,13 @@ mutants: .venv/.installed
 	$(PIP) --no-deps --require-hashes -r requirements.lock
 	$(PIP) torch==2.13.0
 	$(PIP) --no-deps --require-hashes --no-build-isolation -r requirements-basicsr.txt
+	touch $@
+
+.venv/.small: requirements.lock
+	$(PYTHON) -m venv .venv
+	grep -oE '^[^ #]+==[^ ]+' $< > .venv/versions
+	$(PIP) -c .venv/versions torch==2.13.0 numpy onnx onnxruntime onnxslim pillow pyvips pyvips-binary safetensors \
+		scikit-image tqdm
 	touch $@
 
 # After changing requirements.txt. Pinned versions stay unless UPGRADE=--upgrade.

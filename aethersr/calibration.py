@@ -14,6 +14,7 @@ from aether_quant import QuantAetherNet, prepare_qat
 from torch import Tensor
 
 from aethersr.errors import UserError, missing_package
+from aethersr.folders import pictures_in
 
 PICTURES, SIDE = 32, 128  # pictures at most, and the side of the centre crop in low-resolution pixels
 SMALLEST = 8  # least side of a crop
@@ -39,13 +40,10 @@ def calibration_pairs(folder: Path, net: AetherBase, flag: str = "--calibration"
         import numpy as np
         from PIL import Image
 
-        from aethersr.picture import FORMATS
         from aethersr.quality import read_rgb
     except ImportError as error:
         raise missing_package(error, flag, "upscale") from None
-    if not folder.is_dir():
-        raise UserError(f"{flag} {folder} is not a folder; pass one with pictures.")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in FORMATS)
+    paths = pictures_in(folder, flag, recursive=True).pictures
     scale, mode = net.scale, "RGB" if net.options["in_chans"] == 3 else "L"
 
     def pair(path: Path) -> Optional[Tuple[Tensor, Tensor]]:

@@ -39,7 +39,7 @@ def first_line(error: BaseException) -> str:
 def missing_package(error: ImportError, why: str, extra: str) -> UserError:
     """One line about a package that ``why`` (such as "--onnx") needs, and that our ``extra`` installs."""
     name = (error.name or first_line(error)).split(".")[0]
-    name = {"PIL": "pillow", "cv2": "opencv-python"}.get(name, name)
+    name = {"PIL": "pillow", "cv2": "opencv-python", "skimage": "scikit-image"}.get(name, name)
     ours = f""" (or pip install ".[{extra}]" in AetherNet's folder)""" if extra else ""
     return UserError(f"{why} needs the package {name}: pip install {name}{ours}.")
 
@@ -68,6 +68,6 @@ _ALLOCATORS = (
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the error means that memory ran out."""
-    if type(error).__name__ in ("MemoryError", "OutOfMemoryError"):  # Python's, PyTorch's on a GPU
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # PyTorch's on a GPU
         return True
     return isinstance(error, Exception) and any(words in str(error) for words in _ALLOCATORS)

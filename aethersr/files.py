@@ -25,28 +25,31 @@ def check_output(path: Path, sources: Iterable[Path], overwrite: bool, flag: str
 def check_folder(folder: Path, flag: str) -> None:
     """Raise UserError if no file can be made in the folder."""
     if not os.path.isdir(folder):
-        raise UserError(f"the folder {folder} does not exist; make it or pass another {flag}.")
+        missing = f"the folder {folder} does not exist; make it or"
+        found = f"{folder} is a file, where a folder is needed;" if os.path.lexists(folder) else missing
+        raise UserError(f"{found} pass another {flag}.")
     try:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise unwritable(folder, error, flag) from None
 
 
-def check_file(path: Path, sources: Iterable[Path], overwrite: bool, flag: str) -> None:
-    """Raise UserError if the path is an input, or exists."""
-    found = ""
-    if any(
-        os.path.exists(path) and os.path.exists(each) and os.path.samefile(path, each) for each in sources
-    ):
-        found = "the input itself, which is never overwritten"
+def check_file(path: Path, sources: Iterable[Path], overwrite: bool, flag: str, others: str = "") -> None:
+    """Raise UserError if the path is an input, exists, or is read-only. ``others``: other ways out."""
+    there = os.path.exists(path)
+    if there and any(os.path.exists(each) and os.path.samefile(path, each) for each in sources):
+        found = "is the input itself, which is never overwritten; pass"
     elif os.path.isdir(path):
-        found = "a folder, expected a file name"
-    elif os.path.exists(path) and not os.path.isfile(path):
-        found = "a pipe or a device, expected a file name"
-    if found:
-        raise UserError(f"{path} is {found}; pass another {flag}.")
-    if os.path.lexists(path) and not overwrite:  # not exists: a dangling link is there too
-        raise UserError(f"{path} exists; pass --overwrite to replace it, or another {flag}.")
+        found = "is a folder, expected a file name; pass"
+    elif there and not os.path.isfile(path):
+        found = "is a pipe or a device, expected a file name; pass"
+    elif os.path.lexists(path) and not overwrite:  # not exists: a dangling link is there too
+        found = f"exists; pass {others}--overwrite to replace it, or"
+    elif there and not os.stat(path).st_mode & 0o222:  # replacing it would need the folder's rights alone
+        found = "is read-only; make it writable, or pass"
+    else:
+        return
+    raise UserError(f"{path} {found} another {flag}.")
 
 
 def unwritable(path: Path, error: OSError, flag: str) -> UserError:

@@ -1,7 +1,7 @@
 """What a picture's file says beside its pixels.
 
-libvips keeps colour profile, EXIF, XMP, IPTC and dpi. Added here: PNG chunks about colours and with text, a
-JPEG's comment, EXIF in TIFF; and the names of what a format can't hold.
+libvips keeps colour profile, EXIF, XMP and IPTC. Done here: dots per inch, which it invents where there are
+none, PNG's chunks, a JPEG's comment, EXIF in TIFF; and the names of what isn't written.
 """
 
 from __future__ import annotations
@@ -19,12 +19,11 @@ from PIL.TiffImagePlugin import ImageFileDirectory_v2
 # By the names that a user is shown: "dpi" (across, down), "chunks" of a PNG, all others as bytes.
 Notes = Dict[str, Any]
 Chunk = Tuple[bytes, bytes]  # name and content
-Extra = Tuple[int, bytes]  # what to put into a file that libvips writes, and after how many bytes
 
 FIELDS = {"colour profile": "icc-profile-data", "EXIF": "exif-data", "XMP": "xmp-data", "IPTC": "iptc-data"}
 _MOST = {"colour profile", "EXIF", "XMP", "dpi"}
-_HELD = {"PNG": {*_MOST, "comment", "chunks"}, "JPEG": {*_MOST, "IPTC", "comment"}, "TIFF": {*_MOST, "IPTC"},
-         "WEBP": _MOST, "AVIF": _MOST, "BMP": {"dpi"}, "GIF": set()}  # fmt: skip
+_WRITTEN = {"PNG": {*_MOST, "comment", "chunks"}, "JPEG": {*_MOST, "IPTC", "comment"}, "WEBP": _MOST,
+            "TIFF": {*_MOST, "IPTC", "comment"}, "AVIF": _MOST, "BMP": {"dpi"}, "GIF": set()}  # fmt: skip
 _SEGMENT = 65000  # bytes that a JPEG's segment holds at most, with a margin for its name
 _COLOURS = {b"gAMA": 4, b"cHRM": 32, b"cICP": 4, b"mDCV": 24, b"cLLI": 8}  # bytes
 _TEXTS = (b"tEXt", b"zTXt", b"iTXt")
@@ -34,11 +33,12 @@ _OF_SRGB = {  # what a file without them means too
     (b"cICP", bytes([1, 13, 0, 1])),
 }
 _PNG, _TIFF = b"\x89PNG\r\n\x1a\n", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-_JPEG, _COM, _SOS = b"\xff\xd8", b"\xff\xfe", b"\xff\xda"
-_PHOTOSHOP = b"Photoshop 3.0\0"  # a JPEG's IPTC begins with it, a TIFF's does not
+_JPEG, _APP0, _COM, _SOS = b"\xff\xd8", b"\xff\xe0", b"\xff\xfe", b"\xff\xda"
+_PHOTOSHOP, _EXIF = b"Photoshop 3.0\0", b"Exif\0\0"  # a JPEG's IPTC and EXIF begin with them, others' don't
 _SUB_IFDS = (0x8769, 0x8825, 0xA005)
+_DESCRIPTION, _DPI, _UNIT = 270, (282, 283), 296  # tags
 # In a TIFF, EXIF tags are mixed with those about its pixels: size, bits, strips, resolution, XMP, profile.
-_OF_PIXELS = {*range(254, 260), 262, 266, *range(273, 280), 282, 283, 284, 296, 317,
+_OF_PIXELS = {*range(254, 260), 262, 266, *range(273, 280), *_DPI, 284, _UNIT, 317,
               *range(318, 348), *range(512, 533), 700, 33723, 34377, 34675}  # fmt: skip
 
 
@@ -47,66 +47,97 @@ def read(content: bytes, found: Notes, orientation: Optional[int]) -> Tuple[Note
 
     ``found``: what libvips read; values may be None.
     """
-    xmp = found["XMP"]
-    if xmp:
-        pattern = rb'(tiff:Orientation(?:="|>))([1-8])'
-        written = re.search(pattern, xmp)
-        orientation = orientation or (int(written.group(2)) if written else None)
-        xmp = re.sub(pattern, rb"\g<1>1", xmp)
+    if orientation and found["XMP"]:  # alone it stays, and so what a program makes of it
+        found["XMP"] = re.sub(rb'(tiff:Orientation(?:="|>))[1-8]', rb"\g<1>1", found["XMP"])
     turn, tiff = orientation or 1, content.startswith(_TIFF)
     tags = _tags(content if tiff else found["EXIF"] or b"")
-    dpi = found["dpi"]
-    if _is_unknown(dpi):
-        with contextlib.suppress(Exception):  # broken EXIF raises many kinds
-            unit = 2.54 if tags.get(296) == 3 else 1
-            dpi = float(tags[282]) * unit, float(tags[283]) * unit
     if tiff:
         records, resources = tags.get(33723), tags.get(34377)
         if isinstance(records, bytes) and not resources:
             resources = b"8BIM\x04\x04\0\0" + struct.pack(">I", len(records)) + records
         found["IPTC"] = _PHOTOSHOP + resources if isinstance(resources, bytes) else None
     parts = [part for part in _segments(content) if not part[1].startswith(b"XML:com.adobe.xmp")]
-    found["EXIF"], found["XMP"] = _clean(tags), xmp
-    found["dpi"] = None if _is_unknown(dpi) else dpi if turn < 5 else dpi[::-1]
-    found["comment"] = b"\n".join(data.rstrip(b"\0") for name, data in parts if name == _COM)
+    dpi = _dpi(tags, parts, tiff)
+    found["EXIF"], found["dpi"] = _clean(tags), dpi[::-1] if turn >= 5 else dpi
+    found["comment"] = b"\n".join(data.rstrip(b"\0") for name, data in parts if name == _COM and data)
     colours = {name: data for name, data in reversed(parts) if len(data) == _COLOURS.get(name)}
     texts = [part for part in parts if part[0] in _TEXTS and 0 < part[1].find(b"\0") < 80]
     found["chunks"] = [(name, colours[name]) for name in _COLOURS if name in colours] + texts
-    notes = {name: value for name, value in found.items() if value}
-    return notes, turn, tiff and tags.get(338) in (0, (0,))
+    return {name: value for name, value in found.items() if value}, turn, tiff and tags.get(338) in (0, (0,))
 
 
-def for_file(notes: Notes, kind: str, big: bool) -> Tuple[Dict[str, bytes], Extra, List[str]]:
-    """For a file of this ``kind``: fields that libvips writes, what to put in, names of what it can't hold.
+def _dpi(tags: Image.Exif, parts: List[Chunk], tiff: bool) -> Tuple[float, ...]:
+    """Dots per inch across and down, or nothing if the file doesn't say."""
+    found: Tuple[float, ...] = ()
+    with contextlib.suppress(Exception):  # broken EXIF raises many kinds
+        unit = {2: 1, 3: 2.54}[tags.get(_UNIT, 2)]
+        found = tuple(float(tags[tag]) * unit for tag in _DPI)
+    if not tiff and found in ((), (72, 72)):  # by EXIF's standard: unknown
+        found = ()
+        for name, data in parts:
+            if name == b"pHYs" and data[8:] == b"\1":
+                found = tuple(dots * 0.0254 for dots in struct.unpack(">II", data[:8]))
+            elif name == _APP0 and data[:5] == b"JFIF\0" and len(data) > 11 and data[7] in (1, 2):
+                found = tuple(dots * (1, 2.54)[data[7] - 1] for dots in struct.unpack_from(">HH", data, 8))
+    return found if all(0 < dots < 1e6 for dots in found) else ()
 
-    ``big``: a TIFF may need more than 4 GiB, where nothing is put in.
+
+def for_file(notes: Notes, kind: str, big: bool) -> Tuple[Dict[str, bytes], bytes, List[str]]:
+    """For a file of this ``kind``: fields for libvips, what put_in adds, and names of what isn't written.
+
+    ``big``: a TIFF may need more than 4 GiB, where nothing is added.
     """
-    lost = {name for name in notes if name not in _HELD[kind]}
+    lost = notes.keys() - _WRITTEN[kind]
+    # libvips writes no EXIF into TIFF, and IPTC so that nobody can read it: see add_to_tiff.
+    added = {"TIFF": {"EXIF", "IPTC", "comment"}, "PNG": {*FIELDS}}.get(kind, set())
     if kind == "JPEG":
         lost |= {n for n in ("EXIF", "XMP", "IPTC") if len(notes.get(n, b"")) > _SEGMENT}
-    # libvips writes no EXIF into TIFF, and IPTC so that nobody can read it: see add_to_tiff.
-    added = {"EXIF", "IPTC"} if kind == "TIFF" else set()
-    lost |= added & notes.keys() if big else set()
+    elif kind == "TIFF":
+        has_other = _DESCRIPTION in _tags(notes.get("EXIF", b""))
+        lost |= notes.keys() & (added if big else {"comment"} if has_other else set())
     fields = {FIELDS[name]: notes[name] for name in notes.keys() & FIELDS.keys() - lost - added}
-    chunks, comment, extra = list(notes.get("chunks", [])), notes.get("comment"), b""
-    words = sorted(lost - {"chunks"})
+    chunks, words = notes.get("chunks", []), sorted(lost - {"chunks"})
     if "chunks" in lost:
         words += [name.decode() for name, data in chunks if name in _COLOURS and (name, data) not in _OF_SRGB]
         texts = (data.split(b"\0")[0] for name, data in chunks if name in _TEXTS)
         words += [f"text {keyword.decode('latin-1')!r}" for keyword in texts]
-    if kind == "PNG":
-        if comment:
-            is_utf8 = comment.decode(errors="ignore").encode() == comment
-            latin = (b"tEXt", b"Comment\0" + comment)
-            chunks.append((b"iTXt", b"Comment" + bytes(5) + comment) if is_utf8 else latin)
-        for name, data in chunks:
-            extra += struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-        return fields, (len(_PNG) + 25, extra), words
-    if comment and "comment" not in lost:
-        for start in range(0, len(comment), _SEGMENT):
-            part = comment[start : start + _SEGMENT]
-            extra += _COM + struct.pack(">H", len(part) + 2) + part
-    return fields, (len(_JPEG), extra), words
+    extra = {"PNG": _png_chunks, "JPEG": _jpeg_segments}.get(kind, lambda notes: b"")(notes)
+    return fields, extra, words
+
+
+def _png_chunks(notes: Notes) -> bytes:
+    chunks: List[Chunk] = list(notes.get("chunks", []))
+    if "colour profile" in notes:
+        chunks.append((b"iCCP", b"ICC profile\0\0" + zlib.compress(notes["colour profile"])))
+    if "EXIF" in notes:
+        chunks.append((b"eXIf", notes["EXIF"][len(_EXIF) :]))
+    if "XMP" in notes:
+        chunks.append((b"iTXt", b"XML:com.adobe.xmp" + bytes(5) + notes["XMP"]))
+    if "dpi" in notes:
+        chunks.append((b"pHYs", struct.pack(">IIB", *(round(dots / 0.0254) for dots in notes["dpi"]), 1)))
+    comment = notes.get("comment", b"").replace(b"\0", b" ")  # which ends a text
+    if comment:
+        is_utf8 = comment.decode(errors="ignore").encode() == comment
+        latin = (b"tEXt", b"Comment\0" + comment)
+        chunks.append((b"iTXt", b"Comment" + bytes(5) + comment) if is_utf8 else latin)
+    checked = ((name + data, struct.pack(">I", zlib.crc32(name + data))) for name, data in chunks)
+    return b"".join(struct.pack(">I", len(chunk) - 4) + chunk + check for chunk, check in checked)
+
+
+def _jpeg_segments(notes: Notes) -> bytes:
+    dots = [min(max(round(dots), 1), 65535) for dots in notes.get("dpi", (1, 1))]
+    segments = [(_APP0, b"JFIF\0\1\1" + struct.pack(">BHHBB", "dpi" in notes, *dots, 0, 0))]
+    comment = notes.get("comment", b"")
+    places = range(0, len(comment), _SEGMENT)
+    segments += [(_COM, comment[place : place + _SEGMENT]) for place in places]
+    return b"".join(name + struct.pack(">H", len(data) + 2) + data for name, data in segments)
+
+
+def put_in(extra: bytes, begin: bytes) -> bytes:
+    """The first bytes of a file as libvips writes it; ``extra`` replaces a PNG's or JPEG's dots per inch."""
+    place, size = (len(_PNG) + 25, 21) if begin.startswith(_PNG) else (len(_JPEG), 18)
+    is_there = begin[place:].startswith((b"\0\0\0\x09pHYs", _APP0 + b"\0\x10"))
+    return begin[:place] + extra + begin[place + size * is_there :]
 
 
 def frames_of_png(content: bytes) -> int:
@@ -140,9 +171,9 @@ def _tags(block: bytes) -> Image.Exif:
     return tags
 
 
-def _is_unknown(dpi: Tuple[float, float]) -> bool:
-    """Whether it is impossible, or what libvips says where it finds none."""
-    return {round(value) for value in dpi} <= {25, 72} or not all(0 < value < 1e6 for value in dpi)
+def _raw(value: Any) -> Any:
+    """Text as it stood, of any encoding: Pillow decodes it as Latin-1 and encodes it as ASCII."""
+    return value.encode("latin-1") if isinstance(value, str) else value
 
 
 def _clean(tags: Image.Exif) -> bytes:
@@ -153,9 +184,9 @@ def _clean(tags: Image.Exif) -> bytes:
         for tag, value in some.items():
             with contextlib.suppress(Exception):
                 directory = ImageFileDirectory_v2()
-                directory[tag] = value
+                directory[tag] = _raw(value)
                 directory.tobytes()
-                found[tag] = value
+                found[tag] = _raw(value)
         return found
 
     kept = Image.Exif()
@@ -183,13 +214,18 @@ def add_to_tiff(file: BinaryIO, notes: Notes) -> None:
 
     source, tags = _tags(notes.get("EXIF", b"")), ImageFileDirectory_v2()
     for tag, value in source.items():
-        tags[tag] = source.get_ifd(tag) if tag in _SUB_IFDS else value
+        inner = source.get_ifd(tag).items() if tag in _SUB_IFDS else ()
+        tags[tag] = {key: _raw(each) for key, each in inner} or _raw(value)
     if notes.get("IPTC", b"").startswith(_PHOTOSHOP):
         tags[34377] = notes["IPTC"][len(_PHOTOSHOP) :]
+    if "comment" in notes and _DESCRIPTION not in tags:
+        tags[_DESCRIPTION] = notes["comment"].replace(b"\0", b" ")
+    if "dpi" not in notes:
+        tags[_UNIT] = 1  # none
     if tags:
-        merged = entries(append(tags.tobytes(append(b""))))
+        own = append(tags.tobytes(append(b"")))
         file.seek(4)
-        merged.update(entries(*struct.unpack("<I", file.read(4))))
+        merged = {**entries(*struct.unpack("<I", file.read(4))), **entries(own)}
         directory = b"".join(merged[tag] for tag in sorted(merged))
         place = append(struct.pack("<H", len(merged)) + directory + bytes(4))
         file.seek(4)

@@ -18,14 +18,13 @@ from PIL import BmpImagePlugin, Image
 
 from aethersr import notes
 from aethersr.errors import UserError, first_line
+from aethersr.folders import FORMATS, KINDS
 
 try:
     import pyvips
 except (ImportError, OSError):  # OSError: libvips itself is missing
     raise ImportError(name="pyvips pyvips-binary") from None
 
-FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".jfif": "JPEG", ".webp": "WEBP", ".tif": "TIFF",
-           ".tiff": "TIFF", ".bmp": "BMP", ".gif": "GIF", ".avif": "AVIF"}  # fmt: skip
 SAVE_OPTIONS: Dict[str, Dict[str, Any]] = {
     "PNG": {"compression": 2, "filter": "up"},  # a network on a card must not wait for it
     "JPEG": {"Q": 95, "subsample_mode": "off"},
@@ -67,7 +66,7 @@ class Picture:
         except (UserError, MemoryError):
             raise
         except Exception as error:  # Pillow raises many kinds
-            expected = f"expected one of {', '.join(FORMATS)} ({flag})"
+            expected = f"expected one of {KINDS} ({flag})"
             raise UserError(f"{path} is not a readable picture ({_reason(error)}); {expected}.") from None
 
     @classmethod
@@ -76,8 +75,8 @@ class Picture:
         _check_size(*image.size)
         grey, clear = image.mode in ("1", "L"), image.has_transparency_data
         pixels = np.array(image.convert("L" if grey else "RGBA" if clear else "RGB"))
-        dpi = {"dpi": image.info["dpi"]} if "dpi" in image.info else {}
-        return cls(pixels.reshape(*pixels.shape[:2], -1), clear, dpi)
+        dpi = image.info.get("dpi", (0, 0))
+        return cls(pixels.reshape(*pixels.shape[:2], -1), clear, {"dpi": dpi} if min(dpi) > 0 else {})
 
     @classmethod
     def _decoded(cls, path: Path, content: bytes, flag: str) -> Picture:
@@ -96,7 +95,6 @@ class Picture:
             expected = f"expected 8 or 16 bits a channel; save it as a 16-bit TIFF or PNG ({flag})"
             raise UserError(f"{path} holds {found} numbers, {expected}.")
         said = {name: _get(image, field) for name, field in notes.FIELDS.items()}
-        said["dpi"] = (image.xres * 25.4, image.yres * 25.4)
         if image.interpretation == "cmyk":
             image, said["colour profile"] = _cmyk_to_srgb(image), None
         if image.bands > 4:
@@ -129,7 +127,7 @@ class Picture:
         fields, extra, lost = notes.for_file(self.notes, kind, big)
         if kind == "BMP":
             image = Image.fromarray(self.pixels[..., 0] if channels == 1 else self.pixels)
-            image.save(buffer := io.BytesIO(), kind, dpi=self.notes.get("dpi", (72, 72)))
+            image.save(buffer := io.BytesIO(), kind, dpi=self.notes.get("dpi", (0, 0)))
             path.write_bytes(buffer.getvalue())  # Pillow doesn't see that a disk is full
             return lost
         deep = self.pixels.dtype == np.uint16
@@ -142,7 +140,7 @@ class Picture:
         for name, value in fields.items():
             image.set_type(pyvips.GValue.blob_type, name, value)
         # Unless there is something to write into it, libvips would add EXIF of its own.
-        exif = "exif-data" in fields or ("dpi" in self.notes and kind not in ("PNG", "TIFF"))
+        exif = "exif-data" in fields or ("dpi" in self.notes and kind in ("WEBP", "AVIF"))
         options = {**SAVE_OPTIONS.get(kind, {}), "keep": "exif|xmp|iptc|icc" if exif else "xmp|iptc|icc"}
         if kind == "TIFF":
             options["bigtiff"] = big
@@ -153,18 +151,14 @@ class Picture:
         return lost
 
 
-def _save(image: Any, file: BinaryIO, ending: str, options: Dict[str, Any], put_in: notes.Extra) -> None:
-    """Let libvips write to the file, with something put in after a number of bytes."""
-    place, extra = put_in
+def _save(image: Any, file: BinaryIO, ending: str, options: Dict[str, Any], extra: bytes) -> None:
+    """Let libvips write to the file, with something put in at its beginning."""
     failed: List[OSError] = []
 
     def write(data: Any) -> int:
-        nonlocal extra
-        data, size, cut = bytes(data), len(data), place - file.tell()
-        if extra and cut <= size:
-            data, extra = data[:cut] + extra + data[cut:], b""
-        file.write(data)
-        return size
+        data = bytes(data)
+        file.write(notes.put_in(extra, data) if ending in (".png", ".jpeg") and not file.tell() else data)
+        return len(data)
 
     def safely(action: Callable[..., int]) -> Callable[..., int]:
         def run(*arguments: Any) -> int:

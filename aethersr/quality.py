@@ -8,27 +8,14 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import List, Tuple
+from typing import Tuple
 
 import numpy as np
 from PIL import Image
 
-from aethersr.errors import UserError
-from aethersr.picture import FORMATS, Picture
+from aethersr.picture import Picture
 
 LUMA = np.array([65.481, 128.553, 24.966]) / 255  # ITU-R BT.601, as in MATLAB's rgb2ycbcr
-
-
-def find_pictures(path: Path, flag: str) -> List[Path]:
-    """The pictures in a folder, by name; a picture's own path is one. Errors name ``flag``."""
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise UserError(f"{path} does not exist; pass a folder of pictures, or a picture ({flag}).")
-    found = sorted(entry for entry in path.iterdir() if entry.suffix.lower() in FORMATS)
-    if not found:
-        raise UserError(f"{path} holds no picture ({', '.join(FORMATS)}); pass another folder ({flag}).")
-    return found
 
 
 def read_rgb(path: Path, flag: str) -> np.ndarray:

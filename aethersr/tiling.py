@@ -92,9 +92,7 @@ def upscale_tiled(
         raise ValueError("the network is in training mode, where tiles would change it; call net.eval().")
     if overlap is None:
         if not isinstance(net, AetherBase):
-            raise ValueError(
-                "no overlap was given and the network is no AetherNet; pass its receptive field."
-            )
+            raise ValueError("the network is no AetherNet; pass its receptive field as the overlap.")
         overlap = receptive_field(net)
     if tile < 1 or overlap < 0 or wrap not in ("", "x", "y", "xy"):
         found = f"tile={tile}, overlap={overlap} and wrap={wrap!r} are not possible"

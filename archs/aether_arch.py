@@ -14,11 +14,11 @@ Source: https://github.com/phhofm (AetherNet by Philip Hofmann). Licence: MIT.
 
 from __future__ import annotations
 
+import collections
 import copy
 import functools
 import importlib
 import inspect
-import itertools
 import logging
 import math
 import re
@@ -49,9 +49,9 @@ class ReparamLargeKernelConv(nn.Module):
 
     def __init__(self, channels: int, lk_kernel: int, sk_kernel: int) -> None:
         super().__init__()
-        same: Dict[str, Any] = {"groups": channels, "bias": False}
-        self.lk_conv = nn.Conv2d(channels, channels, lk_kernel, padding=lk_kernel // 2, **same)
-        self.sk_conv = nn.Conv2d(channels, channels, sk_kernel, padding=sk_kernel // 2, **same)
+        depthwise = functools.partial(nn.Conv2d, channels, channels, groups=channels, bias=False)
+        self.lk_conv = depthwise(kernel_size=lk_kernel, padding=lk_kernel // 2)
+        self.sk_conv = depthwise(kernel_size=sk_kernel, padding=sk_kernel // 2)
         self.lk_bias = nn.Parameter(torch.zeros(channels))
         self.sk_bias = nn.Parameter(torch.zeros(channels))
 
@@ -128,6 +128,12 @@ class GatedConvFFN(nn.Module):
         return self.drop(self.conv_out(self.drop(F.silu(gate) * self.conv_main(x))))
 
 
+def _is_traced() -> bool:
+    """Whether an exporter or a compiler is recording the operations instead of just running them."""
+    compiling = getattr(getattr(torch, "compiler", None), "is_compiling", bool)
+    return torch.jit.is_tracing() or compiling()
+
+
 def multiply_if_free_(x: Tensor, weights: Tensor) -> Tensor:
     """``x * weights``, in place if nothing else needs x: allocating memory takes as long as the product."""
     return x * weights if torch.is_grad_enabled() or _is_traced() else x.mul_(weights)
@@ -198,11 +204,9 @@ class AdaptiveUpsample(nn.Module):
 class AetherBlock(nn.Module):
     """``x + drop_path(attention(ffn(norm(conv(x)))))``, (N, C, H, W) -> (N, C, H, W)."""
 
-    bound: Optional[float] = None  # clamps the norm's output to [-bound, bound]
-
     def __init__(self, options: Mapping[str, Any], drop_path: float) -> None:
         super().__init__()
-        channels = options["embed_dim"]
+        channels, self.bound = options["embed_dim"], options["bound"]
         self.conv = ReparamLargeKernelConv(channels, options["lk_kernel"], options["sk_kernel"])
         self.norm = DeploymentNorm(channels, options["norm"] == "batch")
         self.ffn = GatedConvFFN(channels, int(channels * options["mlp_ratio"]), options["drop"])
@@ -211,16 +215,11 @@ class AetherBlock(nn.Module):
         self.drop_path = drop_path
 
     def reparameterize(self) -> Dict[str, Tensor]:
-        """State dict of the equivalent FusedAetherBlock: norm and temperature go into the convolutions."""
-        weight, bias = self.conv.reparameterize()
-        scale, shift = self.norm.scale_and_shift()
-        weight, bias = weight * scale.view(-1, 1, 1, 1), bias * scale + shift
-        state = {"reparam_conv.weight": weight, "reparam_conv.bias": bias}
+        """What fusing changes, by the FusedAetherBlock's names: norm and temperature go into convolutions."""
+        (weight, bias), (scale, shift) = self.conv.reparameterize(), self.norm.scale_and_shift()
+        state = {"reparam_conv.weight": weight * scale.view(-1, 1, 1, 1)}
+        state["reparam_conv.bias"] = bias * scale + shift
         state["gate_conv.weight"], state["gate_conv.bias"] = self.ffn.reparameterize()
-        state.update(self.ffn.conv_main.state_dict(prefix="main_conv."))
-        state.update(self.ffn.conv_out.state_dict(prefix="out_conv."))
-        state.update(self.channel_attn.state_dict(prefix="channel_attn."))
-        state.update(self.spatial_attn.state_dict(prefix="spatial_attn."))
         return state
 
     def forward(self, x: Tensor) -> Tensor:
@@ -234,7 +233,7 @@ class AetherBlock(nn.Module):
 
 
 class AetherBase(nn.Module):
-    """What all forms share: options, changing form, loading. To build one, use AetherNet or a variant."""
+    """What all forms share: options, stages, changing form, loading."""
 
     mean: Tensor
 
@@ -268,6 +267,18 @@ class AetherBase(nn.Module):
             features.append(fusion_conv(out))
         return torch.cat(features, 1)
 
+    def set_bound(self, bound: Optional[float]) -> None:
+        """Clamp every block's norm to [-bound, bound], 1e-3 to 1e6 (else ValueError); None: no limit.
+
+        Do it before fusing: a fused file's values may be rescaled for half precision, unknown to the bound.
+        A file that is loaded decides anew.
+        """
+        _check_options({**self.options, "bound": bound})
+        self.options["bound"] = bound
+        for block in self.modules():
+            if isinstance(block, (AetherBlock, FusedAetherBlock)):
+                block.bound = bound
+
     def fused(self) -> FusedAetherNet:
         """A fused deep copy in evaluation mode; this network stays unchanged."""
         with torch.inference_mode(False):
@@ -275,32 +286,14 @@ class AetherBase(nn.Module):
 
     def fuse_model(self) -> FusedAetherNet:
         """Turn this network into a FusedAetherNet in place. An earlier optimizer keeps the old parameters."""
-        raise NotImplementedError
+        return self  # type: ignore[return-value]  # it is one; the other forms have their own
 
     def prepare_qat(self, *args: Any, **options: Any) -> AetherBase:
         """Turn this network into a QuantAetherNet in place: see aether_quant.prepare_qat."""
-        return _import_sibling("aether_quant").prepare_qat(self, *args, **options)
+        return __getattr__("prepare_qat")(self, *args, **options)
 
     def convert_to_quantized(self) -> AetherBase:
         raise ValueError("convert_to_quantized: call prepare_qat() first, and fine-tune.")
-
-    def set_bound(self, bound: Optional[float]) -> None:
-        """Clamp every block's norm to [-bound, bound], 1e-3 to 1e6 (else ValueError); None: no limit.
-
-        Do it before fusing: a fused file's values may be rescaled for half precision, unknown to the bound.
-        """
-        self._record("bound", bound)
-        for block in self.modules():
-            if isinstance(block, (AetherBlock, FusedAetherBlock)):
-                block.bound = bound
-
-    def _record(self, name: str, value: Any) -> None:
-        """Set an option that files record, as a buffer of shape (1,)."""
-        _check_options({**self.options, name: value})
-        self.options = {**self.options, name: value}
-        self._buffers.pop(name, None)
-        if value != RECORDED[name]:
-            self.register_buffer(name, self.mean.new_full((1,), value))
 
     def become(self, other: AetherBase) -> None:
         """Take ``other``'s form and tensors in place, but keep device, precision, layout, mode and hooks.
@@ -310,21 +303,10 @@ class AetherBase(nn.Module):
         other.to(device=self.mean.device, dtype=self.mean.dtype).train(self.training)
         if any(value.dim() == 4 and not value.is_contiguous() for value in self.parameters()):
             other.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        trained: Dict[str, List[bool]] = {}
-        for name, value in self.named_parameters() if not getattr(self, "is_int8", False) else ():
-            trained.setdefault(_fused_name(name), []).append(value.requires_grad)
-        frozen = {name for name, parts in trained.items() if not all(parts)}
-        for name, value in other.named_parameters():
-            if not any(trained.get(_fused_name(name), [True])):
-                value.requires_grad_(False)
-                frozen.discard(_fused_name(name))
-        frozen = {name for name in frozen if name.endswith(("weight", "bias"))}  # not statistics and ranges
-        if trained and not any(map(any, trained.values())):  # the whole network is frozen
-            other.requires_grad_(False)
-            frozen.clear()
-        if frozen:
-            log.warning("AetherNet: merged with others, no longer frozen: %s.", ", ".join(sorted(frozen)))
-        hooked = [name for name, part in self.named_modules() if name and _hooks(part)]
+        if not getattr(self, "is_int8", False):  # which can't be trained anyway
+            _freeze_alike(self, other)
+        kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
+        hooked = [name for name, part in self.named_modules() if name and any(vars(part)[k] for k in kinds)]
         if hooked:
             log.warning("AetherNet: hooks on these are gone with the old form: %s.", ", ".join(hooked))
         self.__class__ = type(other)  # as torch.nn.utils.parametrize does: forward belongs to the class
@@ -333,72 +315,41 @@ class AetherBase(nn.Module):
             if name in vars(other):  # some forms have it, others don't
                 self.__dict__[name] = vars(other)[name]
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Also records options, each of shape (1,), in single precision where half doesn't hold them."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        like: Any = self._buffers.get("mean", torch.empty(0))  # which an exporter may have made a constant
+        for name in RECORDED if isinstance(self, AetherNet) else ("bound",):  # others' weights hold img_range
+            option = self.options[name]
+            if option != RECORDED[name]:
+                held = float(torch.tensor(option, dtype=like.dtype, device="cpu")) == option
+                precision = like.dtype if held else torch.promote_types(like.dtype, torch.float32)
+                destination[prefix + name] = torch.full((1,), option, dtype=precision, device=like.device)
+
     def map_state_dict(self, state_dict: Dict[str, Tensor]) -> Dict[str, Tensor]:
         """Take the form of ``state_dict``. traiNNer-redux calls this before it compares names."""
-        self._take_form_of(state_dict, "", _strict_of_caller())
+        _take_form_of(self, state_dict, "")
         return state_dict
 
     def _load_from_state_dict(self, state_dict: Dict[str, Tensor], prefix: str, *args: Any) -> None:
         """Runs before any value is copied, so a file loads completely or the network stays unchanged."""
-        self._take_form_of(state_dict, prefix, _strict_of_caller())
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        _take_form_of(self, state_dict, prefix)
+        own = {name: value for name, value in state_dict.items() if name[len(prefix) :] not in RECORDED}
+        super()._load_from_state_dict(own, prefix, *args)
 
-    @torch.inference_mode(False)
-    @torch.random.fork_rng(devices=[])
-    def _take_form_of(self, state_dict: Dict[str, Tensor], prefix: str, strict: bool) -> None:
-        """Take a whole file's form and recorded options. RuntimeError, and no change, if it can't be loaded.
+    def take(self, other: AetherBase, file: Dict[str, Tensor]) -> Dict[str, Tensor]:
+        """Become ``other``, a network without values yet, to load ``file``; returns what to load then."""
+        self.become(other)
+        return file
 
-        ``strict`` means what it does in torch, but if it is off, weights of another scale give their body.
-        """
-        own = {name[len(prefix) :]: value for name, value in state_dict.items() if name.startswith(prefix)}
-        # Without strict, BasicSR and traiNNer-redux append ".ignore" to names of tensors with other shapes.
-        tensors = {name: value for name, value in own.items() if getattr(value, "dim", int)()}  # of numbers
-        file = {name.split(".ignore")[0]: value for name, value in tensors.items()}
-        form, scale, other = form_of(file), scale_of(file), self
-        for name in {*RECORDED} & {*own}:
-            if getattr(own[name], "shape", None) != (1,):
-                raise RuntimeError(f"{type(self).__name__}: {name!r} is not one number of shape (1,).")
-        recorded: Dict[str, Any] = {name: float(own[name]) for name in RECORDED if name in own}
-        try:
-            _check_options({**self.options, **recorded})
-        except ValueError as error:
-            raise RuntimeError(str(error)) from None
-        mine = form and isinstance(self, form)
-        if form and not (mine and form.options_from_names(own).items() <= vars(self).items()):
-            other = form(**{**self.options, "bound": None, **recorded}, **form.options_from_names(own))
-        body = other is self and form is AetherNet and scale not in (None, self.scale) and not strict
-        if body:
-            tail = {name: value for name, value in self.state_dict().items() if name.startswith(TAIL)}
-            own = {**{name: value for name, value in own.items() if not name.startswith(TAIL)}, **tail}
-        allowed = () if strict else ("unexpected",) if other is not self else ("unexpected", "missing")
-        wrong = differences(other, own, allowed)
-        if wrong:
-            raise RuntimeError(_refusal(self, file, wrong, strict))
-        whole = form is not None and not differences(other, own, ("unexpected",))
-        ignored = tuple(prefix + part for part in ((TAIL if body else ()) if whole else RECORDED))
-        for name in [name for name in state_dict if name.startswith(ignored)]:
-            del state_dict[name]
-        if other is not self:
-            self.become(other)
-        if whole and body:
-            text = "AetherNet x%s takes only the body of x%s weights; its tail is new."
-            log.warning(text, self.scale, scale)
-        if whole:
-            self._take_options(recorded, own)
-            for name, value in self.named_buffers(recurse=False):
-                if name in RECORDED:  # older files don't have img_range
-                    state_dict[prefix + name] = value
-
-    def _take_options(self, recorded: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
+    def take_options(self, recorded: Mapping[str, Any], file: Mapping[str, Tensor]) -> None:
         """The bound and img_range that a file records, and the kind of norms that it was trained with."""
         bound = recorded.get("bound")
         if bound is None and self.options["bound"] is not None:
             log.warning("AetherNet: the file has no bound; the option's, %s, goes.", self.options["bound"])
-        if bound != self.options["bound"]:
-            self.set_bound(bound)
-        if "img_range" in recorded:
-            self._record("img_range", recorded["img_range"])
-        means = [value for name, value in state.items() if name.endswith(".running_mean")]
+        self.set_bound(bound)
+        self.options["img_range"] = recorded.get("img_range", self.options["img_range"])
+        means = [value for name, value in file.items() if name.endswith(".running_mean")]
         for module in self.modules() if self.options["norm"] is None else ():
             if isinstance(module, DeploymentNorm):
                 module.batch = any(bool(value.any()) for value in means)
@@ -409,15 +360,13 @@ class AetherNet(AetherBase):
 
     Args:
         scale: 1, 2, 3, 4 or 8.
-        embed_dim: width C of the body; divisible by the number of stages.
-        depths: blocks in each stage.
+        embed_dim, depths: width C of the body, divisible by the number of stages; blocks in each stage.
         mlp_ratio: a block's feed-forward layer has int(C * mlp_ratio) hidden channels.
         lk_kernel, sk_kernel: sizes of the two depthwise kernels, odd, sk_kernel <= lk_kernel.
         drop, drop_path_rate: dropout, and the last block's stochastic depth, both in [0, 1).
         img_range: the network works on (x - mean) * img_range.
         batch_renorm: from earlier versions; means norm="frozen".
-        bound: clamps every block's norm to [-bound, bound], so that no picture makes the network run away.
-            None, or loading a file without a bound: no limit.
+        bound: clamps every block's norm, so that no picture makes the network run away: see set_bound.
         norm: "frozen" keeps the norms' statistics, "batch" uses each batch's. None: frozen, or batch after
             loading a file trained with batch statistics, so that its training can continue.
 
@@ -442,8 +391,6 @@ class AetherNet(AetherBase):
         self.conv_before_upsample = nn.Sequential(before, nn.LeakyReLU(0.01))
         self.upsample = AdaptiveUpsample(embed_dim, scale)
         self.conv_last = nn.Conv2d(self.upsample.out_channels, in_chans, 3, padding=1)
-        self.set_bound(bound)
-        self._record("img_range", img_range)
         _initialize(self)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -459,23 +406,19 @@ class AetherNet(AetherBase):
     def fuse_model(self) -> FusedAetherNet:
         state = copy.deepcopy(self).cpu().double().reparameterize()
         other = FusedAetherNet(**self.options, **FusedAetherNet.options_from_names(state))
-        other.double().load_state_dict(state)
+        other.double().load_state_dict({name: state[name] for name in other.state_dict()})
         self.become(other)
         return self  # type: ignore[return-value]
 
     def reparameterize(self) -> Dict[str, Tensor]:
-        """State dict of the equivalent FusedAetherNet, in this network's precision."""
-        img_range = self.options["img_range"]  # becomes part of the first and the last weights
-        state = {**dict(self.named_buffers(recurse=False)), **self.conv_first.state_dict(prefix="head.")}
-        state.pop("img_range", None)
-        state["head.weight"] = self.conv_first.weight * img_range
+        """The equivalent FusedAetherNet's tensors, and others that it doesn't have; in this precision."""
+        state = {fused_name(name): value for name, value in self.state_dict().items()}
         for name, block in self.stages.named_modules():
             if isinstance(block, AetherBlock):
                 state.update({f"stages.{name}.{key}": value for key, value in block.reparameterize().items()})
-        state.update(self.fusion_convs.state_dict(prefix="fusion_convs."))
         state["fusion.weight"], state["fusion.bias"] = self.quant_fusion_layer.reparameterize()
-        state.update(self.conv_after_body.state_dict(prefix="body_conv."))
-        state.update(self.conv_before_upsample.state_dict(prefix="conv_before_upsample."))
+        img_range = self.options["img_range"]  # becomes part of the first and the last weights
+        state["head.weight"] = self.conv_first.weight * img_range
         tail = CollapsedTail.collapse(nn.Sequential(self.upsample, self.conv_last), self.scale)
         state.update({f"tail.{name}": value / img_range for name, value in tail.items()})
         scale, shift = self.norm.scale_and_shift()
@@ -486,12 +429,12 @@ class AetherNet(AetherBase):
         noise = (offset * 2.0**-11) ** 2
         for name in ("conv_before_upsample.0.weight", "tail.weight"):
             noise = state[name].pow(2).sum((2, 3)) @ noise
+        state["body_norm.weight"], state["body_norm.bias"] = scale.view(-1, 1, 1, 1), shift
         if bool(noise.sqrt().max() * 255 <= 1 / 16):  # not where it is NaN
+            del state["body_norm.weight"], state["body_norm.bias"]
             state["fusion.bias"] = state["fusion.bias"] + offset
             state["body_conv.weight"] = state["body_conv.weight"] * scale.view(1, -1, 1, 1)
             state["body_conv.bias"] = state["body_conv.bias"] - offset
-        else:
-            state["body_norm.weight"], state["body_norm.bias"] = scale.view(-1, 1, 1, 1), shift
         state["tail.bias"] = state["tail.bias"] + self.mean.flatten().repeat_interleave(self.scale**2)
         return state
 
@@ -500,11 +443,10 @@ class FusedAetherBlock(nn.Module):
     """AetherBlock as plain convolutions: (N, C, H, W) -> (N, C, H, W)."""
 
     STRIP = 1536  # pixels per thread, see forward
-    bound: Optional[float] = None
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         super().__init__()
-        channels, kernel = options["embed_dim"], options["lk_kernel"]
+        channels, kernel, self.bound = options["embed_dim"], options["lk_kernel"], options["bound"]
         hidden = int(channels * options["mlp_ratio"])
         self.reparam_conv = nn.Conv2d(channels, channels, kernel, padding=kernel // 2, groups=channels)
         self.gate_conv = nn.Conv2d(channels, hidden, 1)
@@ -599,24 +541,23 @@ class CollapsedTail(nn.Module):
         def pixel_per_image(images: Tensor) -> Tensor:
             return torch.einsum("pop->o", outputs(images).flatten(2))  # an image for each position
 
-        # (output, its row, its column, channel, row, column)
+        # (output, its row y, its column x, channel, row, column): cut to offsets -2..2 from the output.
         kernels = torch.autograd.functional.jacobian(pixel_per_image, images).unflatten(1, (3, 3))
-        kernels, biases = F.pad(kernels, [2] * 4), outputs(images)[0]
-
-        def kernel_at(row: int, column: int) -> Tuple[Tensor, Tensor]:
-            """Kernel over offsets -2..2 and bias of an output in the first (-1), middle or last (1) line."""
-            y, x = row + 1, column + 1  # the middle sees no border, the middle of an edge only that edge
-            return kernels[:, y, x, :, 2 * y : 2 * y + 5, 2 * x : 2 * x + 5], biases[:, y, x]
-
-        # The offsets that a correction sees: the first lines, all, the last lines.
-        window = {-1: slice(2, 2 + BORDER_LINES[scale]), 0: slice(None), 1: slice(3 - BORDER_LINES[scale], 3)}
-        state: Dict[str, Tensor] = dict(zip(("weight", "bias"), kernel_at(0, 0)))
+        windows = F.pad(kernels, [2] * 4).unfold(4, 5, 2).unfold(5, 5, 2)
+        weights, biases = torch.einsum("oyxcyxij->yxocij", windows), outputs(images)[0].permute(1, 2, 0)
+        for values in (
+            weights,
+            biases,
+        ):  # of an edge remains what the middle lacks, of a corner what both edges lack
+            values[::2] -= values[1].clone()
+            values[:, ::2] -= values[:, 1:2].clone()
+        lines = BORDER_LINES[
+            scale
+        ]  # the offsets that a correction sees: the first lines, all, the last lines
+        window = {-1: slice(2, 2 + lines), 0: slice(None), 1: slice(3 - lines, 3)}
+        state = {"weight": weights[1, 1], "bias": biases[1, 1]}
         for name, (row, column) in BORDERS.items():
-            terms = [(1, row, column), (-1, 0, 0)]
-            if row and column:  # both edges already correct a corner
-                terms = [(1, row, column), (-1, row, 0), (-1, 0, column), (1, 0, 0)]
-            signed = [[k * part for part in kernel_at(y, x)] for k, y, x in terms]
-            weight, state[f"{name}_bias"] = (torch.stack(parts).sum(0) for parts in zip(*signed))
+            weight, state[f"{name}_bias"] = weights[row + 1, column + 1], biases[row + 1, column + 1]
             state[f"{name}_weight"] = weight[:, :, window[row], window[column]]
         return state
 
@@ -658,7 +599,6 @@ class FusedAetherNet(AetherBase):
         before = nn.Conv2d(channels, channels, 3, padding=1)
         self.conv_before_upsample = nn.Sequential(before, nn.LeakyReLU(0.01))
         self.tail = CollapsedTail(channels, in_chans, self.scale)
-        self.set_bound(self.options["bound"])
 
     @classmethod
     def options_from_names(cls, names: Iterable[str]) -> Dict[str, Any]:
@@ -676,8 +616,21 @@ class FusedAetherNet(AetherBase):
             warnings.warn("AetherNet: this trains the fused form; use the training form.", stacklevel=2)
         return self.tail(self.features(x))
 
-    def fuse_model(self) -> FusedAetherNet:
-        return self
+
+# Which tensor of the fused form a tensor of the training form becomes, or becomes a part of.
+FUSED_NAMES = (
+    (r"^conv_first", "head"), (r"\.conv\.[ls]k_(conv\.)?|(?<=\d)\.norm\.", ".reparam_conv."),
+    (r"ffn\.conv_(gate|main|out)", r"\1_conv"), (r"ffn\.temperature", "gate_conv.weight"),
+    (r"^quant_fusion_layer\.fusion_conv", "fusion"), (r"^quant_fusion_layer\.error_comp", "fusion.bias"),
+    (r"^norm", "body_norm"), (r"^conv_after_body", "body_conv"),
+    (r"^(upsample|conv_last|tail)\..*", "tail.weight"),
+)  # fmt: skip
+
+
+def fused_name(name: str, merged_norm: bool = False) -> str:
+    """A tensor's name in the fused form. Where the last norm is merged, body_conv holds it."""
+    name = functools.reduce(lambda text, pair: re.sub(pair[0], pair[1], text), FUSED_NAMES, name)
+    return name.replace("body_norm", "body_conv") if merged_norm else name
 
 
 def form_of(names: Iterable[str]) -> Any:
@@ -688,13 +641,12 @@ def form_of(names: Iterable[str]) -> Any:
     if ("reparam_conv", "weight") not in ends:
         return None
     quantised = ("reparam_conv", "quant_out", "range_sum") in ends
-    return _import_sibling("aether_quant").QuantAetherNet if quantised else FusedAetherNet
+    return __getattr__("QuantAetherNet") if quantised else FusedAetherNet
 
 
 def scale_of(state: Mapping[str, Tensor]) -> Optional[int]:
     """The scale that a state dict's tensors upsample by; None if it is not in SCALES."""
-    convs = [name for name in state if name.startswith("upsample.blocks.") and name.endswith(".weight")]
-    convs = ["tail.weight"] if "tail.weight" in state else convs
+    convs = [name for name in state if re.fullmatch(r"(upsample\.blocks\.\d+|tail)\.weight", name)]
     scale, shuffled = 2 ** len(convs), state.get("conv_last.weight", state.get("head.weight"))
     if len(convs) == 1 and shuffled is not None and shuffled.dim() == 4:  # one pixel shuffle
         scale = math.isqrt(state[convs[0]].shape[0] // max(1, shuffled.shape[1]))
@@ -723,42 +675,73 @@ def described(state: Mapping[str, Any]) -> str:
     form, first = form_of(state), state.get("conv_first.weight", state.get("head.weight"))
     if form is None or first is None:
         return "no AetherNet"
-    blocks = sorted({tuple(name.split(".")[1:3]) for name in state if name.startswith("stages.")})
-    depths = [len(list(blocks_of)) for _, blocks_of in itertools.groupby(blocks, lambda block: block[0])]
-    name = f"AetherNet of depths {depths}"
-    for variant in VARIANTS:
-        options = inspect.signature(variant).parameters
-        if (options["embed_dim"].default, options["depths"].default) == (first.shape[0], tuple(depths)):
-            name = variant.__name__
+    blocks = {tuple(name.split(".")[1:3]) for name in state if name.startswith("stages.")}
+    count = collections.Counter(stage for stage, *_ in blocks)
+    width, depths = first.shape[0], tuple(count[str(stage)] for stage in range(len(count)))
+    names = [variant.__name__ for variant in VARIANTS if variant.body == (width, depths)]
+    name = names[0] if names else f"AetherNet of depths {list(depths)}"
     kind = {AetherNet: "", FusedAetherNet: "fused "}.get(form, "quantised ")
-    return f"{kind}{name} x{scale_of(state)} ({first.shape[0]} wide)"
+    return f"{kind}{name} x{scale_of(state)} ({width} wide)"
 
 
-def _refusal(net: AetherBase, state: Mapping[str, Any], wrong: str, strict: bool) -> str:
-    """Why a load is refused: what the file is, what the network is, and what mends it."""
-    remedy, other_scale = "fuse_aether.py reads other layouts.", scale_of(state) not in (None, net.scale)
-    body = {name: value for name, value in state.items() if not name.startswith(TAIL)}
-    body.update({name: value for name, value in net.state_dict().items() if name.startswith(TAIL)})
-    if strict and other_scale and form_of(state) is AetherNet and not differences(net, body):
-        remedy = "To take only the body, pass strict=False; in a template, set strict_load_g: false"
-    elif form_of(state):
+@torch.inference_mode(False)
+@torch.random.fork_rng(devices=[])
+def _take_form_of(net: AetherBase, state_dict: Dict[str, Any], prefix: str) -> None:
+    """Give ``net`` the form and recorded options of a whole file; ``state_dict`` keeps what is to be loaded.
+
+    RuntimeError, and no change, if it can't be loaded. Without strict what fits is loaded, as in torch; but
+    weights of another scale give their body.
+    """
+    file = {name[len(prefix) :]: value for name, value in state_dict.items() if name.startswith(prefix)}
+    # Without strict, BasicSR and traiNNer-redux append ".ignore" to names of tensors with other shapes.
+    named = {name.split(".ignore")[0]: value for name, value in file.items() if getattr(value, "dim", int)()}
+    form, scale, other, strict = form_of(named), scale_of(named), net, _strict_of_caller()
+    try:
+        recorded = {name: float(file[name]) for name in RECORDED.keys() & file.keys()}
+        _check_options({**net.options, **recorded})
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise RuntimeError(f"the file's {' or '.join(RECORDED)} is not one number: {error}") from None
+    own = form.options_from_names(file) if form else {}
+    if form and not (form is form_of(net.state_dict()) and own.items() <= vars(net).items()):
+        other = form(**{**net.options, "bound": None, **recorded}, **own)
+    body = form is AetherNet and scale not in (None, net.scale)
+    taken = {name: value for name, value in file.items() if not (body and name.startswith(TAIL))}
+    tail = {name: value for name, value in other.state_dict().items() if body and name.startswith(TAIL)}
+    allowed = () if strict else ("unexpected",) if other is not net else ("unexpected", "missing")
+    wrong = differences(other, file if strict else {**taken, **tail}, allowed)
+    if wrong:
         remedy = "Build the network with the options that the file was trained with."
-    text = f"the file is {described(state)}, the network {described(net.state_dict())}"
-    return f"{type(net).__name__} stays as it was: {text}; tensors {wrong}. {remedy}"
+        if form is None:
+            remedy = "fuse_aether.py reads other layouts."
+        elif body and not differences(other, {**taken, **tail}):
+            remedy = "To take only the body, pass strict=False; in a template, set strict_load_g: false"
+        text = f"the file is {described(named)}, the network {described(net.state_dict())}"
+        raise RuntimeError(f"{type(net).__name__} stays as it was: {text}; tensors {wrong}. {remedy}")
+    whole = form is not None and not differences(other, {**taken, **tail}, ("unexpected",))
+    if other is not net:
+        taken = net.take(other, taken)
+    if body:
+        log.warning("AetherNet x%s takes only the body of x%s weights; its tail is new.", net.scale, scale)
+    if whole:
+        net.take_options(recorded, taken)
+        mine = {name: value for name, value in net.state_dict().items() if name in RECORDED}
+        taken = {**{name: value for name, value in taken.items() if name not in RECORDED}, **mine}
+    for name in file:
+        del state_dict[prefix + name]
+    state_dict.update({prefix + name: value for name, value in taken.items()})
 
 
-# By name in the training form: the fused form's tensor that it becomes a part of.
-FUSED_NAMES = (
-    (r"^conv_first", "head"), (r"\.conv\.[ls]k_(conv\.)?", ".reparam_conv."),
-    (r"(\.\d+)\.norm\.", r"\1.reparam_conv."), (r"ffn\.conv_(gate|main|out)", r"\1_conv"),
-    (r"ffn\.temperature", "gate_conv.weight"), (r"^quant_fusion_layer\.fusion_conv", "fusion"),
-    (r"^quant_fusion_layer\.error_comp", "fusion.bias"), (r"^norm", "body_norm"),
-    (r"^conv_after_body", "body_conv"), (r"^(upsample|conv_last|tail)\..*", "tail.weight"),
-)  # fmt: skip
-
-
-def _fused_name(name: str) -> str:
-    return functools.reduce(lambda text, pair: re.sub(pair[0], pair[1], text), FUSED_NAMES, name)
+def _freeze_alike(net: AetherBase, other: AetherBase) -> None:
+    """Freeze what in ``other`` consists of frozen tensors of ``net``, and name what is trained again."""
+    merged = any(isinstance(getattr(each, "body_norm", None), nn.Identity) for each in (net, other))
+    trained: Dict[str, set] = collections.defaultdict(set)
+    for name, value in net.named_parameters():
+        trained[fused_name(name, merged)].add(value.requires_grad)
+    for name, value in other.named_parameters():
+        value.requires_grad_(value.requires_grad and True in trained.get(fused_name(name, merged), {True}))
+    mixed = [name for name, kinds in trained.items() if len(kinds) == 2]
+    if mixed:
+        log.warning("AetherNet: merged with others, no longer frozen: %s.", ", ".join(sorted(mixed)))
 
 
 def _strict_of_caller() -> bool:
@@ -773,35 +756,23 @@ def _strict_of_caller() -> bool:
     return frame is None or bool(frame.f_locals["strict"])
 
 
-def _hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
-
-
-def _import_sibling(module: str) -> Any:
-    """Import aether_quant, which lies beside this file, or a module of aethersr, which is installed."""
-    beside = module == "aether_quant"
-    try:
-        return importlib.import_module(f".{module}" if beside and __package__ else module, __package__)
-    except ModuleNotFoundError as error:
-        if module.split(".")[0] not in (error.name or "").split("."):
-            raise
-        remedy = f"copy {module}.py beside {__file__}" if beside else "pip install . in AetherNet's folder"
-        raise ImportError(f"{module} is missing: {remedy}.") from None
+HOMES = {"export_onnx": "aethersr.onnx", "aether_from_state_dict": "aethersr.identify"}
+QUANT = ("QuantAetherNet", "Quantizer", "TARGETS", "insert_quantizers", "prepare_qat")
 
 
 def __getattr__(name: str) -> Any:
-    """Names that can be imported from here but live in other modules."""
-    homes = {"export_onnx": "aethersr.onnx", "aether_from_state_dict": "aethersr.identify"}
-    homes.update(dict.fromkeys(("QuantAetherNet", "Quantizer", "TARGETS"), "aether_quant"))
-    if name not in homes:
+    """Names that can be imported from here but live in aethersr, or in aether_quant.py beside this file."""
+    home, package = ("aether_quant", __package__) if name in QUANT else (HOMES.get(name), "")
+    if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(_import_sibling(homes[name]), name)
-
-
-def _is_traced() -> bool:
-    """Whether an exporter or a compiler is recording the operations instead of just running them."""
-    compiling = getattr(getattr(torch, "compiler", None), "is_compiling", None)
-    return torch.jit.is_tracing() or bool(compiling and compiling())
+    try:
+        return getattr(importlib.import_module(f".{home}" if package else home, package), name)
+    except ModuleNotFoundError as error:
+        if home.split(".")[0] not in (error.name or "").split("."):
+            raise
+        copied = f"copy {home}.py beside {__file__}"
+        remedy = copied if name in QUANT else "pip install . in AetherNet's folder"
+        raise ImportError(f"{home} is missing: {remedy}.") from None
 
 
 def _check_options(options: Mapping[str, Any]) -> None:
@@ -818,12 +789,11 @@ def _check_options(options: Mapping[str, Any]) -> None:
     scale, depths, width, large = (options[name] for name in ("scale", "depths", "embed_dim", "lk_kernel"))
     check("scale", whole(scale) and scale in SCALES, "1, 2, 3, 4, 8")
     check("in_chans", whole(options["in_chans"]), "a whole number from 1")
-    several = isinstance(depths, (list, tuple)) and len(depths) > 0
+    several = isinstance(depths, (list, tuple)) and depths
     check("depths", several and all(map(whole, depths)), "a list of whole numbers from 1")
-    divisible = whole(width) and width % len(depths) == 0
-    check("embed_dim", divisible, f"a multiple of {len(depths)}, the number of stages in depths")
-    least = max(scale // 2, 8 * (options["use_channel_attn"] is True))
-    check("embed_dim", width >= least, f"{least} or more, for this scale and attention")
+    least = max(scale // 2, 8 * (options["use_channel_attn"] is True))  # for this scale and attention
+    fits = whole(width) and width % len(depths) == 0 and width >= least
+    check("embed_dim", fits, f"a multiple of {len(depths)}, the number of stages in depths, {least} or more")
     hidden = number(options["mlp_ratio"], 0, 1e6) and int(width * options["mlp_ratio"]) >= 1
     check("mlp_ratio", hidden, f"{1 / width:.3g} (one hidden channel) or more")
     check("lk_kernel", whole(large) and large % 2 == 1, "an odd number from 1")
@@ -834,8 +804,8 @@ def _check_options(options: Mapping[str, Any]) -> None:
     check("img_range", number(options["img_range"], 1e-6, 1e6), "a number above 0 (1e-6 to 1e6)")
     for name in ("use_channel_attn", "use_spatial_attn", "batch_renorm"):
         check(name, isinstance(options.get(name, False), bool), "true or false")
-    bound, limits = options["bound"], "a number above 0 (1e-3 to 1e6), or nothing"
-    check("bound", bound is None or number(bound, 1e-3, 1e6), limits)
+    bounded = options["bound"] is None or number(options["bound"], 1e-3, 1e6)
+    check("bound", bounded, "a number above 0 (1e-3 to 1e6), or nothing")
     check("norm", options["norm"] in (None, "frozen", "batch"), "frozen, batch, or nothing")
 
 
@@ -847,17 +817,16 @@ def _initialize(net: AetherNet) -> None:
     no gradient. A value passes LeakyReLU as a pair: lrelu(v) - lrelu(-v) = 1.01 v. A network too narrow for
     that starts from random weights.
     """
-    for conv in net.modules():
-        if isinstance(conv, nn.Conv2d):
-            nn.init.trunc_normal_(conv.weight, std=0.02)
-            if conv.bias is not None:
-                conv.bias.zero_()
-    for block in net.stages.modules():
-        if isinstance(block, AetherBlock):
-            for conv in (block.conv.lk_conv, block.ffn.conv_gate, block.ffn.conv_main):
+    for part in reversed([*net.modules()]):  # a block after its convolutions
+        if isinstance(part, nn.Conv2d):
+            nn.init.trunc_normal_(part.weight, std=0.02)
+            if part.bias is not None:
+                part.bias.zero_()
+        elif isinstance(part, AetherBlock):
+            for conv in (part.conv.lk_conv, part.ffn.conv_gate, part.ffn.conv_main):
                 nn.init.kaiming_normal_(conv.weight, nonlinearity="linear")
-            nn.init.dirac_(block.conv.sk_conv.weight, groups=block.conv.sk_conv.groups)
-            block.ffn.conv_out.weight.zero_()
+            nn.init.dirac_(part.conv.sk_conv.weight, groups=part.conv.sk_conv.groups)
+            part.ffn.conv_out.weight.zero_()
     nn.init.kaiming_normal_(net.conv_first.weight)
     image, width = net.conv_first.in_channels, net.conv_first.out_channels
     step, upsamplers = net.upsample.step, [c for c in net.upsample.blocks if isinstance(c, nn.Conv2d)]
@@ -885,6 +854,10 @@ def _initialize(net: AetherNet) -> None:
     carry(net.conv_last, eye)
 
 
+ARCHS = ("basicsr.archs", "neosr.archs", "traiNNer.archs")
+FRAMEWORK = __package__.split(".")[0] if __package__ in ARCHS else None  # in whose folder this file lies
+
+
 def _variant(name: str, doc: str, width: int, depths: Tuple[int, ...], attention: bool) -> Any:
     """A function that builds this variant. Options: AetherNet's, and ``qat``."""
     own = {"embed_dim": width, "depths": depths, "use_channel_attn": attention, "use_spatial_attn": attention}
@@ -894,10 +867,17 @@ def _variant(name: str, doc: str, width: int, depths: Tuple[int, ...], attention
     signature = inspect.Signature([*options, qat], return_annotation="AetherBase")
 
     def build(*args: Any, qat: Any = False, **given: Any) -> AetherBase:
+        if FRAMEWORK == "neosr" and not args and "scale" not in given:  # neosr keeps the scale itself
+            given["scale"] = importlib.import_module("neosr.archs.arch_util").net_opt()[0]
         net = AetherNet(**{**own, **signature.bind(*args, **given).arguments})
-        return net if qat is False else _import_sibling("aether_quant").insert_quantizers(net, qat)
+        if FRAMEWORK == "basicsr":  # its EMA copies no buffers: norm statistics would never be updated
+            for norm in [module for module in net.modules() if isinstance(module, DeploymentNorm)]:
+                for statistic in ("running_mean", "running_var"):
+                    value: Any = norm._buffers.pop(statistic)
+                    norm.register_parameter(statistic, nn.Parameter(value, requires_grad=False))
+        return net if qat is False else __getattr__("insert_quantizers")(net, qat)
 
-    vars(build).update(__signature__=signature)  # for the frameworks' documentation tools
+    vars(build).update(__signature__=signature, body=(width, depths))
     build.__name__, build.__qualname__, build.__doc__ = name, name, doc
     return build
 
@@ -907,28 +887,9 @@ aether_medium = _variant("aether_medium", "Balanced: 3.7 million parameters at x
 aether_large = _variant("aether_large", "Best: 10.6 million parameters at x4.", 180, (8, 8, 8, 8, 8), True)
 VARIANTS = (aether_small, aether_medium, aether_large)
 
-
-def _register(framework: str) -> None:
-    """Register the variants in the framework whose ``archs`` folder this file lies in."""
-    registry = importlib.import_module(f"{framework}.utils.registry").ARCH_REGISTRY
+if FRAMEWORK:
+    registry = importlib.import_module(f"{FRAMEWORK}.utils.registry").ARCH_REGISTRY
     for variant in VARIANTS:
         if variant.__name__ in registry:
-            raise ImportError(f"{variant.__name__} is in {framework} already; keep one copy of {__file__}.")
-
-        @functools.wraps(variant)
-        def build(*args: Any, _variant: Callable[..., AetherBase] = variant, **options: Any) -> AetherBase:
-            if framework == "neosr" and not args and "scale" not in options:  # neosr keeps the scale itself
-                options["scale"] = importlib.import_module("neosr.archs.arch_util").net_opt()[0]
-            net = _variant(*args, **options)
-            if framework == "basicsr":  # its EMA copies no buffers: norm statistics would never be updated
-                for norm in [module for module in net.modules() if isinstance(module, DeploymentNorm)]:
-                    for name in ("running_mean", "running_var"):
-                        value: Any = norm._buffers.pop(name)
-                        norm.register_parameter(name, nn.Parameter(value, requires_grad=False))
-            return net
-
-        registry.register(build)
-
-
-if __package__ in ("basicsr.archs", "neosr.archs", "traiNNer.archs"):
-    _register(__package__.split(".")[0])
+            raise ImportError(f"{variant.__name__} is in {FRAMEWORK} already; keep one copy of {__file__}.")
+        registry.register(variant)

@@ -184,8 +184,7 @@ class StoredConv2d(nn.Module):
         self.padding, self.groups = conv.padding, conv.groups
         self.quant_in: nn.Module = getattr(conv, "quant_in", nn.Identity())
         self.quant_out: nn.Module = getattr(conv, "quant_out", nn.Identity())
-        assert conv.bias is not None  # for the type checker
-        self.register_buffer("bias", conv.bias.detach().float())
+        self.register_buffer("bias", conv.bias.detach().float())  # type: ignore[union-attr]
         self.register_buffer("weight_scale", None)
         if isinstance(conv, QuantConv2d):
             _store_int8(self, "weight", conv.weight)
@@ -228,9 +227,7 @@ class QuantAetherNet(arch.FusedAetherNet):
     """FusedAetherNet with fake quantisation, for quantisation-aware training. Made by prepare_qat.
 
     The blocks' 1x1 convolutions and everything between them are 8-bit, for some targets also ``body_conv``.
-
-    Args: those of FusedAetherNet, and
-        is_int8: weights are int8, or half precision if not quantised, and can't be trained.
+    With ``is_int8`` weights are int8, or half precision if not quantised, and can't be trained.
     """
 
     block = QuantAetherBlock
@@ -262,27 +259,19 @@ class QuantAetherNet(arch.FusedAetherNet):
             if isinstance(block, QuantAetherBlock):
                 block.reparam_conv.quant_out.limit = bound  # type: ignore[union-attr]
 
-    @torch.inference_mode(False)
-    @torch.random.fork_rng(devices=[])
-    def _take_form_of(self, state_dict: Dict[str, Tensor], prefix: str, strict: bool) -> None:
-        """Also takes a float network's weights; the ranges are unknown then."""
-        own = {name[len(prefix) :]: value for name, value in state_dict.items() if name.startswith(prefix)}
-        form = arch.form_of(own)
-        if form in (arch.AetherNet, arch.FusedAetherNet):
-            net = form(**self.options, **form.options_from_names(own))
-            other_scale = form is arch.AetherNet and arch.scale_of(own) not in (None, self.scale)
-            if other_scale and not strict:  # gives its body
-                own = {name: value for name, value in own.items() if not name.startswith(arch.TAIL)}
-                tail = [name for name in net.state_dict() if name.startswith(arch.TAIL)]
-                own.update({name: net.state_dict()[name] for name in tail})
-            if not arch.differences(net, own, () if strict else ("unexpected",)):  # else it is refused below
-                net.load_state_dict(own, strict=False)
-                for name in [name for name in state_dict if name.startswith(prefix)]:
-                    del state_dict[name]
-                state = insert_quantizers(net.eval()).state_dict()
-                state_dict.update({prefix + name: value for name, value in state.items()})
+    def take(self, other: arch.AetherBase, file: Dict[str, Tensor]) -> Dict[str, Tensor]:
+        """Stay quantised, and take a float network's weights in; the ranges are unknown then."""
+        if not isinstance(other, QuantAetherNet):
+            other.load_state_dict(file, strict=False)
+            other = insert_quantizers(other.eval())
+            file = other.state_dict()
+        if self.is_int8 or other.is_int8 or other.keep_norm != self.keep_norm:
+            self.become(other)
+        return file
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
         self._settle(self.is_int8)
-        super()._take_form_of(state_dict, prefix, strict)
 
     def quantizers(self) -> Dict[str, Quantizer]:
         return {name: module for name, module in self.named_modules() if isinstance(module, Quantizer)}
@@ -331,7 +320,10 @@ class QuantAetherNet(arch.FusedAetherNet):
 
     @torch.no_grad()
     def _average_ranges(self) -> None:
-        """Give every process the mean of all processes' ranges, since each saw different images."""
+        """Give every process the mean of all processes' ranges, since each saw different images.
+
+        A tensor that is zero until the others' ranges are fixed gets none; else this would go on for ever.
+        """
         quantizers = self.quantizers().values()
         values: List[Tensor] = [value for each in quantizers for value in (each.range_sum, each.watched)]
         mean = torch.cat(values)
@@ -339,7 +331,8 @@ class QuantAetherNet(arch.FusedAetherNet):
         mean /= torch.distributed.get_world_size()
         for value, new in zip(values, mean):
             value.copy_(new)
-        self._settle(bool((mean[1::2] >= Quantizer.WATCH).all()))
+        fixed = mean[1::2] >= Quantizer.WATCH
+        self._settle(bool((fixed | (mean[1::2] == 0)).all() and fixed.any()))
 
     def _settle(self, settled: bool) -> None:
         for each in self.quantizers().values():
@@ -431,10 +424,8 @@ class QuantAetherNet(arch.FusedAetherNet):
         other.to_int8_()
         for name, value in other.state_dict().items():
             if value.is_floating_point() and not bool(value.isfinite().all()):
-                text = (
-                    f"{name} is beyond half precision; fuse_aether.py rescales float weights to prevent that."
-                )
-                raise ValueError(f"convert_to_quantized: {text}")
+                text = "is beyond half precision; fuse_aether.py rescales float weights to prevent that"
+                raise ValueError(f"convert_to_quantized: {name} {text}.")
         return other
 
 
@@ -458,10 +449,8 @@ def _rounded(weight: Tensor) -> Tensor:
 def _store_int8(module: nn.Module, name: str, weight: Tensor) -> None:
     """Give ``module`` the buffers ``name`` (int8) and ``name``_scale."""
     scale = _step(weight)
-    codes = (
-        (weight.detach().float() * scale.reciprocal()).round().to(torch.int8)
-    )  # as _rounded's kernel does it
-    for key, value in ((name, codes), (f"{name}_scale", scale)):
+    codes = (weight.detach().float() * scale.reciprocal()).round()  # as _rounded's kernel does it
+    for key, value in ((name, codes.to(torch.int8)), (f"{name}_scale", scale)):
         module._parameters.pop(key, None)
         module.register_buffer(key, value)
 

@@ -1,4 +1,4 @@
-"""What networks learn from the same cuts in the same time; their quality against their time for a picture.
+"""What networks learn in the same time on a CPU core; their quality against their time for a picture.
 
     python training/prepare_pictures.py datasets/wallpapers_textures --textures
     python training/photographs.py datasets/photographs
@@ -13,7 +13,7 @@ A run is a network of this project or of traiNNer-redux, NAME[,OPTION=VALUE]... 
 rate=1e-3 (a short warm-up, then cosine down to a fiftieth), optimizer=AdamW (or one of pytorch-optimizer),
 batch=8, patch=32 (low-resolution pixels) and skip=1 (adds a bicubic enlargement of the input); the others go
 to the network. The loss is Charbonnier's. PSNR-Y is that of the weights' moving average, the mean over the
-pictures' centres. Seconds are those of the training steps, on a CPU of computing. A run is never repeated.
+pictures' centres. Seconds are those that a CPU core computed in the training steps. A run is never repeated.
 
 ``draw`` writes OUTPUT.md and OUTPUT.png: the runs and finished weights with their times in ONNX Runtime.
 """
@@ -28,6 +28,7 @@ import math
 import re
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
@@ -41,13 +42,15 @@ from networks import OURS, positive, table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from aethersr.commands import Parser, check_device, exit_code
+from aethersr.commands import Parser, exit_code
 from aethersr.errors import UserError, first_line
 from aethersr.files import Together
-from aethersr.quality import crop_to_multiple, find_pictures, psnr, read_rgb, resize
+from aethersr.folders import find_pictures
+from aethersr.quality import crop_to_multiple, psnr, read_rgb, resize
 from aethersr.timing import interleaved
 
 POINTS = 6  # measurements of a run
+SIDE = 192  # pixels of a validation picture's centre
 DEFAULTS: Dict[str, Any] = {"rate": 1e-3, "optimizer": "AdamW", "batch": 8, "patch": 32, "skip": 0}
 KINDS = ("AetherNet, all from one training", "AetherNet, from scratch", "others, from scratch")
 
@@ -82,25 +85,24 @@ class Cuts:
 class Validation:
     """The centres of a folder's pictures, and their reductions, made as in MATLAB."""
 
-    def __init__(self, folder: Path, side: int, scale: int) -> None:
+    def __init__(self, folder: Path, scale: int) -> None:
         self.pairs, self.scale = [], scale
         for path in find_pictures(folder, "--validation"):
             picture = read_rgb(path, "--validation")
-            top, left = (max(0, length - side) // 2 for length in picture.shape[:2])
-            truth = crop_to_multiple(picture[top : top + side, left : left + side], scale)
+            top, left = (max(0, length - SIDE) // 2 for length in picture.shape[:2])
+            truth = crop_to_multiple(picture[top : top + SIDE, left : left + SIDE], scale)
             self.pairs.append((truth, resize(truth, truth.shape[0] // scale, truth.shape[1] // scale)))
 
     def bicubic(self) -> float:
         return mean(psnr(truth, resize(low, *truth.shape[:2]), self.scale) for truth, low in self.pairs)
 
     @torch.no_grad()
-    def measure(self, net: nn.Module, device: str) -> float:
+    def measure(self, net: nn.Module) -> float:
         """The mean PSNR-Y, in dB."""
         found = []
         for truth, low in self.pairs:
-            out = net(as_images([low]).to(device))[0].permute(1, 2, 0).float()
-            out = (out.nan_to_num().clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
-            found.append(psnr(truth, out, self.scale))
+            out = net(as_images([low]))[0].permute(1, 2, 0).nan_to_num().clamp(0, 1)
+            found.append(psnr(truth, (out * 255).round().to(torch.uint8).numpy(), self.scale))
         return mean(found)
 
 
@@ -124,8 +126,6 @@ def parse_run(text: str) -> Run:
                 options[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
             raise UserError(f"{text!r}: {name} can't be {value!r}; pass another value (--run).") from None
-    if min(training["rate"], training["batch"], training["patch"]) <= 0:
-        raise UserError(f"{text!r}: rate, batch and patch must be above 0 (--run).")
     return Run(text, network, training, options)
 
 
@@ -168,48 +168,40 @@ def average(averaged: nn.Module, net: nn.Module, iteration: int) -> None:
             value.lerp_(new, 1 - kept)
 
 
-def clock(device: str) -> float:
-    if device == "cpu":
-        return time.process_time() / torch.get_num_threads()
-    torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def train_one(run: Run, seed: int, cuts: Cuts, validation: Validation, args: Any) -> Dict[str, Any]:
+def train_one(run: Run, seed: int, cuts: Cuts, validation: Validation, args: Any) -> Tuple[Any, Any]:
+    """A row of the results, and the averaged network."""
     torch.manual_seed(seed)
-    random, options, device = np.random.default_rng(seed), run.training, args.device
-    net: Any = build(run, cuts.scale, args.checkout).train()
-    net = net.to(device, memory_format=torch.channels_last)
+    random, options = np.random.default_rng(seed), run.training
+    net: Any = build(run, cuts.scale, args.checkout).train().to(memory_format=torch.channels_last)
     averaged = copy.deepcopy(net).eval()
     optimizer = build_optimizer(net, options["optimizer"], options["rate"])
     points: List[List[float]] = []
     iteration, seconds, done = 0, 0.0, 0.0  # done: of the budget
     while done < 1:
-        begin = clock(device)
+        begin = time.process_time()
         rate = options["rate"] * min(1, (iteration + 1) / 50) * (0.51 + 0.49 * math.cos(math.pi * done))
         for group in optimizer.param_groups:
             group["lr"] = rate
-        low, high = (x.to(device) for x in cuts.batch(options["batch"], options["patch"], random))
-        with torch.autocast(device, torch.bfloat16, enabled=args.bf16):
+        low, high = cuts.batch(options["batch"], options["patch"], random)
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
             out = net(low.contiguous(memory_format=torch.channels_last))
         loss = ((out.float() - high).square() + 1e-12).sqrt().mean()  # Charbonnier's
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         average(averaged, net, iteration)
-        seconds += clock(device) - begin
+        seconds += time.process_time() - begin
         iteration += 1
         done = seconds / args.seconds if args.seconds else iteration / args.iterations
         if done >= (len(points) + 1) / POINTS:
-            points.append([iteration, round(seconds, 1), round(validation.measure(averaged, device), 5)])
+            points.append([iteration, round(seconds, 1), round(validation.measure(averaged), 5)])
             told = f"{iteration} iterations, {seconds:.0f} s, {points[-1][2]:.2f} dB"
             print(f"{run.text}, seed {seed}: {told}", flush=True)
-    return {"run": run.text, "seed": seed, "machine": networks.machine(device), "points": points}
+    return {"run": run.text, "seed": seed, "machine": networks.machine(), "points": points}, averaged
 
 
 def train(args: argparse.Namespace) -> None:
     runs = [parse_run(text) for text in args.run]
-    check_device(args.device)
     from cpu_speed import speed_up_on_cpu
 
     speed_up_on_cpu()
@@ -218,9 +210,9 @@ def train(args: argparse.Namespace) -> None:
         if run.training["patch"] > cuts.side:
             found = f"{run.text!r}: a cut has {cuts.side} pixels a side"
             raise UserError(f"{found}; pass a smaller patch (--run).")
-    validation = Validation(args.validation, args.side, cuts.scale)
+    validation = Validation(args.validation, cuts.scale)
     title = f"x{cuts.scale}, {len(cuts.pairs)} cuts; measured on {len(validation.pairs)} pictures of "
-    title += f"{args.side} pixels a side, bicubic {validation.bicubic():.2f} dB"
+    title += f"{SIDE} pixels a side, bicubic {validation.bicubic():.2f} dB"
     budget = f"--seconds {args.seconds:g}" if args.seconds else f"--iterations {args.iterations}"
     setting = [*budget.split(), *["--bf16"] * args.bf16]
     result: Any = read_results(args.file) if args.file.exists() else {"rows": []}
@@ -230,7 +222,7 @@ def train(args: argparse.Namespace) -> None:
     print(f"{args.file} holds {len(result['rows'])} runs, which are not repeated")
     for run, seed in [(run, seed) for seed in args.seeds for run in runs]:
         if not any((row["run"], row["seed"]) == (run.text, seed) for row in result["rows"]):
-            result["rows"].append(train_one(run, seed, cuts, validation, args))
+            result["rows"].append(train_one(run, seed, cuts, validation, args)[0])
             with Together() as files:
                 files.part(args.file).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
                 files.commit()
@@ -272,48 +264,42 @@ class Point(NamedTuple):
     name: str
     kind: str
     decibels: float
-    call: Any  # what upscales a picture in ONNX Runtime
+    net: nn.Module
 
 
 def points_of(result: Dict[str, Any], args: argparse.Namespace) -> List[Point]:
     scale = int(result["title"].split(",")[0].lstrip("x"))
-    validation, image = Validation(args.validation, args.side, scale), torch.rand(1, 3, 128, 128)
-
-    def point(name: str, kind: str, decibels: float, net: nn.Module) -> Point:
-        file = networks.onnx_bytes(networks.deployed(net.eval()), image, False)
-        run = networks.onnx_runtime(file, args.threads)
-        return Point(name, kind, decibels, lambda: run(image.numpy()))
-
-    found = []
+    validation, found = Validation(args.validation, scale), []
     for path in args.weights:
         net = networks.opened(path, "--weights")
         if net.scale != scale:
             raise UserError(f"{path} is x{net.scale}; expected x{scale}, as in {args.file} (--weights).")
-        found.append(point(path.stem, KINDS[0], validation.measure(net, "cpu"), net))
+        found.append(Point(path.stem, KINDS[0], validation.measure(net), net))
     for text in dict.fromkeys(row["run"] for row in result["rows"]):
         run = parse_run(text)
         decibels = mean(row["points"][-1][2] for row in result["rows"] if row["run"] == text)
         kind = KINDS[1] if run.network in OURS else KINDS[2]
-        found.append(point(text, kind, decibels, build(run, scale, args.checkout)))
+        found.append(Point(text, kind, decibels, build(run, scale, args.checkout).eval()))
     return found
 
 
 def draw(args: argparse.Namespace) -> None:
-    result = read_results(args.file)
+    result, image, calls = read_results(args.file), torch.rand(1, 3, 128, 128), {}
     points = points_of(result, args)
-    calls = {point.name: point.call for point in points}
-    times = interleaved(calls, rounds=15, seconds=120, clock=lambda: clock("cpu"))
+    for point in points:
+        file = networks.onnx_bytes(networks.deployed(point.net), image, False)
+        calls[point.name] = partial(networks.onnx_runtime(file), image.numpy())
+    times = interleaved(calls, rounds=15, seconds=120, clock=time.process_time)
     first, ms = points[0].name, {point.name: times.median(point.name) for point in points}
-    rows = [
-        [point.name, point.kind, networks.short(ms[point.name]),
-         f"{times.ratio(point.name, first).value:.2f}", f"{point.decibels:.2f}"]
-        for point in sorted(points, key=lambda point: ms[point.name])
-    ]  # fmt: skip
+    rows = []
+    for point in sorted(points, key=lambda point: ms[point.name]):
+        ratio = f"{times.ratio(point.name, first).value:.2f}"
+        rows.append([point.name, point.kind, networks.short(ms[point.name]), ratio, f"{point.decibels:.2f}"])
     head = ["network", "what", "ms", f"of {first}'s time", "PSNR-Y, dB"]
     what, amount = result["setting"][:2]
     each = f"{float(amount) / 60:g} minutes" if what == "--seconds" else f"{amount} iterations"
     budget = f"from scratch: {each} of training each"
-    told = f"{result['title']}; {budget}. Time: 128x128 in ONNX Runtime, {args.threads} thread(s)."
+    told = f"{result['title']}; {budget}. Time: 128x128 in ONNX Runtime, one thread."
     text = "\n".join([f"{networks.machine()}.", "", f"`{args.typed}`", "", told, "", *table(head, rows)])
     print(text)
     with Together() as files:
@@ -340,10 +326,8 @@ def scatter(points: List[Point], ms: Dict[str, float], budget: str) -> Any:
             name = name.split(",")[0].replace("_training_fp16", "")
             axis.annotate(name, place, (6, 4), textcoords="offset points", fontsize=9)
     axis.set(xscale="log", xlabel="time for a picture, ms (ONNX Runtime, CPU)", ylabel="quality: PSNR-Y, dB")
-    axis.set_title(f"Quality against time: up and left is better\n{budget}", fontsize=11)
-    axis.xaxis.set_major_formatter("{x:g}")
-    axis.xaxis.set_minor_formatter("{x:g}")
-    axis.margins(x=0.3)
+    axis.set(title=f"Quality against time: up and left is better\n{budget}", xmargin=0.3)
+    axis.xaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}")
     axis.grid(which="both", alpha=0.3)
     axis.legend()
     return figure
@@ -355,39 +339,39 @@ def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
     commands = parser.add_subparsers(
         required=True, metavar="train, table or draw", parser_class=lambda prog: Parser(prog, None)
     )
-    parsers = {name: commands.add_parser(name) for name in ("train", "table", "draw")}
     for name, action in (("train", train), ("table", show), ("draw", draw)):
-        parsers[name].set_defaults(action=action, checkout=None, validation=None, threads=1)
-        parsers[name].add_argument("file", type=Path, metavar="FILE", help="of the runs: train writes it")
-    for name in ("train", "draw"):
-        add = parsers[name].add_argument
+        command = commands.add_parser(name)
+        command.set_defaults(action=action, checkout=None, validation=None)
+        add = command.add_argument
+        add("file", type=Path, metavar="FILE", help="of the runs: train writes it")
+        if action is show:
+            continue
         add("--validation", type=Path, required=True, help="folder of pictures")
-        add("--side", type=positive, default=192, help="validation pixels a side")
         add("--traiNNer-redux", dest="checkout", type=Path, help="a checkout, for other networks")
-        add("--threads", type=positive)
-    add("--weights", type=Path, nargs="+", default=[], help="AetherNets in any form")
-    add("--output", type=Path, required=True, help="of OUTPUT.md and OUTPUT.png")
-    add = parsers["train"].add_argument
-    add("--data", type=Path, required=True, help="what training/prepare_pictures.py wrote")
-    add("--run", action="append", required=True, metavar="NAME,OPTION=VALUE,...")
-    add("--seeds", type=int, nargs="+", default=[0])
-    add("--bf16", action="store_true", help="bfloat16 autocast")
-    add("--device", choices=("cpu", "cuda"), default="cpu")
-    budget = parsers["train"].add_mutually_exclusive_group(required=True)
-    budget.add_argument("--iterations", type=positive, help="budget of each run")
-    budget.add_argument("--seconds", type=positive, help="budget of each run")
+        if action is draw:
+            add("--weights", type=Path, nargs="+", default=[], help="AetherNets in any form")
+            add("--output", type=Path, required=True, help="of OUTPUT.md and OUTPUT.png")
+            continue
+        add("--data", type=Path, required=True, help="what training/prepare_pictures.py wrote")
+        add("--run", action="append", required=True, metavar="NAME,OPTION=VALUE,...")
+        add("--seeds", type=int, nargs="+", default=[0])
+        add("--bf16", action="store_true", help="bfloat16 autocast")
+        budget = command.add_mutually_exclusive_group(required=True)
+        budget.add_argument("--iterations", type=positive, help="budget of each run")
+        budget.add_argument("--seconds", type=positive, help="budget of each run")
     args = parser.parse(argv)
     args.typed = networks.typed("quality.py", argv, {"CHECKOUT": args.checkout, "PICTURES": args.validation})
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(1)  # on a CPU the computing time counts, which other work hardly changes
     return args
 
 
-def main(argv: Optional[List[str]] = None) -> int:
-    def action() -> None:
-        args = parse_args(argv)
-        args.action(args)
+def run(argv: Optional[List[str]]) -> None:
+    args = parse_args(argv)
+    args.action(args)
 
-    return exit_code("quality.py", action, "finished runs are kept.")
+
+def main(argv: Optional[List[str]] = None) -> int:
+    return exit_code("quality.py", lambda: run(argv), "finished runs are kept.")
 
 
 if __name__ == "__main__":

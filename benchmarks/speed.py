@@ -34,6 +34,7 @@ from aethersr.timing import Comparison, interleaved
 HEAD = ["what", "case", "ms", "times as fast as the first", "more"]
 SLOWEST = 1.0  # seconds of a step on a GPU: one that takes longer would use up the minutes
 IMPOSSIBLE = "not possible here"
+MINUTES = {"cpu": math.inf, "cuda": 4}  # nothing begins after these
 PARTS = {  # functions of cases.py, the most important first
     "cpu": ("sizes", "peers", "runtimes", "training", "depthwise"),
     "cuda": ("networks", "training", "depthwise", "memory", "peers", "compiled"),
@@ -53,7 +54,7 @@ class Bench:
         self.picture = f"{args.side}x{args.side}"
         self.crops = (2, 8) if args.quick else (16, 64) if self.cuda else (4, 32)  # of a training step
         self.lines: List[str] = []
-        self.end = time.monotonic() + 60 * (args.minutes or math.inf)
+        self.end = time.monotonic() + 60 * MINUTES[args.device]
         self.wait: Callable[[], Any] = torch.cuda.synchronize if self.cuda else lambda: None
         # Of one thread the computing time counts, which other work on the machine hardly changes.
         self.clock = time.perf_counter if self.cuda or args.threads > 1 else time.process_time
@@ -147,11 +148,9 @@ def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
     add("--peers", nargs="+", default=list(PEERS), help="names in traiNNer-redux")
     add("--threads", type=positive, default=torch.get_num_threads())
     add("--rounds", type=positive, default=15, help="at most so many turns (default: %(default)s)")
-    add("--minutes", type=positive, help="begin nothing after these (on a GPU: 4)")
     add("--output", type=Path, help="write the table to this file, too")
     args = parser.parse(argv)
     args.side = 8 if args.quick else args.side or (256 if args.device == "cuda" else 128)
-    args.minutes = args.minutes or (4.0 if args.device == "cuda" else None)
     return args
 
 
@@ -171,7 +170,7 @@ def measure(argv: Optional[List[str]]) -> None:
         for name in args.cases or PARTS[args.device]:
             getattr(cases, name)(bench)
     except OutOfTime:
-        print(f"{args.minutes:g} minutes are over; --cases and --minutes measure the rest.", file=sys.stderr)
+        print(f"{MINUTES[args.device]} minutes are over; --cases measures the rest.", file=sys.stderr)
     if all(IMPOSSIBLE in line for line in bench.lines[start:]):
         raise UserError("nothing could be measured here; the lines above say why (--cases).")
 

@@ -8,7 +8,6 @@ goes and where relative paths in the options file start. For BasicSR 1.4.2 and a
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import importlib.util
 import os
@@ -18,10 +17,13 @@ from types import ModuleType
 from typing import List, Optional
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "training"))
+sys.path += [str(ROOT), str(ROOT / "training")]
 
 from cpu_speed import speed_up_on_cpu  # noqa: E402
 from trainner_redux_cpu import import_torchvision  # noqa: E402
+
+from aethersr.commands import Parser, exit_code  # noqa: E402
+from aethersr.errors import UserError  # noqa: E402
 
 
 def register_aether() -> ModuleType:
@@ -37,16 +39,16 @@ def register_aether() -> ModuleType:
     return importlib.import_module("basicsr.archs.aether_arch")
 
 
-def main(argv: Optional[List[str]] = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+def train(argv: Optional[List[str]]) -> None:
+    parser = Parser("basicsr_train.py", __doc__)
     parser.add_argument("--root", default=".", help="folder for experiments/ (default: the current one)")
     parser.add_argument("-opt", required=True, help="BasicSR options file")
     args, flags = parser.parse_known_args(argv)
     options = os.path.abspath(args.opt)
     if not os.path.isfile(options):
-        parser.error(f"there is no options file {args.opt}")
+        raise UserError(f"there is no options file {args.opt}; pass another (-opt).")
     if importlib.util.find_spec("basicsr") is None:
-        parser.error("BasicSR is not installed; see requirements-basicsr.txt")
+        raise UserError("BasicSR is not installed; see requirements-basicsr.txt.")
     register_aether()
     speed_up_on_cpu()
     os.makedirs(args.root, exist_ok=True)
@@ -55,5 +57,9 @@ def main(argv: Optional[List[str]] = None) -> None:
     importlib.import_module("basicsr.train").train_pipeline(os.getcwd())
 
 
+def main(argv: Optional[List[str]] = None) -> int:
+    return exit_code("basicsr_train.py", lambda: train(argv), "the same command with --auto_resume goes on.")
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

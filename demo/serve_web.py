@@ -7,7 +7,6 @@ Afterwards demo/web can be copied to any static host. Without npm the page loads
 
 from __future__ import annotations
 
-import argparse
 import base64
 import hashlib
 import json
@@ -20,10 +19,14 @@ import tempfile
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Optional, Sequence
+from typing import List, Optional
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "archs")]
+
+from aethersr.commands import Parser, exit_code  # noqa: E402
+from aethersr.errors import UserError  # noqa: E402
+
 WEIGHTS = ROOT / "weights"
 FIRST = "2x_AetherNet_small_wallpapers_fp16.safetensors"  # what the page opens with
 PAGE = ROOT / "demo" / "web"
@@ -92,28 +95,28 @@ class Handler(SimpleHTTPRequestHandler):
         """Errors alone are worth a line."""
 
 
-def main(argv: Optional[Sequence[str]] = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--port", type=int, default=8000, help="0: one that is free (default: 8000)")
-    port = parser.parse_args(argv).port
+def serve(port: int) -> None:
     for ending in (".js", ".mjs"):
         mimetypes.add_type("text/javascript", ending)  # Windows has other ideas
     try:
         server = ThreadingHTTPServer(("127.0.0.1", port), partial(Handler, directory=str(PAGE)))
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or str(error).strip(".")
-        parser.error(f"--port {port} can't be used: {reason}; pass another one, or 0 for any that is free.")
-    try:
-        FILES.mkdir(exist_ok=True)
-        export_networks()
-        problem = fetch_runtime()
-        if problem:
-            print(f"{problem}; the page will load ONNX Runtime Web {VERSION} from a CDN.", file=sys.stderr)
-        print(f"Open http://localhost:{server.server_port}/ in a browser. Ctrl+C ends it.", flush=True)
-        server.serve_forever()
-    except KeyboardInterrupt:
-        print("\nserve_web.py: ended.", file=sys.stderr)
+        raise UserError(f"--port {port} can't be used: {reason}; pass another one, or 0 for any.") from None
+    FILES.mkdir(exist_ok=True)
+    export_networks()
+    problem = fetch_runtime()
+    if problem:
+        print(f"{problem}; the page will load ONNX Runtime Web {VERSION} from a CDN.", file=sys.stderr)
+    print(f"Open http://localhost:{server.server_port}/ in a browser. Ctrl+C ends it.", flush=True)
+    server.serve_forever()
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    parser = Parser("serve_web.py", __doc__)
+    parser.add_argument("--port", type=int, default=8000, help="0: one that is free (default: 8000)")
+    return exit_code("serve_web.py", lambda: serve(parser.parse(argv).port), "the page is no longer there.")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -10,7 +10,6 @@ template.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import Any, Dict, Iterator, List
@@ -61,31 +60,18 @@ def leftover(wanted: Dict[Path, str]) -> List[Path]:
     return sorted(path for path in found if path not in wanted)
 
 
-def outdated(wanted: Dict[Path, str]) -> List[Path]:
-    """Templates that are missing on disk or differ from their skeleton's output."""
-    return [path for path, text in wanted.items() if not same(HERE / path, text)]
-
-
-def same(file: Path, text: str) -> bool:
-    return file.is_file() and file.read_bytes() == text.encode("utf-8")
-
-
-def write(file: Path, text: str) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(file.name + ".part")
-    part.write_bytes(text.encode("utf-8"))
-    os.replace(part, file)
-
-
 def main() -> int:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    parser.add_argument(
-        "--check", action="store_true", help="write nothing; exit 1 if a template is out of date"
-    )
-    check = parser.parse_args().check
-    wanted = templates()
-    changed, foreign = outdated(wanted), leftover(wanted)
+    text = "write nothing; exit 1 if a template is out of date"
+    parser.add_argument("--check", action="store_true", help=text)
+    check, wanted = parser.parse_args().check, templates()
+    files = {path: HERE / path for path in wanted}
+    changed = [
+        path for path, text in wanted.items()
+        if not files[path].is_file() or files[path].read_bytes() != text.encode("utf-8")
+    ]  # fmt: skip
+    foreign = leftover(wanted)
     for path in foreign:
         print(f"options/{path.as_posix()} is not one of the templates: delete or move it", file=sys.stderr)
     if check:
@@ -93,7 +79,8 @@ def main() -> int:
             print(f"options/{path.as_posix()} is out of date: run generate_options.py", file=sys.stderr)
         return 1 if changed or foreign else 0
     for path in changed:
-        write(HERE / path, wanted[path])
+        files[path].parent.mkdir(parents=True, exist_ok=True)
+        files[path].write_bytes(wanted[path].encode("utf-8"))
     print(f"{len(wanted)} templates, {len(changed)} of them new or changed")
     return 0
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import os
 import re
 import signal
@@ -48,6 +50,25 @@ def small_net(scale: int = 2, **options: Any) -> aether_arch.AetherNet:
     """A small network of every part, with random statistics and no bound, in float64 and evaluation mode."""
     options = {"embed_dim": 24, "depths": (1, 2), "bound": None, **options}
     return randomize(aether_arch.AetherNet(scale=scale, **options)).double().eval()
+
+
+X = torch.rand(1, 3, 9, 13, generator=torch.Generator().manual_seed(1))
+PLAIN = {"use_channel_attn": False, "use_spatial_attn": False, "embed_dim": 16, "lk_kernel": 3}
+
+
+@functools.lru_cache(maxsize=None)
+def _made(form: str, scale: int, options: Any) -> Any:
+    net: Any = small_net(scale, **{**PLAIN, **dict(options)}).float()
+    if form != "training":
+        net.fuse_model()
+    if form in ("quantised", "int8"):
+        net.prepare_qat(calibration=[X])
+    return net.eval().convert_to_quantized() if form == "int8" else net.eval()
+
+
+def in_form(form: str, scale: int = 2, **options: Any) -> Any:
+    """A small network: training, fused, quantised or int8; in evaluation mode, float32, without a bound."""
+    return copy.deepcopy(_made(form, scale, tuple(options.items())))
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, one_line, small_net
+from conftest import ROOT, small_net
 from PIL import Image
 from safetensors.torch import save_file
 from skimage import data as photographs
@@ -146,10 +146,11 @@ def test_a_short_step_has_the_time_of_one() -> None:
     assert (short, long) == (["1.00", "1", "1.000"], ["4.00", "0.25 (0.25 to 0.25)", "4.000"])
 
 
-def test_it_stops_when_its_minutes_are_over(capsys: pytest.CaptureFixture) -> None:
-    assert speed.main([*QUICK, "--cases", "training", "depthwise", "--minutes", "1e-6"]) == 2
+def test_it_stops_when_its_minutes_are_over(monkeypatch: Any, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setitem(speed.MINUTES, "cpu", 1e-6)
+    assert speed.main([*QUICK, "--cases", "training", "depthwise"]) == 2
     error = capsys.readouterr().err.splitlines()
-    assert error[0].endswith("minutes are over; --cases and --minutes measure the rest.")
+    assert error[0].endswith("minutes are over; --cases measures the rest.")
     assert "nothing could be measured" in error[1]
 
 
@@ -185,17 +186,19 @@ def test_the_same_seed_gives_the_same_figures_and_a_finished_run_is_not_repeated
 
 
 def test_training_learns_and_a_budget_in_seconds_ends(folder: Path, tmp_path: Path) -> None:
-    (row,) = train(folder, tmp_path / "c.json", "--seconds", "3", "--run", f"{TINY},rate=2e-3")
-    assert row["points"][-1][1] >= 3 > row["points"][-2][1]
-    assert row["points"][-1][2] > row["points"][0][2] + 0.05
+    (row,) = train(folder, tmp_path / "c.json", "--iterations", "300", "--run", f"{TINY},rate=2e-3")
+    assert row["points"][-1][2] > row["points"][0][2]
+    (row,) = train(folder, tmp_path / "d.json", "--seconds", "0.5", "--run", TINY)
+    assert row["points"][-1][1] >= 0.5 > row["points"][-2][1]
 
 
 def test_a_crop_and_its_reduction_show_the_same_place_turned_the_same_way(folder: Path) -> None:
     low, high = quality.Cuts(folder).batch(16, 16, np.random.default_rng(0))
     assert (low.shape, high.shape) == ((16, 3, 16, 16), (16, 3, 32, 32))
     means = nn.functional.avg_pool2d(high, 2)
-    assert float((means - low).abs().mean()) < 0.03
-    assert float((means - low.flip(3)).abs().mean()) > 0.06
+    views = (low, low.flip(2), low.flip(3), low.mT, low.rot90(1, (2, 3)), low.roll(1, 3))
+    errors = torch.stack([(means - view).abs().mean((1, 2, 3)) for view in views])  # of each crop
+    assert (errors[0] < errors[1:]).all()
 
 
 def test_the_picture_shows_weights_and_runs_with_their_times(
@@ -214,7 +217,7 @@ def test_the_picture_shows_weights_and_runs_with_their_times(
     assert float(rows["peer"][2]) < float(rows["net"][2]) < float(rows["AetherNet"][2])
     assert rows["net"][3] == "1.00"
     net = networks.opened(folder / "net.safetensors", "")
-    assert rows["net"][4] == f"{quality.Validation(folder / 'val', 192, 2).measure(net, 'cpu'):.2f}"
+    assert rows["net"][4] == f"{quality.Validation(folder / 'val', 2).measure(net):.2f}"
     pytest.importorskip("matplotlib", reason="needs matplotlib: pip install matplotlib")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
 
@@ -229,6 +232,8 @@ QUALITY = ["train", "{tmp}/x.json", "--data", "{folder}", "--validation", "{fold
     ("script", "words", "message"),
     [
         (speed, ["--rounds", "0"], "argument --rounds: 0 is not above 0"),
+        pytest.param(speed, ["--device", "cuda"], "finds no CUDA device; pass --device cpu",
+                     marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")),
         (speed, ["--output", "{tmp}/no/x.md"], "no does not exist; make it or pass another --output"),
         (speed, ["--cases", "runtimes", "--weights", "{tmp}/no.pth"], "does not exist"),
         (speed, ["--cases", "peers", "--traiNNer-redux", "{tmp}"], r"can't be imported .*--traiNNer-redux"),
@@ -259,14 +264,8 @@ def test_bad_input_ends_with_2_and_one_line(
     assert script.main([word.format(folder=folder, tmp=tmp_path) for word in words]) == 2
     (line,) = (line for line in capsys.readouterr().err.splitlines(True) if "error: " in line)
     assert re.search(message, line), line
-    assert line.isprintable() or line[:-1].isprintable()
+    assert line[:-1].isprintable()
     assert sorted(tmp_path.rglob("*")) == before
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
-def test_without_a_card_one_line_says_what_to_do(capsys: pytest.CaptureFixture) -> None:
-    assert speed.main(["--device", "cuda"]) == 2
-    assert "pass --device cpu" in one_line(capsys.readouterr().err, "speed.py")
 
 
 def test_the_script_starts_by_itself(tmp_path: Path) -> None:

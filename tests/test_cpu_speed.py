@@ -31,7 +31,9 @@ def test_under_autocast_gradients_have_the_precision_of_the_parameters() -> None
         cpu_speed.depthwise_conv(x, weight, bias).float().square().sum().backward()
     F.conv2d(x, expected, padding=2, groups=4).square().sum().backward()
     assert weight.grad.dtype == torch.float32
-    assert float((weight.grad - expected.grad).norm() / expected.grad.norm()) < 0.02
+    # Picture, weights, output and its gradient are rounded once each.
+    rounding = 4 * torch.finfo(torch.bfloat16).eps
+    assert float((weight.grad - expected.grad).norm() / expected.grad.norm()) < rounding
 
 
 def test_a_network_trains_in_channels_last_with_the_same_gradients() -> None:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import datetime
+import importlib
+import json
 import os
 import subprocess
 import sys
 from typing import Any
 
+import aether_arch
 import pytest
 import torch
 from conftest import ROOT
 
-from aethersr.commands import exit_code
+from aethersr.commands import Parser, exit_code
 from aethersr.errors import UserError, is_out_of_memory, missing_package
 
+sys.path[:0] = [str(ROOT / name) for name in ("training", "demo")]
+SCRIPTS = ("prepare_pictures", "draw_graphics", "overlap", "photographs", "basicsr_train", "serve_web",
+           "model_card", "aethersr.commands.upscale", "aethersr.commands.evaluate")  # fmt: skip
 ALLOCATORS = [
     MemoryError(),
     torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
@@ -84,3 +91,37 @@ def test_a_reader_that_has_ended_is_no_traceback(action: str) -> None:
     ended = subprocess.run(command, cwd=ROOT, env=env, stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
     assert (ended.returncode, ended.stderr) == (141, "x: error: b\n" if action == "wrong" else "")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_script_tells_its_version(name: str, capsys: Any) -> None:
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(name).main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out.endswith(f" {aether_arch.__version__}\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--outptu_path x", "--outptu_path is not an option: the nearest one is --output_path"),
+        ("--output-path=x", "--output-path is not an option: the nearest one is --output_path"),
+        ("-s2", "-s is not an option: it is read"),
+        ("--gone 1", "--gone is not an option: there is one alone"),
+        ("--other", "unrecognized arguments: --other"),
+        ("--tile abc", "--tile abc is not possible; expected a whole number"),
+        ("--share a", "--share a is not possible; expected a number"),
+        ("--date 2026", "--date 2026 is not possible; expected a day as YYYY-MM-DD"),
+        ("--more {a", "--more {a is not possible; expected JSON"),
+    ],
+)
+def test_what_is_typed_wrong_is_answered_with_what_is_right(words: str, said: str) -> None:
+    parser = Parser("x.py", "", {"-s": "it is read", "--gone": "there is one alone"})
+    types = {"tile": int, "share": float, "date": datetime.date.fromisoformat, "more": json.loads}
+    for name, kind in {**types, "output_path": str}.items():
+        parser.add_argument(f"--{name}", type=kind)
+    with pytest.raises(UserError) as error:
+        parser.parse(words.split())
+    assert str(error.value) == f"{said} (--help lists the options)."
+    right = parser.parse(["--out", "two", "--tile", "-2"])
+    assert (right.output_path, right.tile) == ("two", -2)

@@ -34,12 +34,14 @@ def network(path: Path, **options: Any) -> AetherNet:
 
 @pytest.fixture(scope="module")
 def hr(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two pictures whose sides no 2 divides, and a text file."""
+    """Two pictures whose sides no 2 divides, and what is none."""
     folder = tmp_path_factory.mktemp("pictures") / "hr"
     folder.mkdir()
     Image.fromarray(photographs.astronaut()[:41, 200:251]).save(folder / "a.png")
     Image.fromarray(photographs.chelsea()[100:143, 100:149]).save(folder / "b.bmp")
     (folder / "notes.txt").write_text("not a picture")
+    (folder / "._a.png").write_text("what macOS puts beside a.png")
+    (folder / "x.png").mkdir()
     return folder
 
 
@@ -98,7 +100,7 @@ def test_every_form_and_file_of_one_network_is_measured(hr: Path, tmp_path: Path
     export_onnx(fused, 2, "fp32", str(tmp_path / "static.onnx"), static=[3, 40, 40])
     export_onnx(stored, 2, "int8", str(tmp_path / "int8.onnx"))
     torch.save(stored.convert_to_quantized().state_dict(), tmp_path / "int8.pth")
-    names = ["training.pth", "fp16.safetensors", "*.onnx", "int8.pth"]  # no shell expands *.onnx on Windows
+    names = ["training.pth", "fp16.safetensors", "fp32.onnx", "int8.onnx", "static.onnx", "int8.pth"]
     found = decibels(capsys, *(tmp_path / name for name in names), "--hr", hr)
     assert [*found[1:3], found[4]] == pytest.approx([found[0]] * 3, abs=0.02)
     assert [found[3], found[5]] == pytest.approx([found[0]] * 2, abs=1)
@@ -176,13 +178,14 @@ def test_what_it_cannot_do_is_said_in_one_line(hr: Path, tmp_path: Path, capsys:
     (tmp_path / "empty").mkdir()
     for arguments, part in (
         (["--hr", hr], "--scale"),
+        ([hr, "--hr", hr], f"{hr} is not a file; pass another (FILE)"),
         (["--hr", x2], "no folder with the ground truth"),
         (["--model", x2, "--hr", hr], "--model is not an option: pass the networks without an option"),
         ([x2, "--hr", "https://example.org/Set5"], "https://example.org/Set5 is a web address"),
         ([x2, x4, "--hr", hr], "x2.pth x2, x4.pth x4"),
         ([x2, "--scale", 4, "--hr", hr], "--scale x4"),
         ([tmp_path / "none.pth", "--hr", hr], "none.pth"),
-        ([x2, "--hr", none], "none does not exist"),
+        ([x2, "--hr", none], "none is not a folder; pass one with pictures"),
         ([x2, "--hr", tmp_path / "empty"], "holds no picture"),
         (["--scale", 2, "--hr", tmp_path / "broken.png"], "broken.png is not a readable picture"),
         (["--scale", 2, "--hr", tmp_path / "small.png"], "small.png: 14x40 is too small"),

@@ -30,19 +30,6 @@ def write(folder: Path, *names: str) -> None:
         files.commit()
 
 
-def test_files_appear_when_they_are_committed_and_leave_nothing_else(tmp_path: Path) -> None:
-    """Of names as long as the system takes, too: a temporary one is no longer."""
-    names = [
-        "a" * 240 + ".safetensors",
-        "é" * 100 + "_fp32.onnx",
-        "é" * 100 + "_fp16.onnx",
-        "写" * 80 + ".pth",
-    ]
-    (tmp_path / names[0]).write_text("old")
-    write(tmp_path, *names)
-    assert contents(tmp_path) == {name: f"new {name}" for name in names}
-
-
 @pytest.mark.parametrize("links", [True, False], ids=["links", "a disk without links"])
 @pytest.mark.parametrize("failing", [0, 1, 2])
 @pytest.mark.parametrize(
@@ -98,6 +85,7 @@ def test_an_output_that_cannot_be_written_is_refused_with_the_reason_and_the_opt
     (open_folder / "device.pth").symlink_to(os.devnull)
     (open_folder / "taken.pth").write_text("mine")
     (open_folder / "locked").mkdir(0o555)
+    (open_folder / "read-only.pth").touch(0o444)
     for name, words, overwrite in (
         ("no/out.pth", "does not exist", True),
         ("in.pth", "is the input itself", True),
@@ -107,6 +95,8 @@ def test_an_output_that_cannot_be_written_is_refused_with_the_reason_and_the_opt
         ("device.pth", "is a pipe or a device", True),
         ("taken.pth", "exists; pass --overwrite", False),
         ("dangling.pth", "exists; pass --overwrite", False),
+        ("taken.pth/out.pth", "taken.pth is a file, where a folder is needed", True),
+        ("read-only.pth", "is read-only; make it writable", True),
         ("locked/out.pth", "locked can't be written: Permission denied; pass another --out", True),
     ):
         with pytest.raises(UserError, match=words) as error, AsNobody():

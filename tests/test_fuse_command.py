@@ -139,7 +139,8 @@ OPTIONS = [
     ("--upscale 5", "choose from"),
     ("--int8", "it is --onnx int8"),
     ("--check-fp16", "what half precision costs is always printed"),
-    ("--onxx fp32", "unrecognized arguments: --onxx"),
+    ("--onxx fp32", "--onxx is not an option: the nearest one is --onnx"),
+    ("--output-path b.pth", "--output-path is not an option: the nearest one is --output_path"),
 ]
 
 

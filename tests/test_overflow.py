@@ -83,28 +83,6 @@ def test_a_broken_pixel_shows_in_the_loss_and_in_the_gradients(where: str) -> No
     assert any(bool(value.grad.isnan().any()) for value in net.parameters() if value.grad is not None)
 
 
-def rank_main(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    net = torch.nn.parallel.DistributedDataParallel(tiny().train())
-    overflowing = Overflowing()
-
-    def loss(output: Tensor) -> Tensor:
-        return overflowing(output) if rank == 1 else output.float().abs().mean()
-
-    scales = trained(net, loss=loss)
-    torch.save({"scales": torch.tensor(scales), **net.module.state_dict()}, f"{folder}/rank{rank}.pth")
-    torch.distributed.destroy_process_group()
-
-
-def test_an_overflow_on_one_of_two_ranks_is_seen_on_both(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(rank_main, (str(tmp_path),), nprocs=2)
-    first, second = (torch.load(tmp_path / f"rank{rank}.pth", weights_only=True) for rank in range(2))
-    assert float(first["scales"][-1]) < SCALE
-    for name, value in first.items():
-        assert torch.equal(value, second[name]), name
-
-
 BREAKS_LATE = """
 import torch
 from torch import nn

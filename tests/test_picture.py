@@ -17,25 +17,13 @@ import pytest
 from conftest import ROOT
 from damage import DAMAGE, FUZZ, damaged
 from hypothesis import given, settings
-from PIL import Image, ImageCms, ImageOps
-from PIL.PngImagePlugin import PngInfo
+from PIL import Image, ImageOps
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from aethersr.errors import UserError
 from aethersr.picture import FORMATS, Picture
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # Pillow's, of broken tags
-PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><d tiff:Orientation="6" title="Bild"/></x:xmpmeta>'
-PROMPT = b"UNICODE\0" + "eine Katze, Schritte: 20 \u5199".encode("utf-16-be")
-EXIF = Image.Exif()
-for tag, value in ((0x010E, "Bild"), (0x8769, {0x829A: 0.01, 0x9286: PROMPT}), (0x8825, {1: "N"})):
-    EXIF[tag] = value
-IPTC = b"Photoshop 3.0\x008BIM\x04\x04\0\0\0\0\0\x09\x1c\x02\x19\0\x04eins\0"
-GAMMA = (b"gAMA", struct.pack(">I", 100000))
-PRIMARIES = (b"cHRM", struct.pack(">8I", *[31270, 32900, 70800, 29200, 17000, 79700, 13100, 4600]))
-HDR = (b"cICP", bytes([9, 16, 0, 1]))
-KINDS = sorted(set(FORMATS.values()))
 
 
 def waves(channels: int, dtype: Any = np.uint8) -> np.ndarray:
@@ -72,9 +60,6 @@ def tiff(pixels: np.ndarray, **tags: Any) -> bytes:
     buffer = io.BytesIO()
     directory.save(buffer)
     return buffer.getvalue() + pixels.tobytes()
-
-
-# ----------------------------------------------------------------------------------------------------- pixels
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
@@ -150,9 +135,6 @@ def test_a_gif_keeps_what_is_transparent(tmp_path: Path) -> None:
     assert np.abs(back.pixels[6:, :, :3].astype(int) - pixels[6:, :, :3]).mean() < 6
 
 
-# ------------------------------------------------------------------------------------------------------ notes
-
-
 @pytest.mark.parametrize("turn", range(1, 9))
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF", "AVIF"])
 def test_pictures_are_turned_upright_once(tmp_path: Path, kind: str, turn: int) -> None:
@@ -167,88 +149,6 @@ def test_pictures_are_turned_upright_once(tmp_path: Path, kind: str, turn: int) 
     for pixels in (back.pixels, again.pixels):
         assert pixels.shape == expected.shape
         assert np.abs(pixels - expected).mean() < 12
-
-
-def test_an_orientation_in_xmp_alone_turns_once(tmp_path: Path) -> None:
-    back = read(tmp_path, written(tmp_path, Picture(waves(3), notes={"XMP": XMP}), "PNG"))
-    assert np.array_equal(back.pixels, waves(3)[::-1].swapaxes(0, 1))
-    assert read(tmp_path, written(tmp_path, back, "PNG")).pixels.shape == back.pixels.shape
-
-
-@pytest.mark.parametrize(
-    ("kind", "dtype"),
-    [*((kind, np.uint8) for kind in KINDS), ("PNG", np.uint16), ("TIFF", np.uint16), ("AVIF", np.uint16)],
-)
-def test_notes_are_kept_or_named(tmp_path: Path, kind: str, dtype: Any) -> None:
-    text = (b"iTXt", b"workflow" + bytes(5) + "{\u00fc}".encode())
-    notes = {"colour profile": PROFILE, "EXIF": EXIF.tobytes(), "XMP": XMP, "IPTC": IPTC, "dpi": (300, 150),
-             "comment": "Grüße".encode(), "chunks": [GAMMA, PRIMARIES, HDR, text]}  # fmt: skip
-    lost = set(Picture(waves(3, dtype), False, notes).write(tmp_path / "in.png", kind))
-    back = Picture.read(tmp_path / "in.png").notes
-    everything = {*notes, "gAMA", "cHRM", "cICP", "text 'workflow'"} - {"chunks"}
-    kept = {"PNG": everything - {"IPTC"}, "BMP": {"dpi"}, "GIF": set(),
-            "JPEG": {"colour profile", "EXIF", "XMP", "IPTC", "dpi", "comment"},
-            "TIFF": {"colour profile", "EXIF", "XMP", "IPTC", "dpi"}}  # fmt: skip
-    assert everything - lost == kept.get(kind, {"colour profile", "EXIF", "XMP", "dpi"})
-    for name in everything - lost - {"gAMA", "cHRM", "cICP", "text 'workflow'", "comment"}:
-        if name == "EXIF":
-            exif = Image.Exif()
-            exif.load(back["EXIF"])
-            assert (exif[0x010E], exif.get_ifd(0x8825)[1]) == ("Bild", "N")
-            assert (exif.get_ifd(0x8769)[0x829A], exif.get_ifd(0x8769)[0x9286]) == (0.01, PROMPT)
-        elif name == "dpi":
-            assert back["dpi"] == pytest.approx((300, 150), abs=0.05)
-        elif name == "XMP":
-            assert b'title="Bild"' in back["XMP"]
-        else:
-            assert back[name] == notes[name]
-    if kind == "JPEG":
-        assert back["comment"] == notes["comment"]
-    if kind == "PNG":
-        comment = (b"iTXt", b"Comment" + bytes(5) + notes["comment"])
-        assert back["chunks"] == [*notes["chunks"], comment]
-        assert Image.open(tmp_path / "in.png").text["Comment"] == "Grüße"
-    with Image.open(tmp_path / "in.png") as image:
-        image.load()  # another program reads it
-
-
-def test_what_other_programs_write_is_kept_in_place(tmp_path: Path) -> None:
-    """Texts after the pixels, a profile of a text that is compressed, a Latin-1 comment."""
-    info = PngInfo()
-    for name, data in (GAMMA, PRIMARIES, HDR):
-        info.add(name, data)
-    info.add_text("parameters", "a cat, Steps: 20", zip=True)
-    info.add(b"tEXt", b"date\x002020", after_idat=True)
-    content = saved(IMAGE, "PNG", pnginfo=info)
-    again = written(tmp_path, read(tmp_path, content), "PNG")
-    assert read(tmp_path, again).notes == read(tmp_path, content).notes
-    with Image.open(io.BytesIO(again)) as image:
-        image.load()
-        assert image.text == {"parameters": "a cat, Steps: 20", "date": "2020"}
-        assert image.info["gamma"] == 1.0
-    latin = read(tmp_path, saved(IMAGE, "JPEG", comment=b"Gr\xfc\xdfe"))
-    assert read(tmp_path, written(tmp_path, latin, "JPEG")).notes == {"comment": b"Gr\xfc\xdfe"}
-    with Image.open(io.BytesIO(written(tmp_path, latin, "PNG"))) as image:
-        assert image.text == {"Comment": "Grüße"}
-    usual = Picture(waves(3), notes={"chunks": [(b"gAMA", struct.pack(">I", 45455))]})
-    assert usual.write(tmp_path / "usual.jpg", "JPEG") == [], "every JPEG has these colours"
-    too_long = Picture(waves(3), notes={"XMP": bytes(70000), "comment": bytes(70000)})
-    assert too_long.write(tmp_path / "long.jpg", "JPEG") == ["XMP"], "a comment takes several segments"
-
-
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_broken_exif_hurts_nothing(tmp_path: Path, kind: str) -> None:
-    directory = ImageFileDirectory_v2()
-    directory[0x0112], directory[0x010E] = 1, "Bild"
-    whole = b"Exif\0\0II*\0\x08\0\0\0" + directory.tobytes(8)
-    for place in range(6, len(whole), 3):
-        for broken in (whole[:place], whole[:place] + b"\xff\xff\xff" + whole[place + 3 :]):
-            back = read(tmp_path, saved(IMAGE, kind, exif=broken))
-            for other in (kind, "TIFF"):
-                assert read(tmp_path, written(tmp_path, back, other)).pixels.size == back.pixels.size
-
-
-# ---------------------------------------------------------------------------------------------------- refused
 
 
 @pytest.mark.parametrize(
@@ -330,8 +230,6 @@ def test_a_damaged_picture_is_refused_or_read(tmp_path: Path, ending: str, deep:
 
     run()
 
-
-# --------------------------------------------------------------------------------------------- large pictures
 
 LARGE = """
 import resource, sys, numpy as np

@@ -8,9 +8,9 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import time
 from pathlib import Path
 
-import aether_arch
 import pytest
 from conftest import ROOT
 
@@ -74,19 +74,6 @@ def test_the_table_of_parameters_is_what_the_command_prints(tmp_path: Path) -> N
         assert found, f"no page has {line}"
 
 
-def test_a_training_step_costs_six_operations_a_weight_and_pixel() -> None:
-    """Two forward, four backward; what works on the larger picture makes a small difference."""
-    text = PAGES["docs/questions.md"]
-    for name in ("aether_small", "aether_medium", "aether_large"):
-        weights = sum(weight.numel() for weight in getattr(aether_arch, name)(scale=2).parameters())
-        (row,) = re.findall(rf"^\| `{name}` .*", text, re.MULTILINE)
-        steps = [6e-12 * weights * pixels for pixels in (4 * 48**2, 8 * 64**2, 16 * 64**2)]
-        assert [float(tflop) for tflop in re.findall(r"([\d.]+) TFLOP", row)] == pytest.approx(steps, rel=0.1)
-        if name == "aether_small":
-            (hours,) = re.findall(r"100,000 steps .* take ([\d.]+) hours at 10 TFLOP/s", text)
-            assert float(hours) == pytest.approx(1e5 * steps[-1] / 10 / 3600, rel=0.1)
-
-
 def test_the_readme_is_read_in_minutes_and_shows_python() -> None:
     assert len(PAGES["README.md"].splitlines()) <= 150
     assert BLOCKS["README.md"]
@@ -124,10 +111,10 @@ def test_every_command_of_the_readme_runs_as_typed_on_a_fresh_clone(tmp_path: Pa
             text=True,
             start_new_session=True,
         )
-        said = ""
+        said, start = "", time.monotonic()
         for line in process.stdout or ():
             said += line
             if line.startswith("Open http://"):  # make web: until Ctrl-C
                 os.killpg(process.pid, signal.SIGINT)
-        assert process.wait() == 0 or "serve_web.py: ended." in said, f"{command}\n{said[-3000:]}"
-        print(command, said, sep="\n")
+        assert process.wait() == 0 or "serve_web.py: stopped" in said, f"{command}\n{said[-3000:]}"
+        print(f"{command}: {time.monotonic() - start:.0f} s\n{said}")

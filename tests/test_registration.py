@@ -6,13 +6,18 @@ A stand-in of each framework's folders; tests/test_frameworks.py trains in the r
 from __future__ import annotations
 
 import importlib
+import logging
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator
 
+import aether_arch
+import aether_quant
 import pytest
-from conftest import ROOT
+import torch
+from conftest import ROOT, X
 
 NAMES = ["aether_small", "aether_medium", "aether_large"]
 TINY: Dict[str, Any] = {"embed_dim": 8, "depths": [1]}
@@ -87,10 +92,43 @@ def test_a_second_copy_is_named(install: Any, tmp_path: Path) -> None:
     assert str(copy) in str(error.value)
 
 
-def test_without_aether_quant_beside_it_one_line_names_the_file(install: Any, tmp_path: Path) -> None:
-    build = install("traiNNer")["aether_small"]
-    (tmp_path / "traiNNer" / "archs" / "aether_quant.py").unlink()
-    importlib.invalidate_caches()
-    with pytest.raises(ImportError, match=r"aether_quant\.py") as error:
-        build(scale=2, **TINY, qat=True)
-    assert not isinstance(error.value, ModuleNotFoundError)
+BESIDE = "aether_quant is missing: copy aether_quant.py beside {folder}/aether_arch.py."
+ALONE = {
+    "aether_small(qat=True)": BESIDE,
+    "aether_small().prepare_qat()": BESIDE,
+    "aether_small().load_state_dict(torch.load('int8.pth', weights_only=True))": BESIDE,
+    "aether_arch.export_onnx": "aethersr.onnx is missing: pip install . in AetherNet's folder.",
+}
+
+
+def test_alone_the_file_imports_no_other_package_and_names_what_it_is_asked_for(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "archs" / "aether_arch.py", tmp_path)
+    state = {"stages.0.0.reparam_conv.weight": X, "stages.0.0.reparam_conv.quant_out.range_sum": X}
+    torch.save(state, tmp_path / "int8.pth")
+    code = """
+import sys; sys.path.insert(0, '.')
+import aether_arch, torch; from aether_arch import aether_small
+names = {'basicsr', 'neosr', 'traiNNer', 'onnx', 'onnxruntime', 'safetensors', 'aethersr', 'aether_quant'}
+print(names & set(sys.modules))
+"""
+    for call in ALONE:
+        code += f"try: {call}\nexcept ImportError as error: print(error)\n"
+    printed = subprocess.check_output([sys.executable, "-I", "-c", code], cwd=tmp_path, text=True)
+    expected = [text.format(folder=tmp_path) for text in ALONE.values()]
+    assert printed.replace("/./", "/").splitlines() == ["set()", *expected]
+
+
+def test_what_lives_in_another_file_is_found_under_its_name() -> None:
+    from aethersr.identify import aether_from_state_dict
+    from aethersr.onnx import export_onnx
+
+    for name in ("QuantAetherNet", "Quantizer"):
+        assert getattr(aether_arch, name) is getattr(aether_quant, name)
+    assert aether_arch.aether_from_state_dict is aether_from_state_dict
+    assert aether_arch.export_onnx is export_onnx
+    with pytest.raises(AttributeError, match="has no attribute 'aether_tiny'"):
+        _ = aether_arch.aether_tiny
+
+
+def test_messages_go_to_the_frameworks_own_log() -> None:
+    assert aether_arch.log is logging.getLogger("aether_arch")

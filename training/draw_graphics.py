@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from aethersr.commands import exit_code
+from aethersr.commands import Parser, exit_code
 from aethersr.errors import UserError
 
 SIZE, FINE = 192, 8  # pixels of a large picture's side, and canvas pixels of each
@@ -151,14 +151,13 @@ def draw(args: argparse.Namespace) -> None:
 
 
 def main(argv: Optional[List[str]] = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    parser = Parser("draw_graphics.py", __doc__)
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="pairs are added to its gt/ and lq/")
     parser.add_argument("--count", type=int, default=900)
     parser.add_argument("--scale", type=int, choices=(2, 3, 4), default=2)
     text = "folder of .ttf and .otf files"
     parser.add_argument("--fonts", type=Path, default=Path("/usr/share/fonts"), help=text)
-    args = parser.parse_args(argv)
-    return exit_code("draw_graphics.py", lambda: draw(args), "pairs drawn before are kept.")
+    return exit_code("draw_graphics.py", lambda: draw(parser.parse(argv)), "pairs drawn before are kept.")
 
 
 if __name__ == "__main__":

@@ -38,19 +38,15 @@ ALIKE = 43.0  # dB, PSNR-Y between files of one model; 8 bits cost less, other t
 
 def facts(files: list[Path]) -> dict[str, Any]:
     """The card's entries about the network itself. UserError unless each file upscales like the first."""
-    networks = [load_network(path, "cpu", flag="FILE") for path in files]
-    first = networks[0]
+    first, *others = (load_network(path, "cpu", flag="FILE") for path in files)
     if not isinstance(first, TorchNetwork):
         raise UserError(f"{files[0]} holds no weights, which come first; pass .pth or .safetensors (FILE).")
     channels, options, name = first.in_chans, first.net.options, variant_name(first.net.options)
-    if channels in (1, 3):
-        grain = np.random.default_rng(0).normal(128, 12, (64, 64, 3)).clip(0, 255).astype(np.uint8)
-        expected, *others = (upscaler(network)(grain) for network in networks)
-        for path, found in zip(files[1:], others):  # the middle: a file for one size sees another border
-            if found.shape != expected.shape or psnr(expected, found, 16 * first.scale) < ALIKE:
-                raise UserError(
-                    f"{path} holds other weights than {files[0]}; pass files of one model (FILE)."
-                )
+    grain = np.random.default_rng(0).normal(128, 12, (64, 64, 3)).clip(0, 255).astype(np.uint8)
+    for path, other in zip(files[1:], others):  # the middle: a file for one size sees another border
+        found, expected = upscaler(other)(grain), upscaler(first)(grain)
+        if found.shape != expected.shape or psnr(expected, found, 16 * first.scale) < ALIKE:
+            raise UserError(f"{path} holds other weights than {files[0]}; pass files of one model (FILE).")
     size = [name[len("aether_") :]] if name.startswith("aether_") else []
     size += [f"{options['embed_dim']}dim", f"{sum(options['depths'])}nb", f"{options['lk_kernel']}ks"]
     return {"size": size, "scale": first.scale, "inputChannels": channels, "outputChannels": channels}

@@ -23,9 +23,10 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "archs")]
 
-from aethersr.commands import exit_code  # noqa: E402
+from aethersr.commands import Parser, exit_code  # noqa: E402
 from aethersr.errors import UserError  # noqa: E402
-from aethersr.quality import find_pictures, read_rgb  # noqa: E402
+from aethersr.folders import find_pictures  # noqa: E402
+from aethersr.quality import read_rgb  # noqa: E402
 
 LEAST = 12  # of 3855 cuts and 95 test pictures, chance gave none more than 4
 DISTINCT = 0.8  # Lowe's ratio: the nearest keypoint must be so much nearer than the second
@@ -87,12 +88,12 @@ def overlap(args: argparse.Namespace) -> int:
 
 
 def main(argv: Optional[List[str]] = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    parser = Parser("overlap.py", __doc__)
     parser.add_argument("cuts", type=Path, metavar="CUTS", help="folder of training pictures")
     parser.add_argument("tests", type=Path, nargs="+", metavar="TEST", help="folder of test pictures")
-    args = parser.parse_args(argv)
     found: List[int] = []
-    return exit_code("overlap.py", lambda: found.append(overlap(args)), "try again.") or found[0]
+    code = exit_code("overlap.py", lambda: found.append(overlap(parser.parse(argv))), "nothing was compared.")
+    return code or found[-1]
 
 
 if __name__ == "__main__":

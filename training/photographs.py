@@ -8,27 +8,37 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import List, Optional
 
 from PIL import Image
 
-try:
-    from skimage import data
-except ImportError:
-    sys.exit("photographs.py: error: the package scikit-image is missing: pip install scikit-image.")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from aethersr.commands import Parser, exit_code
+from aethersr.errors import UserError, missing_package
 
 # All are public domain or CC0, see skimage/data/README.txt.
 NAMES = ("astronaut", "camera", "chelsea", "coffee", "coins", "grass", "gravel", "rocket")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
-    parser.add_argument("folder", type=Path)
-    folder: Path = parser.parse_args().folder
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in NAMES:
-        Image.fromarray(getattr(data, name)()).convert("RGB").save(folder / f"{name}.png")
-    print(f"Wrote {len(NAMES)} photographs to {folder}")
+def write(args: argparse.Namespace) -> None:
+    try:
+        from skimage import data
+
+        args.folder.mkdir(parents=True, exist_ok=True)
+        for name in NAMES:
+            Image.fromarray(getattr(data, name)()).convert("RGB").save(args.folder / f"{name}.png")
+    except ImportError as error:
+        raise missing_package(error, "photographs.py", "train") from None
+    except OSError as error:
+        raise UserError(f"{args.folder} can't be written: {error.strerror}; pass another (FOLDER).") from None
+    print(f"Wrote {len(NAMES)} photographs to {args.folder}")
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    parser = Parser("photographs.py", __doc__)
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="where to write them")
+    return exit_code("photographs.py", lambda: write(parser.parse(argv)), "not all are written.")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -33,7 +33,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from aethersr.commands import Parser, exit_code
 from aethersr.errors import UserError
-from aethersr.picture import FORMATS
+from aethersr.folders import KINDS, pictures_in
 from aethersr.quality import read_rgb
 
 # Their authors and licences; several require attribution.
@@ -86,9 +86,8 @@ def unpack(names: Sequence[str], packages: Path, folder: Path) -> None:
 def pictures(folder: Path, shortest: int, packages: bool) -> List[Path]:
     """Every picture once: no links, and only the largest if a package has it in several sizes."""
     best: Dict[Path, Tuple[int, Path]] = {}
-    for path in sorted(folder.rglob("*")):
-        no_picture = folder.name in TEXTURES and NO_PICTURE.search(path.stem)
-        if path.suffix.lower() not in FORMATS or path.is_symlink() or no_picture:
+    for path in pictures_in(folder, "--pictures", recursive=True).pictures:
+        if path.is_symlink() or (folder.name in TEXTURES and NO_PICTURE.search(path.stem)):
             continue
         try:
             with Image.open(path) as image:
@@ -156,7 +155,7 @@ def write_pairs(args: argparse.Namespace, pairs: Path, unpacked: Path) -> List[T
             cut.lq.save(pairs / "lq" / name, compress_level=1)
             rows.append((name, str(path.relative_to(source)), cut.reduction, f"{cut.bicubic_db:.2f}"))
     if len(found) == left_out:
-        needed = f"of {SIZE} pixels or more a side that can be read ({', '.join(FORMATS)})"
+        needed = f"of {SIZE} pixels or more a side that can be read ({KINDS})"
         raise UserError(f"{source} holds no pictures {needed}; pass another folder (--pictures).")
     if not rows:
         raise UserError(f"no crop of {source} is sharp enough; try others (--reductions).")
@@ -169,8 +168,6 @@ def prepare(args: argparse.Namespace) -> None:
     for name in ("gt", "lq", "sources.csv", "copyright"):
         if (args.folder / name).exists():
             raise UserError(f"{args.folder / name} exists; name another folder, or remove it (FOLDER).")
-    if args.pictures and not args.pictures.is_dir():
-        raise UserError(f"there is no folder {args.pictures}; pass one with pictures (--pictures).")
     try:
         args.folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="unfinished-", dir=args.folder) as unfinished:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import itertools
 import os
 import re
 import signal
@@ -26,6 +28,15 @@ def program_name(installed: str, script: str) -> str:
     return installed if Path(sys.argv[0]).stem == installed else script
 
 
+# What an argument of a type should have been.
+_EXPECTED = {
+    "int": "a whole number",
+    "float": "a number",
+    "fromisoformat": "a day as YYYY-MM-DD",
+    "loads": "JSON",
+}
+
+
 class Parser(argparse.ArgumentParser):
     """Answers --version, and raises UserError where argparse would print its usage.
 
@@ -40,13 +51,21 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--version", action="version", version=f"{program} {__version__}")
 
     def parse(self, argv: Optional[List[str]] = None) -> argparse.Namespace:
-        for word in sys.argv[1:] if argv is None else argv:
-            option = word.split("=")[0]
-            if option in self.hints:
-                self.error(f"{option} is not an option: {self.hints[option]}")
+        known = {name.replace("_", "-"): name for name in self._option_string_actions}
+        for word in itertools.takewhile("--".__ne__, sys.argv[1:] if argv is None else argv):
+            option = word.split("=")[0] if word.startswith("--") else word[:2]
+            if not re.match("--?[a-zA-Z]", word) or any(name.startswith(option) for name in known.values()):
+                continue
+            near = difflib.get_close_matches(option.replace("_", "-"), known, 1, 0.7)
+            if near or option in self.hints:
+                hint = self.hints.get(option) or f"the nearest one is {known[near[0]]}"
+                self.error(f"{option} is not an option: {hint}")
         return self.parse_args(argv)
 
     def error(self, message: str) -> NoReturn:
+        wrong = re.fullmatch(r"argument (\S+): invalid (\w+) value: '(.*)'", message, re.DOTALL)
+        if wrong and wrong[2] in _EXPECTED:
+            message = f"{wrong[1]} {wrong[3]} is not possible; expected {_EXPECTED[wrong[2]]}"
         raise UserError(f"{message} (--help lists the options).")
 
 

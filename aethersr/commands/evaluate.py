@@ -9,12 +9,12 @@ Takes weights of every form, ONNX and NCNN (.param).
 from __future__ import annotations
 
 import argparse
-import glob
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, List, Optional, Tuple
 
 from aethersr.commands import DEVICES, Parser, check_device, exit_code, local_path
 from aethersr.errors import UserError, missing_package
+from aethersr.folders import find_pictures
 from aethersr.identify import add_img_range
 
 Pair = Tuple[Path, Optional[Path]]  # high resolution, low resolution
@@ -26,8 +26,6 @@ HINTS = {"--model": "pass the networks without an option", "--input": "pass --hr
 
 def find_pairs(folder: Path, low: Optional[Path], scale: int) -> List[Pair]:
     """A folder's pictures, each with its low-resolution version: the same name or, as in DIV2K, NAMEx2."""
-    from aethersr.quality import find_pictures
-
     found = find_pictures(folder, "--hr")
     if low is None:
         return [(path, None) for path in found]
@@ -97,12 +95,6 @@ def markdown(tables: Dict[str, Dict[str, Figures]], folders: Dict[str, List[Pair
     return "\n".join(lines)
 
 
-def matching(pattern: Path) -> List[Path]:
-    """The files that ``pattern`` matches: shells on Windows leave that to the program."""
-    found = [] if pattern.exists() else glob.glob(str(pattern))
-    return [Path(name) for name in sorted(found)] or [pattern]
-
-
 def names(paths: List[Path]) -> Dict[str, Path]:
     """Short names: the file's name, or the whole path if two files share it."""
     short = [path.name for path in paths]
@@ -111,20 +103,18 @@ def names(paths: List[Path]) -> Dict[str, Path]:
 
 def evaluate(args: argparse.Namespace) -> None:
     try:
+        from aethersr import quality  # noqa: F401
         from aethersr.network import load_network
-        from aethersr.quality import find_pictures  # noqa: F401
     except ImportError as error:
         raise missing_package(error, "aether-evaluate", "upscale") from None
     check_device(args.device)
-    for folders in (args.hr, args.lr):  # an option takes all words that follow it
-        args.files += [path for path in folders or () if path.suffix.lower() in NETWORKS]
-    highs, lows = ([path for path in each or () if path not in args.files] for each in (args.hr, args.lr))
+    words = [*args.hr, *(args.lr or ())]  # an option takes all words that follow it
+    args.files += [path for path in words if path.suffix.lower() in NETWORKS]
+    highs, lows = ([p for p in each or () if p.suffix.lower() not in NETWORKS] for each in (args.hr, args.lr))
     if not highs:
         raise UserError("no folder with the ground truth was given; pass one (--hr).")
-    networks = {
-        name: load_network(path, args.device, img_range=args.img_range, flag="FILE")
-        for name, path in names([path for pattern in args.files for path in matching(pattern)]).items()
-    }
+    opened = {"img_range": args.img_range, "flag": "FILE"}
+    networks = {name: load_network(path, args.device, **opened) for name, path in names(args.files).items()}
     scales = {name: network.scale for name, network in networks.items()}
     if args.scale:
         scales["--scale"] = args.scale
@@ -138,8 +128,8 @@ def evaluate(args: argparse.Namespace) -> None:
             raise UserError(f"{path} was given twice; pass each folder once (--hr).")
     if lows and len(lows) != len(highs):
         raise UserError(f"--lr has {len(lows)} folders and --hr {len(highs)}; pass one for each (--lr).")
-    both = zip(names(highs).items(), lows or [None] * len(highs))
-    folders = {name: find_pairs(path, low, scale) for (name, path), low in both}
+    pairs = zip(names(highs).items(), lows or [None] * len(highs))
+    folders = {name: find_pairs(path, low, scale) for (name, path), low in pairs}
     tables = {name: measure(networks, pairs, scale, args.jpeg) for name, pairs in folders.items()}
     print(markdown(tables, folders, args.each))
 

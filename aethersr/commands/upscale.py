@@ -23,7 +23,9 @@ from aethersr.identify import add_img_range
 PROGRAM = program_name("aether-upscale", "upscale.py")
 ENDINGS = ("png", "jpg", "webp", "tif", "bmp", "gif", "avif")
 _SCALE = "the scale comes from the model, so pass another --model"
-HINTS = {"--scale": _SCALE, "--upscale": _SCALE, "-s": _SCALE}
+HINTS = {**dict.fromkeys(("--scale", "--upscale", "--outscale", "-s"), _SCALE), "-n": "pass --model",
+         "-m": "pass --model", "-i": "pass --input", "-o": "pass --output", "-t": "pass --tile",
+         "-f": "pass --format"}  # fmt: skip
 
 
 class Progress:
@@ -32,19 +34,18 @@ class Progress:
     def __init__(self, count: int) -> None:
         from tqdm import tqdm
 
-        self.count, self.done = count, 0
+        self.count, self.done, self.tiles = count, 0, 0
         form = "{percentage:3.0f}% |{bar}| {desc}{remaining} left"
         quiet = None if sys.stderr else True  # None: unless it is a terminal
         self.bar: Any = tqdm(total=count, bar_format=form, disable=quiet, miniters=0, leave=False)
 
     def tick(self, tiles: int, count: int) -> None:
         """``tiles`` more of a picture's tiles are done, of ``count``."""
-        part, words = tiles / count, f"{self.done} of {self.count} pictures, "
-        if self.count == 1:
-            self.bar.total, part = count, float(tiles)
-            words = f"{self.bar.n + tiles:.0f} of {count} tiles, "
+        self.tiles += tiles
+        one = self.count == 1
+        words = f"{self.tiles} of {count} tiles, " if one else f"{self.done} of {self.count} pictures, "
         self.bar.set_description_str(words, refresh=False)
-        self.bar.update(part)
+        self.bar.update(tiles / count)
 
     def finish(self, line: str) -> None:
         """A picture is written or skipped; ``line`` says so, or is empty."""
@@ -120,7 +121,7 @@ def upscale(args: argparse.Namespace) -> None:
     work = Upscaler(network, args.tile, overlap, args.wrap, args.overwrite, progress.say)
     try:
         for job, (width, height), lost, problem in work.run(jobs, progress.tick):
-            without = f" without {', '.join(lost)}: {job.target.suffix} can't hold it" if lost else ""
+            without = f" without {', '.join(lost)}, not written into {job.target.suffix}" if lost else ""
             progress.finish("" if problem else f"Wrote {job.target} ({width}x{height}){without}")
             problems += [problem] if problem else []
             written += not problem
