@@ -84,7 +84,7 @@ BOMBS: Dict[str, Callable[[], bytes]] = {  # each name begins with its file's
     "net.pth: copies": lambda: saved([Calls(OrderedDict, COPIES) for _ in range(300)]),
     "net.pth: sets": lambda: repacked(b"\x80\x02(" + b"\x8f" * 600_000 + b"t."),
     "net.pth: lists": lambda: repacked(b"\x80\x02(" + b"]" * 2_000_000 + b"t."),
-    "net.pth: tuples": lambda: repacked(b"\x80\x02(" + b")" + b")\x85" * 1_500_000 + b"t."),
+    "net.pth: tuples": lambda: repacked(b"\x80\x02(" + b")" + b")\x85" * 600_000 + b"t."),
     "net.pth: nested": lambda: repacked(
         b"\x80\x02" + b"}(X\x01\0\0\0a" * 50_000 + b"N" + b"u" * 50_000 + b"."
     ),

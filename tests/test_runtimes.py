@@ -51,7 +51,8 @@ def written(net: Any, folder: Path, **options: Any) -> str:
     return export_onnx(net, net.scale, "fp32", str(folder / "net.onnx"), simplify=True, **options)
 
 
-VARIANTS = [("aether_small", 2), ("aether_medium", 4), ("aether_large", 3)]
+LARGE = pytest.param("aether_large", 3, marks=pytest.mark.slow)
+VARIANTS = [("aether_small", 2), ("aether_medium", 4), LARGE]
 every_variant = pytest.mark.parametrize(("variant", "scale"), VARIANTS)
 
 
