@@ -86,8 +86,8 @@ def _weights(content: Mapping[Any, Any]) -> Iterator[Tuple[Tuple[str, ...], Dict
     seen: Set[int] = set()  # a small file can hold one mapping in endlessly many places
     waiting: List[Tuple[Tuple[str, ...], Mapping[Any, Any]]] = [((), content)]
     for path, mapping in waiting:
-        named = [(key, value) for key, value in mapping.items() if isinstance(key, str)]
-        named = [(key, value) for key, value in named if not _OPTIMIZER.search(key)]
+        names = [key for key in mapping if isinstance(key, str) and not _OPTIMIZER.search(key)]
+        named = [(key, mapping[key]) for key in names]
         yield path, {_NOISE.sub("", key): value for key, value in named if isinstance(value, Tensor)}
         for key, value in named if len(path) < DEPTH else ():
             if isinstance(value, Mapping) and id(value) not in seen:
@@ -122,11 +122,8 @@ def _foreign(content: Mapping[Any, Any]) -> str:
     names = [name for _, tensors in _weights(content) for name in tensors]
     if any(re.search(r"(?<![^.])layers\.(.*\.)?(dwconv|ffn|conv)\.", name) for name in names):
         return "this is AetherNet's first layout (v1, tensors 'layers.*'): another network, not read here."
-    keys = (
-        ", ".join(repr(key[:40]) if isinstance(key, str) else type(key).__name__ for key in list(content)[:6])
-        or "none"
-    )
-    keys += f" and {len(content) - 6} more" if len(content) > 6 else ""
+    some = [repr(key[:40]) if isinstance(key, str) else type(key).__name__ for key in list(content)[:6]]
+    keys = (", ".join(some) or "none") + (f" and {len(content) - 6} more" if len(content) > 6 else "")
     missing = f"not an AetherNet: no tensor 'stages.0.0.conv.lk_conv.weight' among {len(names)}"
     wrappers = f"{', '.join(WRAPPERS)}, with or without _ema, and any other up to {DEPTH} deep"
     return f"{missing}. Keys at the top: {keys}; known wrappers: {wrappers}."
@@ -188,8 +185,7 @@ def _check_tensors(state: Mapping[str, Tensor], size: int) -> None:
         int8 = value.dtype == torch.int8 and f"{name}_scale" in state  # a weight of the int8 form
         kind = _not_dense(value) or ("" if int8 or value.dtype in DTYPES else value.dtype)
         if kind:
-            expected = "expected dense floating-point weights"
-            raise Refused(f"holds tensor {name[:80]!r}, which is {kind}; {expected}")
+            raise Refused(f"holds {name[:80]!r}, which is {kind}; expected dense floating-point weights")
         storage = getattr(value, "untyped_storage", value.storage)().data_ptr()
         claimed = math.prod(value.shape) * value.element_size()
         room -= max(0, claimed - stored.get(storage, 0))
@@ -198,8 +194,7 @@ def _check_tensors(state: Mapping[str, Tensor], size: int) -> None:
             raise Refused("has tensors that claim more than the file holds; expected a plain checkpoint")
         stored[storage] = max(claimed, stored.get(storage, 0))
         if not bool(torch.isfinite(value).all()):
-            found = f"is of a training that diverged, {name[:80]!r} holds NaN or Inf"
-            raise Refused(f"{found}; pass an earlier checkpoint")
+            raise Refused(f"is of a diverged training: {name[:80]!r} holds NaN or Inf; pass an earlier one")
 
 
 def write_state(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
-import sys
 from typing import Any, Iterator
 
 
@@ -37,17 +37,20 @@ def first_line(error: BaseException) -> str:
 
 
 def missing_package(error: ImportError, why: str, extra: str) -> UserError:
-    """One line about a package that is not installed.
-
-    Args:
-        error: what the import raised.
-        why: what needs the package, such as "--onnx".
-        extra: our extra that installs it, such as "onnx".
-    """
+    """One line about a package that ``why`` (such as "--onnx") needs, and that our ``extra`` installs."""
     name = (error.name or first_line(error)).split(".")[0]
     name = {"PIL": "pillow", "cv2": "opencv-python", "skimage": "scikit-image"}.get(name, name)
-    ours = f"""pip install ".[{extra}]" in AetherNet's folder"""
-    return UserError(f"{why} needs the package {name}: pip install {name} (or {ours}).")
+    ours = f""" (or pip install ".[{extra}]" in AetherNet's folder)""" if extra else ""
+    return UserError(f"{why} needs the package {name}: pip install {name}{ours}.")
+
+
+def need(packages: str, why: str, extra: str = "") -> None:
+    """Import packages, named with spaces between. UserError, see missing_package: one isn't installed."""
+    try:
+        for name in packages.split():
+            importlib.import_module(name)
+    except ImportError as error:
+        raise missing_package(error, why, extra) from None
 
 
 # What the allocators of PyTorch and ONNX Runtime say when memory runs out. The word "memory" alone is not
@@ -55,7 +58,6 @@ def missing_package(error: ImportError, why: str, extra: str) -> UserError:
 _ALLOCATORS = (
     "DefaultCPUAllocator: can't allocate memory",  # Linux, macOS
     "DefaultCPUAllocator: not enough memory",  # Windows
-    "CUDA out of memory.",
     "CUDA error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
@@ -66,9 +68,6 @@ _ALLOCATORS = (
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the error means that memory ran out."""
-    if isinstance(error, MemoryError):
-        return True
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(error, torch.cuda.OutOfMemoryError):
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # PyTorch's on a GPU
         return True
     return isinstance(error, Exception) and any(words in str(error) for words in _ALLOCATORS)

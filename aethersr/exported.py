@@ -16,12 +16,11 @@ def for_export(network: Any) -> Any:
     network = copy.deepcopy(network).eval()
     network.tail = ExportTail(network.tail, network.options["in_chans"])
     network.forward = lambda image: network.tail(network.features(image), image)
-    mean = network.mean
-    if mean.dtype != torch.float32:
-        network.tail.to(mean.dtype)
-    if bool((mean == mean.flatten()[0]).all()):  # always, since it is 0.5
+    network.tail.to(network.mean.dtype)
+    mean = network.mean.flatten().tolist()
+    if len({*mean}) == 1:  # always, since it is 0.5
         del network.mean  # a tensor would be a constant layer in ncnn
-        network.mean = float(mean.flatten()[0])
+        network.mean = mean[0]
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             module.__class__ = nn.Conv2d  # the class that converters know; subclasses only matter in training

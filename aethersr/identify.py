@@ -105,11 +105,10 @@ def read_options(state: Mapping[str, Tensor]) -> Dict[str, Any]:
             raise ValueError(f"{name!r} has {state[name].dim()} dimensions, expected 4.")
         return tuple(state[name].shape)
 
+    head, gate, kernel = "head", "gate_conv", "reparam_conv"
     if form in ("training", "older fused"):
         kernel = "conv.lk_conv" if form == "training" else "conv.fused_conv"
         head, gate = "conv_first", "ffn.conv_gate"
-    else:
-        head, gate, kernel = "head", "gate_conv", "reparam_conv"
     embed_dim, in_chans = shape(f"{head}.weight")[:2]
     hidden, lk_kernel = shape(f"stages.0.0.{gate}.weight")[0], shape(f"stages.0.0.{kernel}.weight")[2]
     for name in filter(re.compile(r"(tail|upsample\..*)\.weight$").match, state):

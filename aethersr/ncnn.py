@@ -14,7 +14,7 @@ from aether_arch import AetherBase, ChannelAttention, SpatialAttention
 from torch import Tensor
 from torch.nn import functional as F
 
-from aethersr.errors import UserError
+from aethersr.errors import UserError, need
 from aethersr.exported import ExportTail, for_export
 from aethersr.files import Together
 from aethersr.onnx import picture
@@ -31,12 +31,12 @@ def export_ncnn(model: AetherBase, scale: int, output_path: Optional[str] = None
     if scale != model.scale:
         raise ValueError(f"export_ncnn: scale={scale} was asked for, the model has scale={model.scale}.")
     param = Path(output_path or f"{scale}x_aether.param")
-    targets = (param, param.with_suffix(".bin"))
+    weights = param.with_suffix(".bin")
     with Together() as files:
-        for target, content in zip(targets, convert(model)):
+        for target, content in zip((param, weights), convert(model)):
             files.part(target).write_bytes(content)
         files.commit()
-    return str(targets[0]), str(targets[1])
+    return str(param), str(weights)
 
 
 def convert(model: AetherBase) -> Tuple[bytes, bytes]:
@@ -46,7 +46,7 @@ def convert(model: AetherBase) -> Tuple[bytes, bytes]:
     scale * W), as Upscayl and others expect. H and W can be any size; weights are in half precision. Raises
     UserError if ncnn or pnnx is missing, or ncnn's output is more than a step of 1/255 off.
     """
-    require()
+    need("ncnn pnnx", "an NCNN file", "ncnn")
     import ncnn
     import pnnx
 
@@ -55,8 +55,7 @@ def convert(model: AetherBase) -> Tuple[bytes, bytes]:
         channels = model.options["in_chans"]
         image = picture(torch.float32, 1, channels, 19, 23)
         torch.jit.trace(for_chainner(reference), image, check_trace=False).save(f"{folder}/net.pt")
-        # Two of them, so that the size isn't fixed.
-        shapes = [f"inputshape=[1,{channels},19,23]", f"inputshape2=[1,{channels},34,26]"]
+        shapes = [f"inputshape=[1,{channels},19,23]", f"inputshape2=[1,{channels},34,26]"]  # so any size is
         done = subprocess.run([pnnx.EXEC_PATH, "net.pt", *shapes], cwd=folder, capture_output=True, text=True)
         param, weights = (Path(folder, f"net.ncnn.{ending}") for ending in ("param", "bin"))
         if not (param.is_file() and weights.is_file()):
@@ -64,8 +63,7 @@ def convert(model: AetherBase) -> Tuple[bytes, bytes]:
         named = re.sub(r"\bin0\b", "data", param.read_text(encoding="ascii"))
         param.write_text(re.sub(r"\bout0\b", "output", named), encoding="ascii")
         net = ncnn.Net()
-        net.load_param(str(param))
-        net.load_model(str(weights))
+        net.load_param(str(param)), net.load_model(str(weights))
         for height, width in ((17, 31), (33, 13), (9, 1)):
             image = picture(torch.float32, 1, channels, height, width)
             expected, output = reference(image), run(net, image)
@@ -120,15 +118,6 @@ class _SpatialAttention(SpatialAttention):
         return x * torch.sigmoid(self.conv(torch.cat(pooled, 1)))
 
 
-def require() -> None:
-    """Raise UserError if a package is missing."""
-    try:
-        import ncnn  # noqa: F401
-        import pnnx  # noqa: F401
-    except ImportError:
-        raise UserError(f"an NCNN file needs the packages ncnn and pnnx: {WAY_OUT}") from None
-
-
 def named_for_upscayl(stem: str, scale: int) -> str:
     """A file name from which Upscayl reads the right scale: ``2x_`` is put in front if it would read another.
 
@@ -138,16 +127,15 @@ def named_for_upscayl(stem: str, scale: int) -> str:
     return stem if found[:1] == [scale] else f"{scale}x_{stem}"
 
 
-def channels_of(param: Path) -> int:
-    """The channels that the first convolution of an NCNN file takes; 0 if it has none.
+def channels_and_reach(param: Path) -> Tuple[int, int]:
+    """The channels that the first convolution of an NCNN file takes, or 0, and how far all together see.
 
-    ncnn itself doesn't check: a picture with others makes it read past the weights.
+    ncnn itself doesn't check: a picture of other channels makes it read past the weights.
     """
-    for line in param.read_text(encoding="utf-8", errors="replace").splitlines():
-        if line.startswith("Convolution "):
-            found = {int(key): int(value) for key, value in re.findall(r" ([016])=(\d+)", line)}
-            return found.get(6, 0) // max(1, found.get(0, 0) * found.get(1, 0) ** 2)
-    return 0
+    lines = re.findall("^Convolution.*", param.read_text("utf-8", "replace"), re.MULTILINE)
+    sizes = [{int(k): int(v) for k, v in re.findall(r" ([016])=(\d+)", line)} for line in lines] or [{}]
+    channels = sizes[0].get(6, 0) // max(1, sizes[0].get(0, 0) * sizes[0].get(1, 0) ** 2)
+    return channels, sum(size.get(1, 0) // 2 for size in sizes)  # a little more, as if all were in a row
 
 
 def run(net: Any, image: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any, Dict, Optional, Protocol, Tuple
 
@@ -11,7 +10,7 @@ import torch
 from aether_arch import AetherBase
 from torch import Tensor
 
-from aethersr.errors import Refused, UserError, first_line, missing_package, naming
+from aethersr.errors import Refused, UserError, first_line, naming, need
 from aethersr.identify import read_network
 from aethersr.tiling import receptive_field
 from aethersr.untrusted import check_kind
@@ -50,18 +49,17 @@ class OnnxNetwork:
     """An exported AetherNet. Raises Refused for other files."""
 
     def __init__(self, path: Path, device: Optional[str]) -> None:
-        try:
-            import onnx
-            import onnxruntime
-        except ImportError as error:
-            raise missing_package(error, str(path), "onnx") from None
+        need("onnx onnxruntime", str(path), "onnx")
+        import onnx
+        import onnxruntime
+
         cuda = "CUDAExecutionProvider"
         has_cuda = cuda in onnxruntime.get_available_providers()
         if device == "cuda" and not has_cuda:
-            remedy = "pip install onnxruntime-gpu, or pass --device cpu"
-            raise UserError(f"--device cuda was given, but this ONNX Runtime has no {cuda}: {remedy}.")
-        wanted = device == "cuda" or (device is None and torch.cuda.is_available())
-        provider = cuda if wanted and has_cuda else "CPUExecutionProvider"
+            found = f"--device cuda was given, but this ONNX Runtime has no {cuda}"
+            raise UserError(f"{found}: pip install onnxruntime-gpu, or pass --device cpu.")
+        on_card = has_cuda and (device == "cuda" or (device is None and torch.cuda.is_available()))
+        provider = cuda if on_card else "CPUExecutionProvider"
         try:
             options = onnxruntime.SessionOptions()
             options.log_severity_level = 4  # the command reports what fails
@@ -74,10 +72,8 @@ class OnnxNetwork:
         source, types = inputs[0], {"tensor(float)": torch.float32, "tensor(float16)": torch.float16}
         self.name, self.dtype = source.name, types.get(source.type)
         fixed = [isinstance(side, int) for side in source.shape]
-        wrong = (
-            self.dtype is None or len(fixed) != 4 or not fixed[1] or fixed[2] != fixed[3] or len(inputs) > 1
-        )
-        if wrong or (fixed[0] and source.shape[0] != 1):
+        known = len(inputs) == 1 and self.dtype and len(fixed) == 4 and fixed[1] and fixed[2] == fixed[3]
+        if not known or (fixed[0] and source.shape[0] != 1):
             found = f"takes {', '.join(f'{value.type} {value.shape}' for value in inputs)}"
             expected = "floats (batch, channels, height, width) of any size, or one picture of one size"
             raise Refused(f"{found}, expected {expected}; export it again")
@@ -98,20 +94,17 @@ class NcnnNetwork:
     size: Optional[Tuple[int, int]] = None
 
     def __init__(self, path: Path) -> None:
-        from aethersr.ncnn import channels_of, run
+        need("ncnn", str(path), "ncnn")
+        import ncnn
 
-        try:
-            import ncnn
-        except ImportError:
-            raise Refused("needs the package ncnn: pip install ncnn, or leave it out") from None
+        from aethersr.ncnn import channels_and_reach, run
+
         self.net, self.run, weights = ncnn.Net(), run, path.with_suffix(".bin")
         if not weights.is_file() or self.net.load_param(str(path)) or self.net.load_model(str(weights)):
             raise Refused(f"and {weights.name} are not the two files of an NCNN network; pass others")
-        self.in_chans = channels_of(path)
+        self.in_chans, self.reach = channels_and_reach(path)
         if not self.in_chans:
             raise Refused("takes an unknown number of channels; pass another network")
-        kernels = re.findall(r"(?m)^Convolution.* 1=(\d+)", path.read_text("utf-8", "replace"))
-        self.reach = sum(int(kernel) // 2 for kernel in kernels)  # a little more, as if all were in a row
         self.scale = _scale(self)
 
     def __call__(self, image: Tensor) -> Tensor:

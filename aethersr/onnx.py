@@ -53,11 +53,11 @@ def export_onnx(
     """Write the fused network as one ONNX file and return its path. The model stays as it was.
 
     The input ``input`` is (N, in_chans, H, W) in [0, 1], the output ``output`` (N, in_chans, scale * H,
-    scale * W), both in the given precision, or float32 for "int8". Batch, height and width are dynamic. The
-    file is checked in ONNX Runtime on two odd sizes. Needs the packages onnx and onnxruntime.
+    scale * W), both in the given precision, or float32 for "int8"; N, H and W are dynamic. The file is
+    checked in ONNX Runtime on two odd sizes. Needs the packages onnx and onnxruntime.
 
     Args:
-        scale: the model's scale, repeated to catch mistakes.
+        scale: the model's, repeated to catch mistakes.
         precision: "fp32", "fp16", or "int8" for a network from prepare_qat.
         output_path: default ``aether_x{scale}_{precision}.onnx`` in the current folder.
         target: for "int8", the runtime to optimise for: "onnxruntime" (on a CPU: uint8, also between
@@ -75,8 +75,8 @@ def export_onnx(
     _check_arguments(model, scale, precision, target, static, opset)
     import onnx
 
-    described = {"architecture": "AetherNet", "variant": variant_name(model.options)}
-    described.update(scale=str(scale), precision=precision)
+    variant = variant_name(model.options)
+    described = dict(architecture="AetherNet", variant=variant, scale=str(scale), precision=precision)
     # The tracer can't follow inference tensors, and creating modules draws random numbers.
     with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
         if precision == "int8":
@@ -113,7 +113,7 @@ def export_onnx(
 def _check_arguments(
     model: AetherBase, scale: int, precision: str, target: str, static: Optional[Sequence[int]], opset: int
 ) -> None:
-    problem = ""
+    problem, (first, last) = "", opsets(precision, target) if precision in PRECISIONS else (0, 0)
     if scale != model.scale:
         problem = f"scale={scale} was asked for, the model has scale={model.scale}"
     elif precision not in PRECISIONS:
@@ -122,8 +122,7 @@ def _check_arguments(
         problem = "precision='int8' needs a quantised network: prepare_qat(), train, convert_to_quantized()"
     elif target not in TARGETS:
         problem = f"target={target!r} is not known; allowed: {', '.join(TARGETS)}"
-    elif opset not in range(opsets(precision, target)[0], opsets(precision, target)[1] + 1):
-        first, last = opsets(precision, target)
+    elif opset not in range(first, last + 1):
         problem = f"opset={opset!r} is not possible for {precision}; allowed: {first} to {last}"
     elif static is not None:
         chans = model.options["in_chans"]
@@ -144,15 +143,13 @@ def trace(network: AetherBase, opset: int, fold: bool) -> Any:
 
     image = picture(next(network.parameters()).dtype, 1, network.options["in_chans"], 19, 23)
     # The output's sizes have other names, because DirectML and ONNX Runtime fix all sizes of one name alike.
-    axes = {
-        "input": {0: "batch", 2: "height", 3: "width"},
-        "output": {0: "batch", 2: "out_height", 3: "out_width"},
-    }
+    ends = {"input": ("height", "width"), "output": ("out_height", "out_width")}
+    axes = {end: {0: "batch", 2: height, 3: width} for end, (height, width) in ends.items()}
     more: Dict[str, Any] = {"opset_version": opset, "do_constant_folding": fold, "dynamic_axes": axes}
+    more.update(input_names=["input"], output_names=["output"])
     # The tracing exporter is deprecated, but in every PyTorch since 1.13 it writes one small file.
     if "dynamo" in inspect.signature(torch.onnx.export).parameters:
         more["dynamo"] = False
-    more.update(input_names=["input"], output_names=["output"])
     written: Any = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

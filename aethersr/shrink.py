@@ -6,20 +6,20 @@ dicts of the training form; what stays is that of the file, to the bit.
 
 from __future__ import annotations
 
-import functools
 import inspect
+import json
 import re
 import statistics
-import time
 from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Tuple
 
 import torch
-from aether_arch import VARIANTS, FusedAetherNet
+from aether_arch import VARIANTS, AetherBase, FusedAetherNet
 from torch import Tensor, nn
 
 from aethersr.calibration import Pairs, psnr
 from aethersr.identify import aether_from_state_dict
-from aethersr.timing import Comparison, interleaved
+from aethersr.timing import Comparison
+from aethersr.verify import compare_times
 
 State = Dict[str, Tensor]
 BLOCK = re.compile(r"stages\.(\d+)\.(\d+)\.")
@@ -83,9 +83,8 @@ def with_hidden(state: Mapping[str, Tensor], channels: Mapping[str, Tensor]) -> 
     """The weights with some hidden channels of each block: their indices, by "stages.i.j."."""
     kept = dict(state)
     for block, indices in channels.items():
-        for name in (
-            f"{block}ffn.{conv}.{part}" for conv in ("conv_gate", "conv_main") for part in ("weight", "bias")
-        ):
+        for part in ("gate.weight", "gate.bias", "main.weight", "main.bias"):
+            name = f"{block}ffn.conv_{part}"
             kept[name] = state[name][indices]
         out = f"{block}ffn.conv_out.weight"
         kept[out] = state[out][:, indices].clone()
@@ -159,20 +158,9 @@ def steps(state: State, pairs: Pairs, left: Size) -> Iterator[Step]:
         yield Step(what, state, decibels(fused(state), pairs))
 
 
-def times(nets: Mapping[str, Any]) -> Comparison:
+def times(nets: Mapping[str, AetherBase]) -> Comparison:
     """Times of fused networks for a picture of SIDE x SIDE: computing time of one thread, in turns."""
-    image = torch.rand(1, next(iter(nets.values())).options["in_chans"], SIDE, SIDE)
-    image, threads = image.contiguous(memory_format=torch.channels_last), torch.get_num_threads()
-    ready: Dict[str, Any] = {
-        name: net.eval().to(memory_format=torch.channels_last) for name, net in nets.items()
-    }
-    torch.set_num_threads(1)  # so that other work hardly counts
-    try:
-        with torch.no_grad():
-            calls = {name: functools.partial(net, image) for name, net in ready.items()}
-            return interleaved(calls, clock=time.process_time)
-    finally:
-        torch.set_num_threads(threads)
+    return compare_times(nets, size=SIDE)
 
 
 def size_within(share: float, options: Mapping[str, Any], most: Size, least: Size) -> Size:
@@ -202,12 +190,11 @@ def size_within(share: float, options: Mapping[str, Any], most: Size, least: Siz
 def network_lines(options: Mapping[str, Any]) -> List[str]:
     """The lines of a template's network_g: the nearest variant and every option in which it differs."""
 
+    own = {**options, "depths": tuple(options["depths"])}
+
     def lines(variant: Callable[..., Any]) -> List[str]:
         defaults = inspect.signature(variant).parameters
-        own = {**options, "depths": tuple(options["depths"])}
         names = [name for name in OPTIONS if own[name] != defaults[name].default]
-        return [f"type: {variant.__name__}", *(f"{name}: {options[name]}" for name in names)]
+        return [f"type: {variant.__name__}", *(f"{name}: {json.dumps(options[name])}" for name in names)]
 
-    return [
-        line.replace("True", "true").replace("False", "false") for line in min(map(lines, VARIANTS), key=len)
-    ]
+    return min(map(lines, VARIANTS), key=len)

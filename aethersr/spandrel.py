@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from typing import Any, Mapping
 
-from aether_arch import VARIANTS, AetherBase
+from aether_arch import AetherBase
 from spandrel.__helpers.model_descriptor import Architecture, ImageModelDescriptor, StateDict
 
 from aethersr.checkpoint import unwrap
@@ -32,18 +32,17 @@ class AetherNetArch(Architecture[AetherBase]):
         options, form = model.options, form_name(state)
         model.hyperparameters = dict(options)  # every network in spandrel has these
         tags = [f"{options['embed_dim']}dim", f"{sum(options['depths'])}nb", form]
-        variant = variant_name(options)
-        if variant in [known.__name__ for known in VARIANTS]:
-            tags.insert(0, variant)
-        float_only = form in ("quantised", "int8")  # 8-bit rounding needs float32
+        if variant_name(options).startswith("aether"):
+            tags.insert(0, variant_name(options))
+        half = form not in ("quantised", "int8")  # 8-bit rounding needs float32
         return ImageModelDescriptor(
             model,
             model.state_dict(),  # in the network's own form, because the descriptor loads it again
             architecture=self,
             purpose="Restoration" if options["scale"] == 1 else "SR",
             tags=tags,
-            supports_half=not float_only,
-            supports_bfloat16=not float_only,
+            supports_half=half,
+            supports_bfloat16=half,
             scale=options["scale"],
             input_channels=options["in_chans"],
             output_channels=options["in_chans"],

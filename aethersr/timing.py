@@ -31,14 +31,12 @@ class Ratio(NamedTuple):
         return f"no measurable difference ({self.low:.2f} to {self.high:.2f} {unit})"
 
 
-class Comparison:
+class Comparison(NamedTuple):
     """Times in ms. Round k of every candidate was measured at about the same moment."""
 
-    def __init__(self, times: Mapping[str, List[float]]) -> None:
-        self.times: Dict[str, List[float]] = dict(times)
+    times: Dict[str, List[float]]
 
     def median(self, name: str) -> float:
-        """The median time in ms."""
         return statistics.median(self.times[name])
 
     def ratio(self, slow: str, fast: str) -> Ratio:
@@ -67,15 +65,14 @@ def interleaved(
         clock: returns seconds.
     """
     wait = wait or (lambda: None)
-    names = list(candidates)
-    times: Dict[str, List[float]] = {name: [] for name in names}
+    times: Dict[str, List[float]] = {name: [] for name in candidates}
     begin = clock()
     for number in range(-1, rounds):  # the first only warms up
         if number == 0:
             begin = clock()
         if number >= 3 and clock() - begin > seconds:
             break
-        for name in names if number % 2 else names[::-1]:
+        for name in list(candidates)[:: 1 if number % 2 else -1]:
             wait()
             start = clock()
             candidates[name]()

@@ -27,6 +27,8 @@ _KINDS = {
     rb"\x08[\x01-\x20][\x12\x1a\x22\x3a\x42]": "an ONNX file; expected the weights that it was made from",
 }
 _ALONE = "torch.save(model.state_dict(), 'weights.pth')"
+_PROTOCOL = "was saved with pickle_protocol={}, which PyTorch loads only with code; use 2"
+_MAGIC = torch.serialization.MAGIC_NUMBER.to_bytes(10, "little")
 
 
 def check_kind(head: bytes, weights: bool = True) -> None:
@@ -46,15 +48,17 @@ def check_kind(head: bytes, weights: bool = True) -> None:
 
 def load_pickled(content: bytes) -> Any:
     """What torch.save wrote, without running code. Raises Refused, or MemoryError."""
+    pickles = [content]
     try:
         if content.startswith(b"PK\x03\x04"):
-            for pickled in _pickles(content):
+            pickles = _pickles(content)
+            for pickled in pickles:
                 _follow(io.BytesIO(pickled), len(content))
+        elif content.startswith(b"\x80") and _MAGIC not in content[:32]:
+            raise Refused(f"is a pickle that torch.save didn't write; write it with {_ALONE}")
         else:  # before PyTorch 1.6: five pickles, of which the first is a number, and then the raw weights
             stream = io.BytesIO(content)
-            if _follow(stream, len(content)) != torch.serialization.MAGIC_NUMBER:
-                raise Refused(f"is a pickle that torch.save didn't write; write it with {_ALONE}")
-            for _ in range(4):
+            for _ in range(5):
                 _follow(stream, len(content))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -69,6 +73,8 @@ def load_pickled(content: bytes) -> Any:
             why = f"holds a whole module ({asked[1][:80]}), not its weights; {_ALONE}"
         elif asked:
             why = f"asks to run code on loading ({asked[1][:80]!r}), which is refused; save weights, {_ALONE}"
+        elif any(pickled.startswith(b"\x80\x03") for pickled in pickles):
+            why = _PROTOCOL.format(3)  # which PyTorch opens as long as there are no bytes in it
         raise Refused(why) from None
 
 
@@ -86,14 +92,14 @@ def _pickles(content: bytes) -> List[bytes]:
         return [archive.read(entry) for entry in entries if entry.filename.endswith(".pkl")]
 
 
-def _follow(stream: BinaryIO, file_size: int) -> Any:
-    """Follow a pickle with sizes in place of objects and return its object. Refused if they are too large.
+def _follow(stream: BinaryIO, file_size: int) -> None:
+    """Follow a pickle with sizes in place of objects. Refused if they are too large.
 
     Without running any code, PyTorch still makes what a pickle asks for: bytearray(2**40), a set of 216 bytes
-    for each byte, a copy of a long dictionary for every few.
+    for each byte, a copy of a long dictionary for every few, the hash of a tuple that doubles forty times.
     """
     room = ROOM + _OBJECTS * file_size
-    stack: List[Any] = []  # texts, numbers, tuples; of every other object a list of one number, its size
+    stack: List[Any] = []  # texts, numbers, tuples of a size and items, lists of one other object's size
     marks: List[int] = []
     memo: Dict[Any, Any] = {}
     made: Any
@@ -111,10 +117,10 @@ def _follow(stream: BinaryIO, file_size: int) -> Any:
         elif name.endswith("PUT"):
             memo[made], cost = stack[-1], 96
         elif name.startswith("EMPTY_"):
-            made = () if name == "EMPTY_TUPLE" else [64]
+            made = (64,) if name == "EMPTY_TUPLE" else [64]
         elif name.startswith("TUPLE"):
-            made = tuple(taken)
-            cost = sys.getsizeof(made)
+            cost = sys.getsizeof(taken) + sum(each[0] for each in taken if isinstance(each, tuple))
+            made = (cost, *taken)  # with all in it, as if nothing were shared: a hash visits all
         elif name in ("REDUCE", "NEWOBJ"):
             cost = _size_of_call(*taken)
             made = [cost]
@@ -123,13 +129,12 @@ def _follow(stream: BinaryIO, file_size: int) -> Any:
             made[0] += 64 * len(taken)
             cost = _size(taken[1]) if name == "BUILD" else len(taken) * (8 if name[0] == "A" else 64)
         elif name == "PROTO" and made > 3:
-            raise Refused(f"was saved with pickle_protocol={made}, which PyTorch loads only with code; use 2")
+            raise Refused(_PROTOCOL.format(made))
         room -= cost
         if room < 0:
             raise Refused("asks for far more memory than it has bytes; pass a plain checkpoint")
         if name != "MARK":
             stack += [made] * len(opcode.stack_after)
-    return taken[0]  # by the last opcode, STOP
 
 
 def _size(value: Any) -> int:
@@ -142,12 +147,13 @@ def _size(value: Any) -> int:
 
 def _size_of_call(function: Any, arguments: Any) -> int:
     """The bytes of what a call makes at most. Refused for what no torch.save writes: it could be any size."""
-    kind, size = str(function).split()[-1], sum(map(_size, arguments))
+    kind, (_, *given) = function.split()[-1] if isinstance(function, str) else "", arguments
+    size = sum(map(_size, given))
     if kind == "_rebuild_from_type_v2":  # calls its first argument with its third
-        return size + _size_of_call(arguments[0], arguments[2])
-    if kind == "bytearray" and arguments and isinstance(arguments[0], int):
-        return int(arguments[0])
-    allocates = kind.endswith(("Tensor", "Storage")) and arguments
-    if allocates or (kind == "encode" and arguments[1:] not in (("latin1",), ("latin-1",))):
+        return size + _size_of_call(given[0], given[2])
+    if kind == "bytearray" and given and isinstance(given[0], int):
+        return int(given[0])
+    allocates = kind.endswith(("Tensor", "Storage")) and given
+    if allocates or (kind == "encode" and given[1:] not in (["latin1"], ["latin-1"])):
         raise Refused(f"asks for memory by calling {kind}; pass a plain checkpoint")
     return size

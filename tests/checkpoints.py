@@ -8,7 +8,7 @@ import re
 import struct
 import warnings
 from pathlib import Path
-from typing import Any, Dict, Mapping
+from typing import Any, Callable, Dict, Mapping
 
 import torch
 from aether_arch import AetherNet, DeploymentNorm, ReparamLargeKernelConv
@@ -61,6 +61,22 @@ def tied(blocks: int) -> Dict[str, Tensor]:
     for name, tensor in net.state_dict().items():
         state.update({name.replace("s.0.0.", f"s.0.{k}."): tensor for k in range(blocks)})
     return state
+
+
+FORMS: Dict[str, Callable[[Any], Any]] = {
+    "training": lambda net: net,
+    "fused": lambda net: net.fused(),
+    "quantised": lambda net: net.prepare_qat(calibration=[torch.rand(1, net.mean.numel(), 16, 16)]).eval(),
+    "int8": lambda net: FORMS["quantised"](net).convert_to_quantized(),
+}
+
+
+def fuse(source: Any, target: Any, *options: Any) -> int:
+    """The fuse command's exit code, in this process and on the CPU."""
+    from aethersr.commands.fuse import main
+
+    words = ["--model_path", source, "--output_path", target, *options, "--device", "cpu"]
+    return main([str(word) for word in words])
 
 
 class Reader:

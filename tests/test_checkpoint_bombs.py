@@ -60,6 +60,12 @@ def in_itself(width: int) -> Any:
     return inner
 
 
+def doubling(before: bytes, after: bytes) -> bytes:
+    """A pickle of a pair of a pair of ... texts: few bytes, but whoever looks at all of it never ends."""
+    pairs = b"".join(b"q%ch%c\x86" % (k, k) for k in range(200))
+    return b"\x80\x02" + before + b"X\x01\0\0\0a" + pairs + after
+
+
 MIB = 2**20
 ONE = torch.zeros(1)
 KERNEL, MEANS, MANY = "stages.0.0.conv.lk_conv.weight", "stages.0.0.norm.running_mean", ONE.expand(2**36)
@@ -78,9 +84,12 @@ BOMBS: Dict[str, Callable[[], bytes]] = {  # each name begins with its file's
     "net.pth: copies": lambda: saved([Calls(OrderedDict, COPIES) for _ in range(300)]),
     "net.pth: sets": lambda: repacked(b"\x80\x02(" + b"\x8f" * 600_000 + b"t."),
     "net.pth: lists": lambda: repacked(b"\x80\x02(" + b"]" * 2_000_000 + b"t."),
+    "net.pth: tuples": lambda: repacked(b"\x80\x02(" + b")" + b")\x85" * 600_000 + b"t."),
     "net.pth: nested": lambda: repacked(
         b"\x80\x02" + b"}(X\x01\0\0\0a" * 50_000 + b"N" + b"u" * 50_000 + b"."
     ),
+    "net.pth: key that doubles": lambda: repacked(doubling(b"}", b"K\x01s.")),
+    "net.pth: function that doubles": lambda: repacked(doubling(b"", b"K\x01\x85R.")),
     "net.pth: in itself": lambda: saved(in_itself(1000)),
     "net.pth: storage of terabytes": lambda: repacked(good_pickle(b"K\x03tq", long1(2**40) + b"tq")),
     "old.pth: storage of gigabytes": lambda: FILES["old.pth"].replace(b"K\x03Ntq", long1(2**31) + b"Ntq", 1),

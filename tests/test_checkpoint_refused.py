@@ -71,12 +71,16 @@ OTHERS: Dict[str, Callable[[], bytes]] = {
         b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 6251340\n"
     ),
     "is a web page; download the file itself": lambda: b"\n\n<!DOCTYPE html>\n<html lang='en'>",
+    "is a git-lfs pointer": lambda: "version https://git-lfs.github.com/spec/v1".encode("utf-16"),
+    "is a web page": lambda: b"\xef\xbb\xbf<html>",
     "is text that begins with 'Entry not found'; download": lambda: b"Entry not found",
     "is TorchScript, a program; expected weights": lambda: in_memory(script),
     "holds a whole module (aether_arch.AetherNet), not its weights; torch.save(": lambda: saved(NET),
     "asks to run code on loading ('argparse.Namespace'), which is refused": lambda: saved(SETTINGS),
     "was saved with pickle_protocol=4": lambda: saved(STATE, pickle_protocol=4),
-    "is a pickle that torch.save didn't write": lambda: pickle.dumps(STATE, 2),
+    "was saved with pickle_protocol=3": lambda: saved([STATE, b"abc"], pickle_protocol=3),
+    "saved with pickle_protocol=3": lambda: saved([STATE, b"abc"], pickle_protocol=3, **OLD),
+    "is a pickle that torch.save didn't write": lambda: pickle.dumps(STATE, 4),
     "is an archive; unpack it first": lambda: gzip.compress(FILES["net.pth"]),
     "is an archive; unpack": lambda: tarfile.TarInfo("net.pth").tobuf(),
     "is a zip archive of 'net.pth'; unpack it first": lambda: in_memory(packed),
@@ -197,8 +201,7 @@ LAYOUTS: Dict[str, Tuple[str, Callable[[Any], bytes]]] = {
     "beside the weights": (CODE, lambda payload: saved({"params": STATE, "more": payload})),
     "in place of a tensor": (CODE, lambda payload: saved({"params": {**STATE, "mean": payload}})),
     "old": (CODE, lambda payload: saved({"params": STATE, "more": payload}, **OLD)),
-    "a pickle": ("torch.save didn't write", lambda payload: pickle.dumps(payload, 2)),
-    "a new pickle": ("pickle_protocol=4", lambda payload: pickle.dumps(payload, 4)),
+    "a pickle": ("torch.save didn't write", lambda payload: pickle.dumps(payload, 4)),
 }
 
 

@@ -5,6 +5,7 @@ COMFYUI names a checkout of ComfyUI with its requirements installed; without it 
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import subprocess
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoints import older_fused
+from checkpoints import FORMS, older_fused
 from conftest import ROOT, small_net
 
 FOLDER = ROOT / "integrations" / "comfyui" / "ComfyUI-AetherNet"
@@ -43,16 +44,12 @@ for name in folder_paths.get_filename_list("upscale_models"):
 
 def write_every_form(folder: Path) -> dict[str, Any]:
     """Files of one network in every form; name -> network."""
-    net: Any = small_net(
-        2, embed_dim=16, depths=(1, 1), use_channel_attn=False, use_spatial_attn=False
-    ).float()
-    trained = net.fused().prepare_qat(calibration=[torch.rand(1, 3, 32, 32)]).eval()
-    integers = trained.convert_to_quantized()
-    nets = {"training": net, "older": net, "fused": net.fused(), "quantised": trained, "int8": integers}
+    net = small_net(2, embed_dim=16, depths=(1, 1), use_channel_attn=False, use_spatial_attn=False).float()
+    nets = {name: make(copy.deepcopy(net)) for name, make in FORMS.items()}
     for name, each in nets.items():
-        state = older_fused(each) if name == "older" else each.state_dict()
-        torch.save({"params": state}, folder / f"{name}.pth")
-    return nets
+        torch.save({"params": each.state_dict()}, folder / f"{name}.pth")
+    torch.save({"params": older_fused(net)}, folder / "older.pth")
+    return {**nets, "older": net}
 
 
 @pytest.mark.skipif(not COMFYUI, reason="needs a checkout of ComfyUI: COMFYUI=/path/to/ComfyUI")

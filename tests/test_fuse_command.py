@@ -16,6 +16,7 @@ import aether_arch
 import pytest
 import torch
 from checkpoints import FUSED, NET, STATE, older_fused
+from checkpoints import fuse as run
 from conftest import ROOT, one_line, randomize
 from safetensors.torch import load_file
 from torch import Tensor
@@ -27,11 +28,6 @@ from aethersr.identify import aether_from_state_dict
 X = torch.rand(1, 3, 11, 15, generator=torch.Generator().manual_seed(2))
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def run(source: Any, target: Any, *options: Any) -> int:
-    words = ["--model_path", source, "--output_path", target, *options, "--device", "cpu"]
-    return fuse.main([str(word) for word in words])
 
 
 @pytest.fixture
@@ -126,7 +122,7 @@ def test_an_older_fused_file_is_refused_unless_asked_for(tmp_path: Path, refused
 OPTIONS = [
     ("--img_range 0", "img_range 0 is not possible"),
     ("--bound 0", "--bound 0 is not possible"),
-    ("--onnx fp32,fp8", "'fp8' is not known; allowed, separated by commas: fp32, fp16, int8"),
+    ("--onnx fp32,fp8", "--onnx 'fp8' is not known; allowed: fp32, fp16, int8"),
     ("--static 3,8,8", "--static needs --onnx"),
     ("--static 1,8,8 --onnx fp32", "--static 1,8,8 does not fit; expected 3,H,W"),
     ("--calibration x", "--calibration needs --onnx int8"),
@@ -134,8 +130,12 @@ OPTIONS = [
     ("--opset 9 --onnx fp32", "--opset 9 is not possible for fp32; pass 11 to"),
     ("--opset 21 --onnx int8 --target tensorrt", "is not possible for int8; pass 13 to 20"),
     ("--model_type aether_medium", "embed_dim=8"),
+    ("--output_path o.onnx", "pass --output_path o.safetensors, and --onnx fp32 for files beside it"),
+    ("--output_path o.param", "pass --output_path o.safetensors, and --ncnn for files beside it"),
+    ("--output_path o", "ends in 'nothing', expected .pth or .safetensors; pass --output_path o.safe"),
+    ("--onnx int8 --calibration nope", "--calibration nope is not a folder; pass one with pictures"),
     ("--model_type aether_tiny", "aether_large"),
-    ("--upscale 4", "holds a x2 network, but --upscale 4 was given; pass --upscale 2"),
+    ("--upscale 4", "x2, but --upscale 4 was given; pass what it holds, or leave --upscale out"),
     ("--upscale 5", "choose from"),
     ("--int8", "it is --onnx int8"),
     ("--check-fp16", "what half precision costs is always printed"),
@@ -146,8 +146,9 @@ OPTIONS = [
 
 @pytest.mark.parametrize(("options", "words"), OPTIONS)
 def test_an_option_that_does_not_fit_ends_in_one_line(
-    checkpoint: Path, refused: Any, options: str, words: str
+    checkpoint: Path, refused: Any, monkeypatch: Any, options: str, words: str
 ) -> None:
+    monkeypatch.setattr(aether_arch.AetherNet, "fused", None)  # before the work
     assert words in refused(checkpoint, checkpoint.with_name("b.pth"), *options.split())
 
 
@@ -166,7 +167,6 @@ def test_outputs_are_checked_before_anything_is_written(checkpoint: Path, refuse
     folder = checkpoint.parent
     (folder / "taken.pth").write_text("mine")
     assert "input itself" in refused(checkpoint, checkpoint, "--overwrite")
-    assert "ends in '.onnx'" in refused(checkpoint, folder / "a.onnx")
     assert "does not exist" in refused(checkpoint, folder / "no" / "a.pth")
     assert "--overwrite" in refused(checkpoint, folder / "taken.pth")
     assert run(checkpoint, folder / "taken.pth", "--overwrite") == 0
@@ -230,20 +230,6 @@ def test_a_written_file_that_is_not_the_network_is_not_kept_and_the_reason_is_sa
     line = refused(checkpoint, checkpoint.with_name("b.pth"))
     assert words in line
     assert ".part" not in line, "the name of a file that is gone"
-
-
-def test_a_fused_network_that_differs_is_not_written(
-    checkpoint: Path, refused: Any, monkeypatch: Any
-) -> None:
-    fused = aether_arch.AetherNet.fused
-
-    def wrong(net: Any) -> Any:
-        other = fused(net)
-        other.head.bias.data += 1e-4
-        return other
-
-    monkeypatch.setattr(aether_arch.AetherNet, "fused", wrong)
-    assert "the fused network differs by" in refused(checkpoint, checkpoint.with_name("b.pth"))
 
 
 # ---------------------------------------------------------------------------------------------- what it needs

@@ -10,13 +10,13 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from checkpoints import fuse as run
 from conftest import one_line, small_net
 from PIL import Image
 from skimage import data as photographs
 from test_half_precision import blown_up
 
 from aethersr import half_precision
-from aethersr.commands import fuse
 
 SMALL: Dict[str, Any] = {
     "embed_dim": 16,
@@ -27,11 +27,6 @@ SMALL: Dict[str, Any] = {
 IMAGE = torch.rand(1, 3, 20, 24, generator=torch.Generator().manual_seed(1))
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def run(source: Any, target: Any, *options: Any) -> int:
-    words = ["--model_path", source, "--output_path", target, *options, "--device", "cpu"]
-    return fuse.main([str(word) for word in words])
 
 
 def output(path: Path) -> Any:
@@ -106,7 +101,7 @@ def test_all_files_stay_as_they_were_where_the_last_one_fails(
     trained: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """How they come and go together: test_files.py."""
-    arguments = [trained, trained.with_name("a.pth"), "--onnx", "fp32,int8", "--overwrite"]
+    arguments = [trained, trained.with_name("a.pth"), "--onnx", "fp32", "int8,fp32", "--overwrite"]
     assert run(*arguments) == 0
     before, check, count = contents(trained.parent), onnx.checker.check_model, iter(range(9))
     assert {*before} == {"qat.pth", "a.pth", "a_fp32.onnx", "a_int8.onnx"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any, Dict, cast
 
 import aether_arch
 import numpy as np
@@ -13,13 +13,13 @@ import onnxruntime
 import pytest
 import torch
 from aether_arch import AetherNet, FusedAetherNet
+from checkpoints import fuse
 from conftest import ROOT, one_line, small_net
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from aethersr import half_precision
 from aethersr.checkpoint import read_checkpoint
-from aethersr.commands import fuse
 from aethersr.half_precision import (
     HALF_MAX,
     SPARE_BITS,
@@ -84,18 +84,18 @@ def test_the_rescaled_network_gives_the_same_bits(name: str) -> None:
         torch.testing.assert_close(net(picture), other(picture), msg=title)
 
 
-STAGES = [(name, 17) for name in ("stream", "stages.0.0 attention", "fusion_convs", "body_norm")]
-BOTH = ("stages.0.0 product", "stages.1.1 depthwise", "conv_before_upsample")
+LARGE = ("stream", "stages.0.0 attention", "fusion_convs", "body_norm", "stages.1.1 depthwise")
+BOTH = ("stages.0.0 product", "conv_before_upsample")
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("name", "power"), [*STAGES, *((name, power) for name in BOTH for power in (17, -22))]
+    ("name", "power"), [*((name, 17) for name in (*LARGE, *BOTH)), *((name, -22) for name in BOTH)]
 )
 def test_weights_that_half_precision_does_not_hold_are_fine_once_rescaled(name: str, power: int) -> None:
     net = trained_net("norm kept").fused().float()
     other = blown_up(copy.deepcopy(net), name, power)
-    pictures = list(pictures_of(net).values())
+    pictures = list(pictures_of(net).values())[::2]
     assert not loss(other, pictures)[0] > 50, "half precision holds it"
     assert rescale_(other, [largest_values(other, picture) for picture in pictures])
     for picture in pictures:
@@ -174,29 +174,15 @@ def test_the_released_weights_lose_nothing_that_shows(path: Path) -> None:
 # ------------------------------------------------------------------------------------------------ the command
 
 
-def saved(net: torch.nn.Module, path: Path) -> Path:
-    torch.save({"params": {name: value.float() for name, value in net.state_dict().items()}}, path)
-    return path
-
-
 class Folder:
     def __init__(self, path: Path, capsys: Any) -> None:
         self.path, self.capsys, self.target = path, capsys, path / "2x_b.safetensors"
 
     def fuse(self, net: Any, *more: str, code: int = 0) -> str:
         """What the command prints, for an error its line."""
-        source = saved(net, self.path / "a.pth")
-        words = [
-            "--model_path",
-            source,
-            "--output_path",
-            self.target,
-            "--device",
-            "cpu",
-            "--overwrite",
-            *more,
-        ]
-        assert fuse.main([str(word) for word in words]) == code
+        state = {name: value.float() for name, value in net.state_dict().items()}
+        torch.save({"params": state}, self.path / "a.pth")
+        assert fuse(self.path / "a.pth", self.target, "--overwrite", *more) == code
         printed = self.capsys.readouterr()
         return one_line(printed.err) if code else printed.out
 
@@ -218,13 +204,9 @@ def test_a_half_file_is_the_network_with_its_kernels_in_half_precision(folder: F
         assert torch.equal(state[name], value.float().to(kind)), name
     if ending == ".safetensors":
         with safe_open(str(target), "pt") as file:
-            assert {name: file.metadata()[name] for name in ("scale", "form")} == {
-                "scale": "2",
-                "form": "fused",
-            }
+            assert {"scale": "2", "form": "fused"}.items() <= file.metadata().items()
     torch.save(state, folder.path / "half.pth")  # fused weights are taken too, and nothing is rounded twice
-    words = ["--model_path", folder.path / "half.pth", "--output_path", target, "--half", "--overwrite"]
-    assert fuse.main([str(word) for word in words]) == 0
+    assert fuse(folder.path / "half.pth", target, "--half", "--overwrite") == 0
     again = read_checkpoint(target).state
     assert all(torch.equal(again[name], value) for name, value in state.items())
 
@@ -249,8 +231,7 @@ def test_what_no_rescaling_helps_is_an_error_where_half_precision_is_asked_for_a
     folder: Folder,
 ) -> None:
     """A gate beyond half precision in a block that adds next to nothing, and an output that runs away."""
-    gate: Any = small_net(2)
-    huge: Any = small_net(2)
+    gate, huge = (cast(Any, small_net(2, embed_dim=8, depths=(1,), lk_kernel=3)) for _ in range(2))
     gate.stages[0][0].ffn.conv_gate.bias.fill_(1e6)
     gate.stages[0][0].ffn.conv_out.weight.div_(1e7)
     huge.conv_last.weight.mul_(1e7)

@@ -12,21 +12,22 @@ import aether_arch
 import pytest
 import torch
 from aether_arch import AetherNet
-from checkpoints import FUSED, NET, STATE, older_fused
+from checkpoints import FORMS, FUSED, NET, STATE, older_fused
 from conftest import small_net
 from damage import FUZZ
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aethersr.identify import add_img_range, aether_from_state_dict, form_name, read_options, variant_name
+from aethersr.identify import (
+    add_img_range,
+    aether_from_state_dict,
+    bounded,
+    form_name,
+    read_options,
+    variant_name,
+)
 
 X = torch.rand(1, 3, 9, 13, generator=torch.Generator().manual_seed(1))
-FORMS: Dict[str, Any] = {
-    "training": lambda net: net,
-    "fused": lambda net: net.fused(),
-    "quantised": lambda net: net.fused().prepare_qat().eval(),
-    "int8": lambda net: net.fused().prepare_qat().convert_to_quantized(),
-}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -37,7 +38,7 @@ def test_every_form_is_built_again_from_its_tensors_alone(form: str, kept: bool)
     net = small_net(3, embed_dim=12, depths=(1, 2, 2, 3), use_spatial_attn=False, bound=2.0).float()
     if kept:
         net.norm.weight.data[0, 3] = 0.0
-    made = FORMS[form](net)
+    made = FORMS[form](net.fused() if form in ("quantised", "int8") else net)
     rebuilt = aether_from_state_dict(made.state_dict())
     assert (form_name(made.state_dict()), type(rebuilt), rebuilt.training) == (form, type(made), False)
     torch.testing.assert_close(rebuilt(X), made(X))
@@ -47,7 +48,7 @@ def test_every_form_is_built_again_from_its_tensors_alone(form: str, kept: bool)
 
 UNDETECTABLE = {"drop", "drop_path_rate", "norm"}  # no tensor holds them; they change nothing in evaluation
 NETWORKS: List[Dict[str, Any]] = [
-    {"scale": 1, "depths": [60], "use_channel_attn": False, "use_spatial_attn": False},
+    {"scale": 1, "depths": [11], "use_channel_attn": False, "use_spatial_attn": False},
     {"scale": 3, "use_spatial_attn": False},
     {"scale": 8, "use_channel_attn": False, "in_chans": 1},
     {"in_chans": 4, "mlp_ratio": 1.5, "lk_kernel": 17, "sk_kernel": 5},
@@ -115,6 +116,14 @@ def test_img_range_is_read_where_it_is_recorded_and_given_for_older_training_fil
             aether_from_state_dict(state, value)
 
 
+def test_a_bound_is_given_to_weights_that_can_take_one() -> None:
+    for state in (STATE, {**FUSED, "bound": ONE}):
+        assert bounded(state, 0.5)["bound"].tolist() == [0.5]
+    for state, words in ((DAMAGED["quantised"], "leave --bound out"), (FUSED, "a training checkpoint can")):
+        with pytest.raises(ValueError, match=words):
+            bounded(state, 0.5)
+
+
 WIDE = "the file is AetherNet of depths [1, 2] x2 (24 wide), but not whole; tensors "
 ONE, UPSAMPLE = torch.zeros(1), "upsample.blocks.0.weight"
 NAN = float("nan")
@@ -132,7 +141,6 @@ BROKEN: List[Tuple[str, Dict[str, Any]]] = [  # what is said, and what is change
     ("AetherNet v3 or v4 (", {"norm.num_batches_tracked": ONE}),
     ("AetherNet 1.1.0 (", {"conv_first.scale": ONE}),
     ("AetherNet 3.x (", {"scale_tensor": torch.tensor(2)}),
-    ("0.2.0 is the last version to read it", {"fusion.quant_in.range_sum": ONE}),
     ("'mean' holds no value; its shape is (1, 0, 1, 1)", {"mean": torch.zeros(1, 0, 1, 1)}),
     ("gaps: 4 in 3 stages", {"stages.7.0.norm.weight": ONE}),
     ("gaps: 4 in 2 stages", {"stages.0.2.norm.weight": ONE}),
@@ -155,6 +163,9 @@ def test_other_networks_are_named() -> None:
         read_options({"weight": ONE})
     with pytest.raises(ValueError, match=r"tail.weight.* has 1 dimensions, expected 4"):
         aether_from_state_dict({**FUSED, "tail.weight": torch.zeros(24)})
+    quantised = {**DAMAGED["quantised"], "fusion.quant_in.range_sum": ONE, "tail.weight": ONE}
+    with pytest.raises(ValueError, match=r"placement 'full' .*0\.2\.0 is the last version that reads it"):
+        aether_from_state_dict(quantised)
 
 
 DAMAGED = {

@@ -11,9 +11,9 @@ import aether_arch
 import pytest
 import torch
 from aether_arch import AetherNet
+from checkpoints import fuse
 from conftest import randomize
 
-from aethersr.commands.fuse import main
 from aethersr.errors import UserError
 from aethersr.ncnn import export_ncnn, named_for_upscayl, run
 
@@ -25,91 +25,90 @@ def network(scale: int = 2, **options: Any) -> AetherNet:
     return randomize(AetherNet(scale=scale, **{**TINY, **options})).eval()  # type: ignore[return-value]
 
 
-def opened(param: str) -> Any:
-    import ncnn
-
-    net = ncnn.Net()
-    assert net.load_param(param) == 0
-    assert net.load_model(str(Path(param).with_suffix(".bin"))) == 0
-    return net
-
-
 @torch.no_grad()
 def differs_by(net: Any, param: str, *sizes: Any) -> float:
     """The largest difference from the network, in steps of 1/255 of its largest output, or of 1 if less."""
-    opened_net, largest = opened(param), 0.0
+    import ncnn
+
+    opened, found = ncnn.Net(), []
+    assert opened.load_param(param) == opened.load_model(str(Path(param).with_suffix(".bin"))) == 0
     for height, width in sizes:
         image = torch.rand(1, net.options["in_chans"], height, width)
-        expected, output = net(image), run(opened_net, image)
+        expected, output = net(image), run(opened, image)
         assert output.shape == expected.shape
-        largest = max(
-            largest, float((output - expected).abs().max() / expected.abs().max().clamp_min(1)) * 255
-        )
-    return largest
+        found.append(float((output - expected).abs().max() / expected.abs().max().clamp_min(1)) * 255)
+    return max(found)
 
 
-class TestWithTheConverter:
-    @pytest.fixture(autouse=True)
-    def _converter(self) -> None:
-        for name in ("ncnn", "pnnx"):
-            pytest.importorskip(name, reason=f"needs the package {name}: pip install ncnn pnnx")
+@pytest.fixture
+def converter() -> None:
+    for name in ("ncnn", "pnnx"):
+        pytest.importorskip(name, reason=f"needs the package {name}: pip install ncnn pnnx")
 
-    @pytest.mark.parametrize(
-        "options",
-        [
-            {"scale": 1},
-            {"scale": 2, "bound": 1.0},
-            {"scale": 3, "in_chans": 1, "use_channel_attn": False},
-            {"scale": 4, "use_spatial_attn": False},
-            pytest.param({"scale": 8, "use_spatial_attn": False}, marks=pytest.mark.slow),
-        ],
-        ids=lambda options: f"x{options['scale']}",
-    )
-    def test_every_scale_is_right_at_sizes_of_its_own(self, options: Dict[str, Any], tmp_path: Path) -> None:
-        net = network(**options)
-        param, weights = export_ncnn(net, net.scale, str(tmp_path / "net.param"))
-        assert sorted(os.listdir(tmp_path)) == ["net.bin", "net.param"]
-        assert differs_by(net, param, (1, 1), (1, 9), (8, 3), (40, 31)) <= 1
-        numbers = sum(value.numel() for value in net.fused().parameters())
-        assert Path(weights).stat().st_size < 2.6 * numbers, "two bytes a weight, four a bias"
-        # chaiNNer's reader takes no bare constants, and none of ncnn's own layers has them here.
-        layers = [line.split() for line in Path(param).read_text().splitlines()[2:]]
-        assert "MemoryData" not in {layer[0] for layer in layers}
-        assert (layers[0][4], layers[-1][5]) == ("data", "output")
-        # And its writer leaves out what these need: "not all axes", and a pad_top of 0 beside a pad_left.
-        assert "Reduction" not in {layer[0] for layer in layers}
-        assert not [line for line in layers if "14=0" in line and "4=0" not in line]
 
-    @pytest.mark.slow
-    @pytest.mark.parametrize("variant", aether_arch.VARIANTS, ids=lambda variant: variant.__name__)
-    def test_every_variant_is_right(self, variant: Any, tmp_path: Path) -> None:
-        net = randomize(variant(scale=4)).eval()
-        param, _ = export_ncnn(net, 4, str(tmp_path / "net.param"))
-        assert differs_by(net, param, (17, 23), (1, 9)) <= 1
+@pytest.mark.usefixtures("converter")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"scale": 1},
+        {"scale": 2, "bound": 1.0, "depths": (2, 1, 3), "embed_dim": 12},
+        {"scale": 3, "in_chans": 1, "use_channel_attn": False},
+        {"scale": 4, "use_spatial_attn": False},
+        pytest.param({"scale": 8, "use_spatial_attn": False}, marks=pytest.mark.slow),
+    ],
+    ids=lambda options: f"x{options['scale']}",
+)
+def test_every_scale_is_right_at_sizes_of_its_own(options: Dict[str, Any], tmp_path: Path) -> None:
+    net = network(**options)
+    param, weights = export_ncnn(net, net.scale, str(tmp_path / "net.param"))
+    assert sorted(os.listdir(tmp_path)) == ["net.bin", "net.param"]
+    assert differs_by(net, param, (1, 1), (1, 9), (8, 3), (40, 31)) <= 1
+    numbers = sum(value.numel() for value in net.fused().parameters())
+    assert Path(weights).stat().st_size < 2.6 * numbers, "two bytes a weight, four a bias"
+    # chaiNNer's reader takes no bare constants, and none of ncnn's own layers has them here.
+    layers = [line.split() for line in Path(param).read_text().splitlines()[2:]]
+    assert "MemoryData" not in {layer[0] for layer in layers}
+    assert (layers[0][4], layers[-1][5]) == ("data", "output")
+    # And its writer leaves out what these need: "not all axes", and a pad_top of 0 beside a pad_left.
+    assert "Reduction" not in {layer[0] for layer in layers}
+    assert not [line for line in layers if "14=0" in line and "4=0" not in line]
 
-    def test_files_that_differ_are_not_kept(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        for ending in ("param", "bin"):
-            (tmp_path / f"net.{ending}").write_text("of an earlier run")
-        monkeypatch.setattr("aethersr.ncnn.run", lambda net, image: torch.zeros(1, 3, 34, 62))
-        with pytest.raises(UserError, match=r"ncnn differs .* expected at most .* leave --ncnn out"):
-            export_ncnn(network(), 2, str(tmp_path / "net.param"))
-        monkeypatch.setattr("aethersr.ncnn.run", lambda net, image: torch.zeros(1, 3, 8, 8))
-        with pytest.raises(UserError, match="ncnn differs from the network by inf"):
-            export_ncnn(network(), 2, str(tmp_path / "net.param"))
-        assert {path.read_text() for path in tmp_path.iterdir()} == {"of an earlier run"}
 
-    def test_a_converter_that_stops_is_said(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        import pnnx
+@pytest.mark.slow
+@pytest.mark.usefixtures("converter")
+@pytest.mark.parametrize("variant", aether_arch.VARIANTS, ids=lambda variant: variant.__name__)
+def test_every_variant_is_right(variant: Any, tmp_path: Path) -> None:
+    net = randomize(variant(scale=4)).eval()
+    param, _ = export_ncnn(net, 4, str(tmp_path / "net.param"))
+    assert differs_by(net, param, (17, 23), (1, 9)) <= 1
 
-        monkeypatch.setattr(pnnx, "EXEC_PATH", sys.executable)
-        with pytest.raises(UserError, match="pnnx stopped with code"):
-            export_ncnn(network(), 2, str(tmp_path / "net.param"))
-        assert not list(tmp_path.iterdir())
+
+@pytest.mark.usefixtures("converter")
+def test_files_that_differ_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for ending in ("param", "bin"):
+        (tmp_path / f"net.{ending}").write_text("of an earlier run")
+    monkeypatch.setattr("aethersr.ncnn.run", lambda net, image: torch.zeros(1, 3, 34, 62))
+    with pytest.raises(UserError, match=r"ncnn differs .* expected at most .* leave --ncnn out"):
+        export_ncnn(network(), 2, str(tmp_path / "net.param"))
+    monkeypatch.setattr("aethersr.ncnn.run", lambda net, image: torch.zeros(1, 3, 8, 8))
+    with pytest.raises(UserError, match="ncnn differs from the network by inf"):
+        export_ncnn(network(), 2, str(tmp_path / "net.param"))
+    assert {path.read_text() for path in tmp_path.iterdir()} == {"of an earlier run"}
+
+
+@pytest.mark.usefixtures("converter")
+def test_a_converter_that_stops_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pnnx
+
+    monkeypatch.setattr(pnnx, "EXEC_PATH", sys.executable)
+    with pytest.raises(UserError, match="pnnx stopped with code"):
+        export_ncnn(network(), 2, str(tmp_path / "net.param"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_missing_converter_is_one_line_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ncnn", None)
-    with pytest.raises(UserError, match="ncnn and pnnx: pip install -U ncnn pnnx, or leave --ncnn out"):
+    with pytest.raises(UserError, match=r"NCNN file needs the package ncnn: pip install ncnn \(or"):
         export_ncnn(network(), 2)
 
 
@@ -133,15 +132,12 @@ def test_upscayl_finds_the_scale_in_the_name(stem: str, scale: int, named: str) 
     assert named_for_upscayl(stem, scale) == named
 
 
+@pytest.mark.usefixtures("converter")
 def test_the_command_writes_both_files_beside_the_weights(tmp_path: Path) -> None:
-    for name in ("ncnn", "pnnx"):
-        pytest.importorskip(name, reason=f"needs the package {name}: pip install ncnn pnnx")
-    net = network()
+    net, words = network(), (tmp_path / "in.pth", tmp_path / "mine_fused.pth", "--ncnn", "--half")
     torch.save({"params": net.state_dict()}, tmp_path / "in.pth")
-    command = ["--model_path", str(tmp_path / "in.pth"), "--device", "cpu", "--ncnn", "--half"]
-    command += ["--output_path", str(tmp_path / "mine_fused.pth")]
-    assert main(command) == 0
+    assert fuse(*words) == 0
     assert sorted(os.listdir(tmp_path)) == ["2x_mine.bin", "2x_mine.param", "in.pth", "mine_fused.pth"]
     assert differs_by(net, str(tmp_path / "2x_mine.param"), (5, 7)) <= 1
     (tmp_path / "mine_fused.pth").unlink()
-    assert main(command) == 2, "--overwrite is asked for, because the NCNN files are there"
+    assert fuse(*words) == 2, "--overwrite is asked for, because the NCNN files are there"

@@ -14,6 +14,7 @@ import onnxruntime
 import pytest
 import torch
 from aether_arch import AetherBase, AetherNet
+from checkpoints import FORMS
 from conftest import randomize, small_net
 
 from aethersr.onnx import OPSETS, PRECISIONS, TARGETS, export_onnx
@@ -73,7 +74,7 @@ def inferred(model: onnx.ModelProto, height: int, width: int) -> List[Any]:
 @pytest.mark.parametrize("scale", aether_arch.SCALES)
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_the_file_is_whole_dynamic_and_agrees(tmp_path: Path, scale: int, precision: str) -> None:
-    net = small_net(scale).float()
+    net = small_net(scale, **{**TINY, "depths": (1, 1)}).float()
     path = export_onnx(net, scale, precision, str(tmp_path / "net.onnx"))
     assert [file.name for file in tmp_path.iterdir()] == ["net.onnx"]
     for shape in ((1, 3, 1, 1), (1, 3, 1, 9), (3, 3, 7, 2), (1, 3, 40, 25)):
@@ -123,17 +124,21 @@ def test_the_file_says_what_it_is_and_the_same_network_gives_the_same_bytes(
     assert Path("aether_x2_fp16.onnx").is_file()
 
 
-@pytest.mark.parametrize("opset", [14, 20])
-def test_other_programs_own_export_of_the_training_form_works(tmp_path: Path, opset: int) -> None:
-    """As traiNNer-redux, neosr and chaiNNer call it: the tracing exporter, any size, under inference mode."""
-    net, path = small_net(2, **TINY).float(), str(tmp_path / "net.onnx")
-    axes = {"input": {0: "batch", 2: "height", 3: "width"}, "output": {0: "batch", 2: "height", 3: "width"}}
-    arguments: Dict[str, Any] = {"opset_version": opset, "dynamic_axes": axes, "dynamo": False}
+@pytest.mark.parametrize("form", ["training", "fused"])
+@pytest.mark.parametrize(("dynamo", "opset"), [(False, 14), (True, 20)])
+def test_other_programs_own_export_works(tmp_path: Path, form: str, dynamo: bool, opset: int) -> None:
+    """As traiNNer-redux, neosr and chaiNNer call it, with both exporters: any size, under inference mode."""
+    if dynamo:
+        pytest.importorskip("onnxscript", reason="needs onnxscript: pip install onnxscript")
+    net, path = FORMS[form](small_net(2, **TINY).float()), str(tmp_path / "net.onnx")
+    axes = {end: {0: "batch", 2: "height", 3: "width"} for end in ("input", "output")}
+    arguments: Dict[str, Any] = {"opset_version": opset, "dynamic_axes": axes, "dynamo": dynamo}
     names = {"input_names": ["input"], "output_names": ["output"]}
     with torch.inference_mode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.onnx.export(net, (torch.rand(1, 3, 16, 16),), path, **names, **arguments)
-    assert_agrees(path, net, torch.rand(2, 3, 9, 14).numpy())
+        torch.onnx.export(net, (torch.rand(1, 3, 16, 16),), path, verbose=False, **names, **arguments)
+    for shape in ((1, 3, 1, 1), (1, 3, 7, 5), (2, 3, 32, 48)):
+        assert_agrees(path, net, torch.rand(shape).numpy())
 
 
 # ----------------------------------------------------------------------------------------- shapes and readers

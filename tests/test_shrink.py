@@ -10,16 +10,15 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from checkpoints import fuse
 from conftest import one_line, randomize
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from aethersr import shrink
-from aethersr.commands.fuse import main as fuse
 from aethersr.commands.shrink import main
 from aethersr.identify import aether_from_state_dict, read_options
-from aethersr.ncnn import run as run_ncnn
 from aethersr.timing import Comparison
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -57,8 +56,7 @@ def run(tmp_path: Path, *options: Any, source: str = "net.pth", target: str = "s
 def test_smaller_weights_compute_what_the_network_does_without_the_parts(kind: str) -> None:
     net, image = network(**KINDS[kind]), torch.rand(1, KINDS[kind].get("in_chans", 3), 9, 14)
     state = shrink.with_kernel(shrink.without_block(net.state_dict(), 0, 0), 5)
-    net.stages[0][0] = nn.Identity()
-    channels = {}
+    net.stages[0][0], channels = nn.Identity(), {}
     for name, module in net.named_modules():
         if isinstance(module, aether_arch.ReparamLargeKernelConv):
             for side in (0, -1):
@@ -69,11 +67,8 @@ def test_smaller_weights_compute_what_the_network_does_without_the_parts(kind: s
             channels[name] = torch.arange(1, module.conv_out.in_channels, 2)
             module.conv_out.weight[:, ::2] = 0
     smaller = aether_from_state_dict(shrink.with_hidden(state, channels))
-    assert shrink.Size.of(smaller.options) == (
-        sum(net.options["depths"]) - 1,
-        5,
-        len(channels["stages.1.0."]),
-    )
+    size = (sum(net.options["depths"]) - 1, 5, len(channels["stages.1.0."]))
+    assert shrink.Size.of(smaller.options) == size
     torch.testing.assert_close(smaller(image), net(image), atol=1e-5, rtol=1e-5)
 
 
@@ -159,7 +154,7 @@ REFUSED = {
     "--time 0.5 --blocks 3": "leave out --blocks",
     "--time 0.5 --img_range 0": "--img_range",
     "--time 0.5 --pictures missing": "--pictures missing",
-    "--time 0.5 --output_path small.onnx": "end in .pth or .safetensors",
+    "--time 0.5 --output_path small.onnx": "expected .pth or .safetensors",
     "--time 0.5 --output_path net.pth": "the input itself",
     "--time 0.5 --model_path fused.pth": "fused form",
     "--time 0.5 --model_path int8.pth": "int8 form",
@@ -192,8 +187,8 @@ def test_every_tool_opens_uneven_depths(tmp_path: Path, pictures: Path, capsys: 
     lines = yaml.safe_load(capsys.readouterr().out.partition("to fine-tune it:")[2])["network_g"]
     smaller = getattr(aether_arch, lines.pop("type"))(scale=2, **lines).eval()
     smaller.load_state_dict(torch.load(tmp_path / "small.pth", weights_only=True))
-    files = ["--model_path", str(tmp_path / "small.pth"), "--output_path", str(tmp_path / "2x_fused.pth")]
-    assert fuse([*files, "--onnx", "fp32,int8", "--calibration", str(pictures)]) == 0
+    words = ["--onnx", "fp32,int8", "--calibration", pictures]
+    assert fuse(tmp_path / "small.pth", tmp_path / "2x_fused.pth", *words) == 0
     image = torch.rand(1, 3, 13, 8)
     expected = smaller(image).detach().numpy()
     largest = max(1, np.abs(expected).max())
@@ -203,9 +198,3 @@ def test_every_tool_opens_uneven_depths(tmp_path: Path, pictures: Path, capsys: 
         session = onnxruntime.InferenceSession(str(tmp_path / f"2x_{precision}.onnx"))
         out = session.run(None, {session.get_inputs()[0].name: image.numpy()})[0]
         assert np.abs(out - expected).max() < allowed * largest
-    ncnn = pytest.importorskip("ncnn")
-    pytest.importorskip("pnnx")
-    assert fuse([*files, "--overwrite", "--ncnn"]) == 0
-    opened = ncnn.Net()
-    assert opened.load_param(str(tmp_path / "2x.param")) == opened.load_model(str(tmp_path / "2x.bin")) == 0
-    assert np.abs(run_ncnn(opened, image).numpy() - expected).max() < 1e-3 * largest

@@ -55,12 +55,11 @@ def integer_convolutions(network: Any) -> int:
     return sum(len(names) > 1 and dequantised.issuperset(names[:2]) for names in inputs)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-@pytest.mark.parametrize("attention", [False, True])
-def test_it_builds_the_float_files(precision: str, attention: bool, tmp_path: Path) -> None:
-    net = small_net(use_channel_attn=attention, use_spatial_attn=attention, bound=1.0).float()
-    path = export_onnx(net.fused(), 2, precision, str(tmp_path / "net.onnx"))
-    _, errors, engine = build(path, *ANY_SIZE)
+@pytest.mark.parametrize(("precision", "static"), [("fp32", None), ("fp16", None), ("fp16", (3, 32, 48))])
+def test_it_builds_the_float_files(precision: str, static: Any, tmp_path: Path) -> None:
+    net = small_net(bound=1.0).float().fused()
+    path = export_onnx(net, 2, precision, str(tmp_path / "net.onnx"), static=static)
+    _, errors, engine = build(path, *([] if static else ANY_SIZE))
     assert engine is not None, errors
 
 
@@ -69,13 +68,6 @@ def test_it_builds_the_integer_files(tmp_path: Path) -> None:
     network, errors, engine = build(path, *ANY_SIZE)
     assert engine is not None, errors
     assert integer_convolutions(network) == 3 * 3 + 1  # gate, main and out of three blocks; body_conv
-
-
-def test_it_builds_a_file_of_one_size(tmp_path: Path) -> None:
-    net = small_net().float().fused()
-    path = export_onnx(net, 2, "fp16", str(tmp_path / "net.onnx"), static=(3, 32, 48))
-    _, errors, engine = build(path)
-    assert engine is not None, errors
 
 
 def test_it_refuses_the_flavour_of_onnx_runtime(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from aethersr import calibration, half_precision, ncnn, verify
 from aethersr.checkpoint import read_checkpoint, write_state
 from aethersr.commands import exit_code, fuse_options
 from aethersr.commands.fuse_options import PROGRAM
-from aethersr.errors import UserError, first_line, is_out_of_memory
+from aethersr.errors import UserError, first_line, is_out_of_memory, naming
 from aethersr.files import Together, check_output, unwritable
 from aethersr.identify import aether_from_state_dict, bounded, form_name, variant_name
 from aethersr.onnx import export_onnx
@@ -43,17 +43,14 @@ def build(path: Path, state: Mapping[str, Tensor], args: argparse.Namespace) -> 
     if remedy:
         found = f"{path} is fused already ({form} form), expected a training checkpoint"
         raise UserError(f"{found}; {remedy}, or pass another (--model_path).")
-    try:
+    with naming(path, "--model_path"):
         net = aether_from_state_dict(bounded(state, args.bound) if args.bound else state, args.img_range)
-    except ValueError as error:
-        raise UserError(f"{path}: {error} Pass a training checkpoint of AetherNet (--model_path).") from None
-    name, scale = variant_name(net.options), net.scale
-    if args.model_type not in (None, name):
-        found = f"{path} holds {name}, but --model_type {args.model_type} was given"
-        raise UserError(f"{found}; leave --model_type out.")
-    if args.upscale not in (None, scale):
-        found = f"{path} holds a x{scale} network, but --upscale {args.upscale} was given"
-        raise UserError(f"{found}; pass --upscale {scale} or leave it out.")
+    held: Dict[str, Any] = {"model_type": variant_name(net.options), "upscale": net.scale}
+    for option in held:
+        given = getattr(args, option)
+        if given not in (None, held[option]):
+            what = f"{path} holds {held['model_type']} x{net.scale}, but --{option} {given} was given"
+            raise UserError(f"{what}; pass what it holds, or leave --{option} out.")
     return net.double()
 
 
@@ -71,12 +68,10 @@ def check_difference(unfused: AetherBase, net: FusedAetherNet, source: Path, dev
 
 
 def quantise(
-    unfused: AetherBase, net: FusedAetherNet, powers: Mapping[str, int], args: argparse.Namespace
+    trained: Any, net: FusedAetherNet, powers: Mapping[str, int], pairs: Any, args: argparse.Namespace
 ) -> QuantAetherNet:
-    """The fused network with int8 weights, its ranges from training or calibrated on pictures."""
-    trained = unfused if isinstance(unfused, QuantAetherNet) else None
-    if args.calibration is not None:
-        pairs = calibration.calibration_pairs(Path(args.calibration), net)
+    """The network with int8 weights, its ranges those of the trained one (if any) or found on ``pairs``."""
+    if trained is None or pairs:
         instead = ", in place of the ranges that training found" if trained else ""
         print(f"Calibrating on {len(pairs)} pictures{instead}")
         found = calibration.calibrated(net, pairs, args.target, args.reduce_range)
@@ -85,9 +80,6 @@ def quantise(
         loss = f"PSNR {found.mean:+.3f} dB in the mean, {found.worst:+.3f} dB at worst"
         print(f"int8 against float, on these pictures: {loss}")
         return found.net
-    if trained is None or not trained.has_ranges():
-        problem = "was not trained with qat: true, or for no step, so int8 needs pictures to find its ranges"
-        raise UserError(f"{args.model_path} {problem}: pass --calibration FOLDER.")
     return half_precision.rescaled(trained, powers).cpu().convert_to_quantized()
 
 
@@ -133,15 +125,12 @@ def table(nets: Dict[str, AetherBase], sizes: List[int], args: argparse.Namespac
         times = verify.compare_times(nets, args.device)
         rows.append((f"ms, 64x64, {args.device}", [f"{times.median(name):.1f}" for name in nets]))
         words = "\n" + times.ratio("unfused", "fused").words("times as fast")
-    lines = (f"{label:<20}" + "".join(f"{cell:>12}" for cell in cells) for label, cells in rows)
-    return "\n".join(lines) + words
+    return "\n".join(f"{row[0]:<20}" + "".join(f"{cell:>12}" for cell in row[1]) for row in rows) + words
 
 
 def fuse(args: argparse.Namespace) -> None:
     """What the command does. Raises UserError, and then writes nothing."""
-    source, target = Path(args.model_path), Path(args.output_path)
-    fuse_options.check_options(args)
-    fuse_options.check_ending(target)
+    source, target = args.model_path, args.output_path
     print(f"Reading {source}")
     state, chosen = read_checkpoint(source)
     unfused = build(source, state, args)
@@ -154,6 +143,11 @@ def fuse(args: argparse.Namespace) -> None:
             check_output(path, [source], args.overwrite, "--output_path")
 
     check_outputs()
+    trained = unfused if isinstance(unfused, QuantAetherNet) and unfused.has_ranges() else None
+    pairs = calibration.calibration_pairs(args.calibration, unfused) if args.calibration else []
+    if "int8" in args.onnx and not (trained or pairs):
+        problem = "was not trained with qat: true, or for no step, so int8 needs pictures to find its ranges"
+        raise UserError(f"{source} {problem}: pass --calibration FOLDER.")
     options = {key: vars(args)[key] for key in ("target", "reduce_range", "opset")}
     options.update(static=static, simplify=True)
     if args.onnx:
@@ -166,11 +160,10 @@ def fuse(args: argparse.Namespace) -> None:
         print(note)
     if fit.problem and (args.half or args.ncnn or "fp16" in args.onnx):
         raise UserError(f"{source}: {fit.problem}; leave --half, fp16 and --ncnn out, or {OTHER_CHECKPOINT}.")
-    difference = check_difference(unfused, net, source, args.device)
-    int8 = None
+    difference, int8 = check_difference(unfused, net, source, args.device), None
     if "int8" in args.onnx:
         try:
-            int8 = quantise(unfused, net, fit.powers, args)
+            int8 = quantise(trained, net, fit.powers, pairs, args)
         except ValueError as error:
             found = f"{source} as int8: {first_line(error)}"
             raise UserError(f"{found} Pass other weights or pictures, or leave int8 out.") from None
@@ -193,10 +186,9 @@ def fuse(args: argparse.Namespace) -> None:
             files.commit()
     except OSError as error:
         raise unwritable(target, error, "--output_path") from None
-    print(f"\n{variant_name(unfused.options)} x{unfused.scale}")
-    print(rows)
-    limit = f"{verify.ALLOWED_DIFFERENCE:g} allowed"
-    print(f"Fused: within {difference:.1e} steps of 1/255 of the unfused network ({limit})")
+    print(f"\n{variant_name(unfused.options)} x{unfused.scale}\n{rows}")
+    found = f"within {difference:.1e} steps of 1/255 of the unfused network"
+    print(f"Fused: {found} ({verify.ALLOWED_DIFFERENCE:g} allowed)")
     half = f"{fit.decibels:.1f} dB from float32, within {fit.steps:.2g} steps of 1/255"
     print(f"Half precision: {f'{fit.problem}; use float32' if fit.problem else half}")
     for path in written:

@@ -8,7 +8,7 @@ import hashlib
 import os
 import re
 from pathlib import Path
-from typing import Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 from aether_arch import SCALES, VARIANTS, AetherBase
@@ -17,7 +17,7 @@ from aether_quant import TARGETS
 from aethersr import ncnn
 from aethersr.checkpoint import ENDINGS
 from aethersr.commands import Parser, check_device, program_name
-from aethersr.errors import UserError, missing_package
+from aethersr.errors import UserError, need
 from aethersr.identify import add_img_range
 from aethersr.onnx import PRECISIONS, opsets
 
@@ -36,8 +36,9 @@ HINTS = {
 def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser = Parser(PROGRAM, "Turn a training checkpoint of AetherNet into fused release weights.", HINTS)
     add = parser.add_argument
-    add("--model_path", required=True, metavar="FILE", help="the checkpoint, .pth or .safetensors")
-    add("--output_path", required=True, metavar="FILE", help="the weights to write, .pth or .safetensors")
+    file: Any = {"type": Path, "required": True, "metavar": "FILE"}
+    add("--model_path", help="the checkpoint, .pth or .safetensors", **file)
+    add("--output_path", help="the weights to write, .pth or .safetensors", **file)
     names = [variant.__name__ for variant in VARIANTS]
     add("--model_type", choices=names, help="fail unless the weights are of this variant")
     add("--upscale", type=int, choices=SCALES, help="fail unless the weights have this scale")
@@ -46,8 +47,10 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     add_img_range(parser)
     add("--bound", type=float, metavar="B", help="limit each block's norm to -B..B, if the network runs away")
     add("--half", action="store_true", help="write the weights in half precision, half the size")
-    add("--onnx", type=precisions, default=[], metavar="LIST", help="ONNX files as well: fp32, fp16, int8")
-    add("--calibration", metavar="FOLDER", help="pictures for int8 without quantisation-aware training")
+    text = f"ONNX files as well, some of {', '.join(PRECISIONS)}"
+    add("--onnx", nargs="+", default=[], metavar="LIST", help=text)
+    text = "pictures for int8 without quantisation-aware training"
+    add("--calibration", type=Path, metavar="FOLDER", help=text)
     text = "runtime to optimise the int8 file for (default: %(default)s)"
     add("--target", choices=TARGETS, default=TARGETS[0], help=text)
     add("--reduce_range", action="store_true", help="7-bit weights in the int8 file, for CPUs without VNNI")
@@ -59,21 +62,16 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     add("--measure", action="store_true", help="also measure how much faster the fused network is")
     add("--overwrite", action="store_true", help="replace existing files")
     add("--accept_older_fused", action="store_true", help="take a file that an older tool fused in part")
-    return parser.parse(argv)
-
-
-def precisions(text: str) -> List[str]:
-    """--onnx as a list."""
-    wanted = [name.strip() for name in text.split(",")]
-    for name in wanted:
-        if name not in PRECISIONS:
-            allowed = f"allowed, separated by commas: {', '.join(PRECISIONS)}"
-            raise argparse.ArgumentTypeError(f"{name!r} is not known; {allowed}")
-    return list(dict.fromkeys(wanted))
+    args = parser.parse(argv)
+    # With commas, spaces or both between them, and each once.
+    args.onnx = list(dict.fromkeys(name.strip() for text in args.onnx for name in text.split(",")))
+    check_options(args)
+    return args
 
 
 def check_options(args: argparse.Namespace) -> None:
     """All checks that need no weights. Raises UserError."""
+    check_ending(args.output_path)
     check_device(args.device)
     if args.bound is not None and not 1e-3 <= args.bound < 1e6:
         raise UserError(f"--bound {args.bound:g} is not possible; expected 1e-3 to 1e6, such as 1.")
@@ -83,18 +81,13 @@ def check_options(args: argparse.Namespace) -> None:
     if args.static is not None and not args.onnx:
         raise UserError("--static needs --onnx; pass both, or leave it out.")
     for name in args.onnx:
+        if name not in PRECISIONS:
+            raise UserError(f"--onnx {name!r} is not known; allowed: {', '.join(PRECISIONS)}.")
         first, last = opsets(name, args.target)
         if not first <= args.opset <= last:
             raise UserError(f"--opset {args.opset} is not possible for {name}; pass {first} to {last}.")
-    if args.ncnn:
-        ncnn.require()
-    if args.onnx:
-        try:
-            import onnx  # noqa: F401
-            import onnxruntime  # noqa: F401
-            import onnxslim  # noqa: F401
-        except ImportError as error:
-            raise missing_package(error, "--onnx", "onnx") from None
+    need("ncnn pnnx" if args.ncnn else "", "--ncnn", "ncnn")
+    need("onnx onnxruntime onnxslim" if args.onnx else "", "--onnx", "onnx")
 
 
 def static_shape(args: argparse.Namespace, net: AetherBase) -> Optional[List[int]]:
@@ -111,26 +104,22 @@ def static_shape(args: argparse.Namespace, net: AetherBase) -> Optional[List[int
 
 def check_ending(path: Path) -> None:
     """Raise UserError if no weights can be written under this name."""
-    if path.suffix.lower() not in ENDINGS:
-        found = f"{path} ends in {path.suffix or 'nothing'!r}"
-        raise UserError(f"{found}; expected .pth or .safetensors (--output_path).")
-    if path.suffix.lower() == ".safetensors":
-        try:
-            import safetensors.torch  # noqa: F401
-        except ImportError as error:
-            remedy = f"pip install {error.name}, or write a .pth file (--output_path)"
-            raise UserError(f"{path} needs the package {error.name}: {remedy}.") from None
+    ending = path.suffix.lower()
+    if ending not in ENDINGS:
+        found = f"{path} ends in {path.suffix or 'nothing'!r}, expected .pth or .safetensors"
+        option = {".onnx": "--onnx fp32", ".param": "--ncnn", ".bin": "--ncnn"}.get(ending, "")
+        beside = f", and {option} for files beside it" if option else ""
+        raise UserError(f"{found}; pass --output_path {path.with_suffix('.safetensors')}{beside}.")
+    if ending == ".safetensors":
+        need("safetensors.torch", f"--output_path {path}, unlike a .pth file,")
 
 
 def onnx_and_ncnn_paths(
     args: argparse.Namespace, scale: int, static: Optional[List[int]]
 ) -> Tuple[Dict[Path, str], List[Path]]:
-    """ONNX files by name, each with its precision, and NCNN files.
-
-    2x_NAME_fused.pth -> 2x_NAME_fp16.onnx or, if the size is fixed, 2x_NAME_fp16_3x48x64.onnx; 2x_NAME.param
-    and 2x_NAME.bin, with 2x_ added if it is missing.
-    """
-    target = Path(args.output_path)
+    """ONNX files by name, each with its precision, and NCNN files. For 2x_NAME_fused.pth: 2x_NAME_fp16.onnx
+    (or 2x_NAME_fp16_3x48x64.onnx), 2x_NAME.param and 2x_NAME.bin, with 2x_ added if it is missing."""
+    target = args.output_path
     stem = re.sub("_(fused|fp16)$", "", target.stem)
     size = "_" + "x".join(map(str, static)) if static else ""
     onnx_files = {target.with_name(f"{stem}_{kind}{size}.onnx"): kind for kind in args.onnx}

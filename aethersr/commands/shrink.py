@@ -18,15 +18,15 @@ from torch import Tensor
 
 from aethersr import shrink
 from aethersr.calibration import calibration_pairs
-from aethersr.checkpoint import ENDINGS, read_checkpoint, write_state
+from aethersr.checkpoint import read_checkpoint, write_state
 from aethersr.commands import Parser, exit_code
-from aethersr.errors import UserError
-from aethersr.files import Together, check_output
+from aethersr.commands.fuse_options import check_ending
+from aethersr.errors import UserError, naming
+from aethersr.files import Together, check_output, unwritable
 from aethersr.identify import add_img_range, aether_from_state_dict, form_name, read_options, variant_name
 
 PICTURES, SIDE = 16, 48  # pictures at most, and low-resolution pixels of a side, to choose on
 KERNEL = 7  # with --time: the borders of larger ones take time and hardly help
-
 
 HINTS = {
     "--model-path": "it is spelled --model_path",
@@ -49,10 +49,7 @@ def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
     add("--blocks", type=int, metavar="N", help="leave N blocks in all; each stage keeps one")
     add("--kernel", type=int, metavar="K", help="leave the middle KxK of each large kernel")
     add("--hidden", type=int, metavar="H", help="leave H hidden channels in each block")
-    text = (
-        f"as much as takes at most T of the time, such as 0.5: kernels of {KERNEL}, hidden channels down to "
-    )
-    text += "half, then fewer blocks, unless --kernel or --hidden say other"
+    text = "leave as much as takes at most T of the time, such as 0.5"
     add("--time", type=float, metavar="T", help=text)
     add_img_range(parser)
     add("--overwrite", action="store_true", help="replace an existing file")
@@ -67,11 +64,8 @@ def training_form(args: argparse.Namespace) -> shrink.State:
     if form not in ("training", ""):
         found = f"{args.model_path} is in {form} form, which can't be fine-tuned"
         raise UserError(f"{found}; pass the training form that it was made from (--model_path).")
-    try:
+    with naming(args.model_path, "--model_path"):
         aether_from_state_dict(state, args.img_range)
-    except ValueError as error:
-        given = "" if args.img_range is None else " or another --img_range"
-        raise UserError(f"{args.model_path}: {error} Pass a training form (--model_path){given}.") from None
     recorded = {} if args.img_range in (None, 1) else {"img_range": torch.tensor([args.img_range])}
     return {**state, **recorded}
 
@@ -80,14 +74,12 @@ def size_left(args: argparse.Namespace, options: Mapping[str, Any]) -> shrink.Si
     """The size that the user wants."""
     size, stages = shrink.Size.of(options), len(options["depths"])
     least = shrink.Size(stages, options["sk_kernel"], 1)
-    for name in size._fields:
-        given, low, high = getattr(args, name), getattr(least, name), getattr(size, name)
-        if given is None:
-            continue
-        if not low <= given <= high or (name == "kernel" and given % 2 == 0):
-            odd = "an odd number " if name == "kernel" else ""
-            raise UserError(f"--{name} {given} is not possible; expected {odd}from {low} to {high}.")
-        size = size._replace(**{name: given})
+    for name, low, high in zip(size._fields, least, size):
+        given, odd = getattr(args, name), "an odd number " if name == "kernel" else ""
+        if given is not None:
+            if not low <= given <= high or (odd and given % 2 == 0):
+                raise UserError(f"--{name} {given} is not possible; expected {odd}from {low} to {high}.")
+            size = size._replace(**{name: given})
     if args.time is None:
         return size
     if not 0 < args.time < 1:
@@ -113,8 +105,7 @@ def read_pictures(folder: Path, net: AetherBase) -> List[Tuple[Tensor, Tensor]]:
 def run(args: argparse.Namespace) -> None:
     """What the command does. Raises UserError, and then writes nothing."""
     target = args.output_path
-    if target.suffix.lower() not in ENDINGS:
-        raise UserError(f"{target} does not end in .pth or .safetensors; pass another --output_path.")
+    check_ending(target)
     check_output(target, [args.model_path], args.overwrite, "--output_path")
     state = training_form(args)
     before = shrink.fused(state)
@@ -139,8 +130,7 @@ def run(args: argparse.Namespace) -> None:
             write_state(step.state, files.part(target), metadata)
             files.commit()
     except OSError as error:
-        found = f"{target} can't be written: {error.strerror or error}"
-        raise UserError(f"{found}; free space or pass another --output_path.") from None
+        raise unwritable(target, error, "--output_path") from None
     print(f"Wrote {target}; to fine-tune it:\n\nnetwork_g:")
     print("\n".join(f"  {line}" for line in shrink.network_lines(options)))
 
