@@ -181,6 +181,7 @@ def test_what_it_cannot_do_is_said_in_one_line(hr: Path, tmp_path: Path, capsys:
         ([hr, "--hr", hr], f"{hr} is not a file; pass another (FILE)"),
         (["--hr", x2], "no folder with the ground truth"),
         (["--model", x2, "--hr", hr], "--model is not an option: pass the networks without an option"),
+        ([x2, "--hr", hr, "--upscale", "2"], "--upscale is not an option: the scale comes from the networks"),
         ([x2, "--hr", "https://example.org/Set5"], "https://example.org/Set5 is a web address"),
         ([x2, x4, "--hr", hr], "x2.pth x2, x4.pth x4"),
         ([x2, "--scale", 4, "--hr", hr], "--scale x4"),

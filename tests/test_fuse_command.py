@@ -138,6 +138,8 @@ OPTIONS = [
     ("--upscale 4", "x2, but --upscale 4 was given; pass what it holds, or leave --upscale out"),
     ("--upscale 5", "choose from"),
     ("--int8", "it is --onnx int8"),
+    ("--input a.pth", "--input is not an option: pass --model_path"),
+    ("--model_path https://a.b/c.pth", "https://a.b/c.pth is a web address"),
     ("--check-fp16", "what half precision costs is always printed"),
     ("--onxx fp32", "--onxx is not an option: the nearest one is --onnx"),
     ("--output-path b.pth", "--output-path is not an option: the nearest one is --output_path"),

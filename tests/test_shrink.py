@@ -159,6 +159,7 @@ REFUSED = {
     "--time 0.5 --model_path fused.pth": "fused form",
     "--time 0.5 --model_path int8.pth": "int8 form",
     "--time 0.5 --model_path other.pth": "not an AetherNet",
+    "--time 0.5 --model_path https://a.b/c.pth": "https://a.b/c.pth is a web address",
 }
 
 

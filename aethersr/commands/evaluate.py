@@ -21,7 +21,8 @@ Pair = Tuple[Path, Optional[Path]]  # high resolution, low resolution
 Figures = List[Tuple[float, float]]  # PSNR and SSIM of each picture
 TILE = 1024  # larger low-resolution pictures are cut into tiles; the result is the same without attention
 NETWORKS = (".safetensors", ".pth", ".pt", ".ckpt", ".onnx", ".param")
-HINTS = {"--model": "pass the networks without an option", "--input": "pass --hr", "--gt": "pass --hr"}
+HINTS = {"--model": "pass the networks without an option", "--input": "pass --hr", "--gt": "pass --hr",
+         "--upscale": "the scale comes from the networks"}  # fmt: skip
 
 
 def find_pairs(folder: Path, low: Optional[Path], scale: int) -> List[Pair]:

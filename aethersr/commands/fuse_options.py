@@ -16,7 +16,7 @@ from aether_quant import TARGETS
 
 from aethersr import ncnn
 from aethersr.checkpoint import ENDINGS
-from aethersr.commands import Parser, check_device, program_name
+from aethersr.commands import Parser, check_device, local_path, program_name
 from aethersr.errors import UserError, need
 from aethersr.identify import add_img_range
 from aethersr.onnx import PRECISIONS, opsets
@@ -26,6 +26,7 @@ LARGEST_STATIC = 16384  # largest side of a picture in pixels
 # What people type who know another command, or version 0.2 of this one.
 HINTS = {
     "--scale": "the scale is read from the weights, and --upscale fails if it is another",
+    **dict.fromkeys(("--input", "-i"), "pass --model_path"),
     "--int8": "it is --onnx int8",
     "--placement": "there is one placement, so leave it out",
     "--fp16": "--half writes the weights in half precision, --onnx fp16 an ONNX file",
@@ -36,7 +37,7 @@ HINTS = {
 def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser = Parser(PROGRAM, "Turn a training checkpoint of AetherNet into fused release weights.", HINTS)
     add = parser.add_argument
-    file: Any = {"type": Path, "required": True, "metavar": "FILE"}
+    file: Any = {"type": local_path, "required": True, "metavar": "FILE"}
     add("--model_path", help="the checkpoint, .pth or .safetensors", **file)
     add("--output_path", help="the weights to write, .pth or .safetensors", **file)
     names = [variant.__name__ for variant in VARIANTS]

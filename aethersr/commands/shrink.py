@@ -19,7 +19,7 @@ from torch import Tensor
 from aethersr import shrink
 from aethersr.calibration import calibration_pairs
 from aethersr.checkpoint import read_checkpoint, write_state
-from aethersr.commands import Parser, exit_code
+from aethersr.commands import Parser, exit_code, local_path
 from aethersr.commands.fuse_options import check_ending
 from aethersr.errors import UserError, naming
 from aethersr.files import Together, check_output, unwritable
@@ -42,10 +42,11 @@ def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
     description = "Make a smaller training checkpoint of a trained AetherNet, to be fine-tuned."
     parser = Parser("aether-shrink", description, HINTS)
     add = parser.add_argument
-    add("--model_path", type=Path, required=True, help="the training checkpoint, .pth or .safetensors")
-    add("--output_path", type=Path, required=True, help="the smaller one to write, .pth or .safetensors")
+    path: Any = {"type": local_path, "required": True}
+    add("--model_path", help="the training checkpoint, .pth or .safetensors", **path)
+    add("--output_path", help="the smaller one to write, .pth or .safetensors", **path)
     text = "folder of pictures at the resolution of the output, such as those that the network was trained on"
-    add("--pictures", type=Path, required=True, help=text)
+    add("--pictures", help=text, **path)
     add("--blocks", type=int, metavar="N", help="leave N blocks in all; each stage keeps one")
     add("--kernel", type=int, metavar="K", help="leave the middle KxK of each large kernel")
     add("--hidden", type=int, metavar="H", help="leave H hidden channels in each block")
