@@ -164,7 +164,7 @@ def test_other_networks_are_named() -> None:
     with pytest.raises(ValueError, match=r"tail.weight.* has 1 dimensions, expected 4"):
         aether_from_state_dict({**FUSED, "tail.weight": torch.zeros(24)})
     quantised = {**DAMAGED["quantised"], "fusion.quant_in.range_sum": ONE, "tail.weight": ONE}
-    with pytest.raises(ValueError, match=r"placement 'full' .*0\.2\.0 is the last version that reads it"):
+    with pytest.raises(ValueError, match=r"placement 'full' .*0\.2\.0 is the last version to read it"):
         aether_from_state_dict(quantised)
 
 
