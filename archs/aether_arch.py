@@ -542,15 +542,12 @@ class CollapsedTail(nn.Module):
         kernels = torch.autograd.functional.jacobian(pixel_per_image, images).unflatten(1, (3, 3))
         windows = F.pad(kernels, [2] * 4).unfold(4, 5, 2).unfold(5, 5, 2)
         weights, biases = torch.einsum("oyxcyxij->yxocij", windows), outputs(images)[0].permute(1, 2, 0)
-        for values in (
-            weights,
-            biases,
-        ):  # of an edge remains what the middle lacks, of a corner what both edges lack
+        # Of an edge remains what the middle lacks, of a corner what both edges lack.
+        for values in (weights, biases):
             values[::2] -= values[1].clone()
             values[:, ::2] -= values[:, 1:2].clone()
-        lines = BORDER_LINES[
-            scale
-        ]  # the offsets that a correction sees: the first lines, all, the last lines
+        lines = BORDER_LINES[scale]
+        # The offsets that a correction sees: the first lines, all, the last lines.
         window = {-1: slice(2, 2 + lines), 0: slice(None), 1: slice(3 - lines, 3)}
         state = {"weight": weights[1, 1], "bias": biases[1, 1]}
         for name, (row, column) in BORDERS.items():
