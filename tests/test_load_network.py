@@ -52,11 +52,13 @@ def test_what_is_no_network_is_named_with_the_option(
 def test_an_ncnn_file_is_a_network_like_others(tmp_path: Path) -> None:
     pytest.importorskip("ncnn")
     pytest.importorskip("pnnx")
-    from aethersr.ncnn import export_ncnn
+    from aethersr.ncnn import convert
 
     net = small_net(2, embed_dim=8, depths=(1,), lk_kernel=5).float().fused()
     torch.save(net.state_dict(), tmp_path / "a.pth")
-    path = Path(export_ncnn(net, 2, str(tmp_path / "a.param"))[0])
+    path = tmp_path / "a.param"
+    for file, content in zip((path, path.with_suffix(".bin")), convert(net)):
+        file.write_bytes(content)
     found, like = load_network(path), load_network(tmp_path / "a.pth", "cpu")
     assert (found.in_chans, found.scale, found.size) == (3, 2, None)
     assert like.reach <= found.reach <= like.reach + 20

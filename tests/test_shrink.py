@@ -139,7 +139,7 @@ def test_time_chooses_channels_then_blocks(
     taken = measured({"all": network(embed_dim=16, depths=(4, 4), lk_kernel=9)}).times["all"][0]
     expected = (10 + size[0] * (2 + size[2] / 16)) / taken
     assert expected <= time
-    assert f"Time: {expected:.2f} of" in capsys.readouterr().out
+    assert f"Time: {expected:.2f} (" in capsys.readouterr().out
 
 
 REFUSED = {

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, List, Optional, Tuple
 
 from aethersr.commands import DEVICES, Parser, check_device, exit_code, local_path
-from aethersr.errors import UserError, missing_package
+from aethersr.errors import UserError, need
 from aethersr.folders import find_pictures
 from aethersr.identify import add_img_range
 
@@ -102,11 +102,9 @@ def names(paths: List[Path]) -> Dict[str, Path]:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    try:
-        from aethersr import quality  # noqa: F401
-        from aethersr.network import load_network
-    except ImportError as error:
-        raise missing_package(error, "aether-evaluate", "upscale") from None
+    need("aethersr.quality", "aether-evaluate", "upscale")
+    from aethersr.network import load_network
+
     check_device(args.device)
     words = [*args.hr, *(args.lr or ())]  # an option takes all words that follow it
     args.files += [path for path in words if path.suffix.lower() in NETWORKS]

@@ -124,7 +124,7 @@ def table(nets: Dict[str, AetherBase], sizes: List[int], args: argparse.Namespac
     if args.measure:
         times = verify.compare_times(nets, args.device)
         rows.append((f"ms, 64x64, {args.device}", [f"{times.median(name):.1f}" for name in nets]))
-        words = "\n" + times.ratio("unfused", "fused").words("times as fast")
+        words = f"\ntimes as fast: {times.ratio('unfused', 'fused').words()}"
     return "\n".join(f"{row[0]:<20}" + "".join(f"{cell:>12}" for cell in row[1]) for row in rows) + words
 
 

@@ -29,9 +29,7 @@ PICTURES, SIDE = 16, 48  # pictures at most, and low-resolution pixels of a side
 KERNEL = 7  # with --time: the borders of larger ones take time and hardly help
 
 HINTS = {
-    "--model-path": "it is spelled --model_path",
     "--input": "pass the checkpoint as --model_path FILE",
-    "--output-path": "it is spelled --output_path",
     "--calibration": "pass the pictures as --pictures FOLDER",
     "--hr": "pass the pictures as --pictures FOLDER",
     "--scale": "the scale comes from the checkpoint",
@@ -120,9 +118,8 @@ def run(args: argparse.Namespace) -> None:
         print(f"{step.what:<24}{depths:<24}{step.decibels:>8.2f}", flush=True)
     options = read_options(step.state)
     times = shrink.times({"before": before, "after": shrink.fused(step.state)})
-    ratio = times.ratio("after", "before")
     measured = f"{shrink.SIDE}x{shrink.SIDE} pixels in PyTorch, one thread"
-    print(f"\nTime: {ratio.value:.2f} of the network's ({ratio.low:.2f} to {ratio.high:.2f}; {measured})")
+    print(f"\nTime: {times.ratio('after', 'before').words()} of the network's; {measured}")
     name, metadata = variant_name(options), {"format": "pt", "form": "training", "scale": str(before.scale)}
     metadata["architecture"] = name if name.startswith("aether") else "AetherNet"
     try:

@@ -17,8 +17,9 @@ from typing import Any, List, Optional, Union
 import torch
 
 from aethersr.commands import DEVICES, Parser, check_device, exit_code, local_path, program_name
-from aethersr.errors import UserError, missing_package
+from aethersr.errors import UserError, need
 from aethersr.identify import add_img_range
+from aethersr.jobs import find_jobs
 
 PROGRAM = program_name("aether-upscale", "upscale.py")
 ENDINGS = ("png", "jpg", "webp", "tif", "bmp", "gif", "avif")
@@ -97,14 +98,10 @@ def upscale(args: argparse.Namespace) -> None:
         raise UserError("--fp16 is slower than float32 on a CPU; pass --device cuda, or leave --fp16 out.")
     if args.tile < 1:
         raise UserError(f"--tile {args.tile} is not possible; expected 1 or more pixels.")
-    try:
-        import tqdm  # noqa: F401
+    need("tqdm aethersr.upscaling", PROGRAM, "upscale")
+    from aethersr.network import load_network
+    from aethersr.upscaling import Upscaler
 
-        from aethersr.jobs import find_jobs
-        from aethersr.network import load_network
-        from aethersr.upscaling import Upscaler
-    except ImportError as error:
-        raise missing_package(error, PROGRAM, "upscale") from None
     how = (args.recursive, args.overwrite, args.skip_existing, f".{args.format}" if args.format else "")
     jobs, problems, others = find_jobs(args.input, args.output, *how)
     network = load_network(args.model, args.device, args.fp16, args.img_range)
