@@ -68,8 +68,6 @@ def device_of(network: Any) -> str:
     """Where it runs, in words."""
     if hasattr(network, "session"):
         return f"{network.session.get_providers()[0].replace('ExecutionProvider', '')} (ONNX Runtime)"
-    if not hasattr(network, "like"):
-        return "CPU"
     half = " in half precision" if network.like.dtype == torch.float16 else ""
     kind = network.like.device.type
     return {"cuda": "GPU", "mps": "Apple GPU"}.get(kind, kind.upper()) + half
