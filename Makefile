@@ -12,7 +12,7 @@ RUNTIMES := runtimes exported onnx onnx_int8 ncnn tensorrt spandrel comfyui
 SMALL := .venv/.$(if $(wildcard .venv/.installed),installed,small)
 tests_of = $(wildcard $(patsubst %,tests/test_%.py,$(1)))
 
-.PHONY: demo web test test-fast test-slow test-runtimes lint format options bench gpu mutants requirements clean
+.PHONY: demo web test test-fast test-slow test-runtimes lint format options bench gpu requirements clean
 
 demo: $(SMALL)
 	$(BIN)/python demo/demo.py $(ARGS)
@@ -54,28 +54,6 @@ bench: .venv/.installed
 # What a GPU can do, in four minutes. Needs PyTorch and nothing else.
 gpu:
 	$(GPU_PYTHON) benchmarks/speed.py --device cuda --output benchmarks/results/gpu.md $(ARGS)
-
-# COUNT changes to MODULE, drawn with SEED, and which of them TESTS notice. It changes files: run it in a clone.
-MODULE ?= aethersr/tiling.py
-TESTS ?= tests/test_tiling.py
-COUNT ?= 25
-SEED ?= 1
-define DRAW
-import random, sqlite3
-with sqlite3.connect("mutants.sqlite") as session:
-    jobs = [job for job, in session.execute("SELECT job_id FROM mutation_specs ORDER BY rowid")]
-    kept = random.Random($(SEED)).sample(jobs, min($(COUNT), len(jobs)))
-    for table in ("work_items", "mutation_specs"):
-        session.execute(f"DELETE FROM {table} WHERE job_id NOT IN ({','.join('?' * len(kept))})", kept)
-endef
-export DRAW
-mutants: .venv/.installed
-	$(PIP) -q cosmic-ray==8.7.0
-	sed 's|MODULE|$(MODULE)|; s|TESTS|$(TESTS)|' tests/cosmic-ray.toml > mutants.toml
-	$(BIN)/cosmic-ray init --force mutants.toml mutants.sqlite
-	$(BIN)/python -c "$$DRAW"
-	OMP_NUM_THREADS=1 PATH="$(abspath $(BIN)):$$PATH" $(BIN)/cosmic-ray exec mutants.toml mutants.sqlite
-	$(BIN)/cr-report --surviving-only --show-diff mutants.sqlite
 
 .venv/.installed: requirements.lock requirements-basicsr.txt
 	$(PYTHON) -m venv .venv

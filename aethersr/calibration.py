@@ -13,7 +13,7 @@ from aether_arch import AetherBase, FusedAetherNet
 from aether_quant import QuantAetherNet, prepare_qat
 from torch import Tensor
 
-from aethersr.errors import UserError, missing_package
+from aethersr.errors import UserError, need
 from aethersr.folders import pictures_in
 
 PICTURES, SIDE = 32, 128  # pictures at most, and the side of the centre crop in low-resolution pixels
@@ -36,13 +36,12 @@ def calibration_pairs(folder: Path, net: AetherBase, flag: str = "--calibration"
 
     The first readable one of each of PICTURES equal parts of the folder, reduced by Pillow's bicubic.
     """
-    try:
-        import numpy as np
-        from PIL import Image
+    need("numpy PIL aethersr.quality", flag, "upscale")
+    import numpy as np
+    from PIL import Image
 
-        from aethersr.quality import read_rgb
-    except ImportError as error:
-        raise missing_package(error, flag, "upscale") from None
+    from aethersr.quality import read_rgb
+
     paths = pictures_in(folder, flag, recursive=True).pictures
     scale, mode = net.scale, "RGB" if net.options["in_chans"] == 3 else "L"
 

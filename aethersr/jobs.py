@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Dict, List, NamedTuple
+from typing import Dict, List, NamedTuple, Tuple
 
 from aethersr.errors import UserError
 from aethersr.files import check_file, check_folder
-from aethersr.folders import FORMATS, KINDS, pictures_in
+from aethersr.folders import FORMATS, KINDS, Held, pictures_in
 
 
 class Job(NamedTuple):
@@ -18,12 +18,6 @@ class Job(NamedTuple):
     target: Path
 
 
-class Found(NamedTuple):
-    jobs: List[Job]
-    problems: List[str]  # a line for each picture that can't be read
-    others: Dict[str, int]  # counts of what is left out, by its name
-
-
 def find_jobs(
     source: Path,
     output: str,
@@ -31,27 +25,29 @@ def find_jobs(
     overwrite: bool = False,
     skip_existing: bool = False,
     ending: str = "",
-) -> Found:
+) -> Tuple[List[Job], List[str], Dict[str, int]]:
     """The jobs, all checked; with ``skip_existing`` those alone whose target doesn't exist.
+
+    And what folders.Held has: lines about pictures that can't be read, counts of what is no picture.
 
     ``ending``: of the files to write, such as ".png"; without it that of each picture or of ``output``.
     UserError: there is no picture, or a target can't be written.
     """
     target = Path(output)
     kind, is_folder = target.suffix.lower(), os.path.isdir(target)
-    found = Found([Job(source, target)], [], {})
+    jobs, held = [Job(source, target)], Held([], [], {})
     # Not source.exists(): before Python 3.14 it raises for a name that is too long.
     if os.path.isdir(source):
         if os.path.isfile(target) or (kind in FORMATS and not is_folder):
             words = "is a file" if os.path.isfile(target) else "is a picture's name"
             raise UserError(f"{target} {words}, but {source} is a folder; pass a folder with --output.")
-        pictures, problems, others = pictures_in(source, "--input", recursive, target)
-        found = Found([Job(path, target / path.relative_to(source)) for path in pictures], problems, others)
+        held = pictures_in(source, "--input", recursive, target)
+        jobs = [Job(path, target / path.relative_to(source)) for path in held.pictures]
     elif not os.path.isfile(source):
         words = "is neither a file nor a folder" if os.path.exists(source) else "does not exist"
         raise UserError(f"{source} {words}; pass a picture or a folder with --input.")
     elif is_folder or output.endswith(("/", os.sep)):
-        found.jobs[:] = [Job(source, target / source.name)]
+        jobs = [Job(source, target / source.name)]
     elif kind not in FORMATS:
         words = f"{target} ends in {target.suffix or 'nothing'!r}; expected one of {KINDS}, or a folder"
         raise UserError(f"{words}: {target}{os.sep} (--output).")
@@ -60,8 +56,8 @@ def find_jobs(
     else:
         ending = ""
         check_folder(target.parent, "--output")
-    jobs = [Job(job.source, job.target.with_suffix(ending)) if ending else job for job in found.jobs]
-    return found._replace(jobs=_checked(jobs, overwrite, skip_existing))
+    jobs = [Job(job.source, job.target.with_suffix(ending)) if ending else job for job in jobs]
+    return _checked(jobs, overwrite, skip_existing), held.problems, held.others
 
 
 def _checked(jobs: List[Job], overwrite: bool, skip_existing: bool) -> List[Job]:

@@ -7,7 +7,7 @@ import re
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Any, List, Optional, Tuple
+from typing import Any, List, Tuple
 
 import torch
 from aether_arch import AetherBase, ChannelAttention, SpatialAttention
@@ -16,31 +16,13 @@ from torch.nn import functional as F
 
 from aethersr.errors import UserError, need
 from aethersr.exported import ExportTail, for_export
-from aethersr.files import Together
 from aethersr.onnx import picture
 
 WAY_OUT = "pip install -U ncnn pnnx, or leave --ncnn out."
 
 
-def export_ncnn(model: AetherBase, scale: int, output_path: Optional[str] = None) -> Tuple[str, str]:
-    """Write the fused network as NCNN's two files and return their paths. The model stays as it was.
-
-    ``scale`` is the model's, repeated to catch mistakes. ``output_path`` is the .param file's; the .bin file
-    goes beside it. Upscayl reads the scale from the name, see named_for_upscayl. Raises what convert does.
-    """
-    if scale != model.scale:
-        raise ValueError(f"export_ncnn: scale={scale} was asked for, the model has scale={model.scale}.")
-    param = Path(output_path or f"{scale}x_aether.param")
-    weights = param.with_suffix(".bin")
-    with Together() as files:
-        for target, content in zip((param, weights), convert(model)):
-            files.part(target).write_bytes(content)
-        files.commit()
-    return str(param), str(weights)
-
-
 def convert(model: AetherBase) -> Tuple[bytes, bytes]:
-    """The .param and the .bin file of the fused network, checked in ncnn on three odd sizes.
+    """The .param and the .bin file of the fused network, checked in ncnn on three odd sizes; it stays.
 
     The input blob is ``data`` (in_chans, H, W) in [0, 1], the output blob ``output`` (in_chans, scale * H,
     scale * W), as Upscayl and others expect. H and W can be any size; weights are in half precision. Raises
@@ -127,24 +109,11 @@ def named_for_upscayl(stem: str, scale: int) -> str:
     return stem if found[:1] == [scale] else f"{scale}x_{stem}"
 
 
-def channels_and_reach(param: Path) -> Tuple[int, int]:
-    """The channels that the first convolution of an NCNN file takes, or 0, and how far all together see.
-
-    ncnn itself doesn't check: a picture of other channels makes it read past the weights.
-    """
-    lines = re.findall("^Convolution.*", param.read_text("utf-8", "replace"), re.MULTILINE)
-    sizes = [{int(k): int(v) for k, v in re.findall(r" ([016])=(\d+)", line)} for line in lines] or [{}]
-    channels = sizes[0].get(6, 0) // max(1, sizes[0].get(0, 0) * sizes[0].get(1, 0) ** 2)
-    return channels, sum(size.get(1, 0) // 2 for size in sizes)  # a little more, as if all were in a row
-
-
 def run(net: Any, image: Tensor) -> Tensor:
     """An ncnn.Net's output for one picture (1, in_chans, H, W). ValueError: there is none."""
     import ncnn
     import numpy as np
 
-    if "data" not in net.input_names() or "output" not in net.output_names():
-        raise ValueError("ncnn finds no blobs named data and output")
     extractor = net.create_extractor()
     pixels = np.ascontiguousarray(image[0].numpy())  # a Mat doesn't keep what it reads alive
     failed = extractor.input("data", ncnn.Mat(pixels).clone())

@@ -20,15 +20,8 @@ class Ratio(NamedTuple):
     low: float
     high: float
 
-    def words(self, unit: str = "times") -> str:
-        """For instance "1.52 times as fast (1.50 to 1.55)", or "no measurable difference ...".
-
-        An effect is measurable if it is further from 1 than its spread is wide.
-        """
-        known = all(math.isfinite(number) and number > 0 for number in self)
-        if known and abs(math.log(self.value)) > math.log(self.high / self.low):
-            return f"{self.value:.2f} {unit} ({self.low:.2f} to {self.high:.2f})"
-        return f"no measurable difference ({self.low:.2f} to {self.high:.2f} {unit})"
+    def words(self) -> str:
+        return f"{self.value:.2f} ({self.low:.2f} to {self.high:.2f})"
 
 
 class Comparison(NamedTuple):

@@ -148,21 +148,22 @@ def openvino(path: str, precision: str = "f32") -> Runner:
     return lambda image: compiled(image)[0]
 
 
-def ncnn(param: str) -> Runner:
-    import ncnn as package
+def ncnn(net: Any, folder: str) -> Runner:
+    from aethersr.ncnn import convert, run
 
-    from aethersr.ncnn import run
+    files = [f"{folder}/net.{ending}" for ending in ("param", "bin")]
+    for file, content in zip(files, convert(net)):
+        Path(file).write_bytes(content)
+    import ncnn as package
 
     net = package.Net()
     net.opt.num_threads = 1
-    net.load_param(param)
-    net.load_model(str(Path(param).with_suffix(".bin")))
+    net.load_param(files[0]), net.load_model(files[1])
     return lambda image: run(net, torch.from_numpy(image)).numpy()
 
 
 def openers(net: Any, folder: str) -> Dict[str, Callable[[], Runner]]:
     """For each runtime, what exports a fused network into ``folder`` and opens it there with one thread."""
-    from aethersr.ncnn import export_ncnn
     from aethersr.onnx import export_onnx
 
     def onnx(precision: str, target: str = "onnxruntime") -> str:
@@ -180,7 +181,7 @@ def openers(net: Any, folder: str) -> Dict[str, Callable[[], Runner]]:
         "OpenVINO fp32": lambda: openvino(onnx("fp32")),
         "OpenVINO bf16": lambda: openvino(onnx("fp32"), "bf16"),
         "OpenVINO int8": lambda: openvino(onnx("int8", "openvino")),
-        "NCNN": lambda: ncnn(export_ncnn(net, net.scale, f"{folder}/net.param")[0]),
+        "NCNN": lambda: ncnn(net, folder),
     }
 
 

@@ -43,7 +43,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from aethersr.commands import Parser, exit_code
-from aethersr.errors import UserError, first_line
+from aethersr.errors import UserError, first_line, need
 from aethersr.files import Together
 from aethersr.folders import find_pictures
 from aethersr.quality import crop_to_multiple, psnr, read_rgb, resize
@@ -260,11 +260,7 @@ def show(args: argparse.Namespace) -> None:
     print("\n".join([result["title"], "", command, "", *table(head, lines), "", *machines]))
 
 
-class Point(NamedTuple):
-    name: str
-    kind: str
-    decibels: float
-    net: nn.Module
+Point = Tuple[str, str, float, nn.Module]  # name, kind, PSNR in dB, network
 
 
 def points_of(result: Dict[str, Any], args: argparse.Namespace) -> List[Point]:
@@ -274,27 +270,28 @@ def points_of(result: Dict[str, Any], args: argparse.Namespace) -> List[Point]:
         net = networks.opened(path, "--weights")
         if net.scale != scale:
             raise UserError(f"{path} is x{net.scale}; expected x{scale}, as in {args.file} (--weights).")
-        found.append(Point(path.stem, KINDS[0], validation.measure(net), net))
+        found.append((path.stem, KINDS[0], validation.measure(net), net))
     for text in dict.fromkeys(row["run"] for row in result["rows"]):
         run = parse_run(text)
         decibels = mean(row["points"][-1][2] for row in result["rows"] if row["run"] == text)
         kind = KINDS[1] if run.network in OURS else KINDS[2]
-        found.append(Point(text, kind, decibels, build(run, scale, args.checkout).eval()))
+        found.append((text, kind, decibels, build(run, scale, args.checkout).eval()))
     return found
 
 
 def draw(args: argparse.Namespace) -> None:
+    need("matplotlib", "quality.py draw")
     result, image, calls = read_results(args.file), torch.rand(1, 3, 128, 128), {}
     points = points_of(result, args)
-    for point in points:
-        file = networks.onnx_bytes(networks.deployed(point.net), image, False)
-        calls[point.name] = partial(networks.onnx_runtime(file), image.numpy())
+    for name, _, _, net in points:
+        file = networks.onnx_bytes(networks.deployed(net), image, False)
+        calls[name] = partial(networks.onnx_runtime(file), image.numpy())
     times = interleaved(calls, rounds=15, seconds=120, clock=time.process_time)
-    first, ms = points[0].name, {point.name: times.median(point.name) for point in points}
+    first, ms = points[0][0], {name: times.median(name) for name in calls}
     rows = []
-    for point in sorted(points, key=lambda point: ms[point.name]):
-        ratio = f"{times.ratio(point.name, first).value:.2f}"
-        rows.append([point.name, point.kind, networks.short(ms[point.name]), ratio, f"{point.decibels:.2f}"])
+    for name, kind, decibels, _ in sorted(points, key=lambda point: ms[point[0]]):
+        ratio = f"{times.ratio(name, first).value:.2f}"
+        rows.append([name, kind, networks.short(ms[name]), ratio, f"{decibels:.2f}"])
     head = ["network", "what", "ms", f"of {first}'s time", "PSNR-Y, dB"]
     what, amount = result["setting"][:2]
     each = f"{float(amount) / 60:g} minutes" if what == "--seconds" else f"{amount} iterations"
@@ -304,11 +301,8 @@ def draw(args: argparse.Namespace) -> None:
     print(text)
     with Together() as files:
         files.part(args.output.with_suffix(".md")).write_text(text + "\n", encoding="utf-8")
-        try:
-            figure = scatter(points, ms, budget)
-            figure.savefig(files.part(args.output.with_suffix(".png")), dpi=110, format="png")
-        except ImportError:
-            print("no picture without matplotlib: pip install matplotlib", file=sys.stderr)
+        figure = scatter(points, ms, budget)
+        figure.savefig(files.part(args.output.with_suffix(".png")), dpi=110, format="png")
         files.commit()
 
 
@@ -320,7 +314,7 @@ def scatter(points: List[Point], ms: Dict[str, float], budget: str) -> Any:
 
     figure, axis = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
     for kind, style in zip(KINDS, ("C3o-", "C3s", "C0o")):
-        shown = sorted((ms[point.name], point.decibels, point.name) for point in points if point.kind == kind)
+        shown = sorted((ms[name], decibels, name) for name, its, decibels, _ in points if its == kind)
         axis.plot([each[0] for each in shown], [each[1] for each in shown], style, label=kind)
         for *place, name in shown:
             name = name.split(",")[0].replace("_training_fp16", "")
@@ -359,14 +353,13 @@ def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
         budget = command.add_mutually_exclusive_group(required=True)
         budget.add_argument("--iterations", type=positive, help="budget of each run")
         budget.add_argument("--seconds", type=positive, help="budget of each run")
-    args = parser.parse(argv)
-    args.typed = networks.typed("quality.py", argv, {"CHECKOUT": args.checkout, "PICTURES": args.validation})
-    torch.set_num_threads(1)  # on a CPU the computing time counts, which other work hardly changes
-    return args
+    return parser.parse(argv)
 
 
 def run(argv: Optional[List[str]]) -> None:
     args = parse_args(argv)
+    args.typed = networks.typed("quality.py", argv, {"CHECKOUT": args.checkout, "PICTURES": args.validation})
+    torch.set_num_threads(1)  # on a CPU the computing time counts, which other work hardly changes
     args.action(args)
 
 

@@ -120,9 +120,9 @@ class Bench:
             found = interleaved(loops, self.args.rounds, seconds, wait=self.wait, clock=self.clock)
             times = Comparison({name: [ms / counts[name] for ms in found.times[name]] for name in made})
         for name, (_, told) in made.items():
-            ratio, ms = times.ratio(next(iter(made)), name), times.median(name)
-            gain = f"{ratio.value:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
-            self.row(what, name, short(ms), "1" if name == next(iter(made)) else gain, told(ms))
+            first, ms = next(iter(made)), times.median(name)
+            gain = "1" if name == first else times.ratio(first, name).words()
+            self.row(what, name, short(ms), gain, told(ms))
         made.clear()
         self.tidy()
 

@@ -1,9 +1,9 @@
 """Train an AetherNet in an unmodified BasicSR, as installed by pip.
 
-    python demo/basicsr_train.py [--root DIR] -opt options/basicsr/X.yml [BasicSR's own flags]
+    python demo/basicsr_train.py -opt options/basicsr/X.yml [BasicSR's own flags]
 
-BasicSR's own train_pipeline runs, with archs/aether_arch.py in its registry. ``--root`` is where experiments/
-goes and where relative paths in the options file start. For BasicSR 1.4.2 and animesisr-basicsr.
+BasicSR's own train_pipeline runs, with archs/aether_arch.py in its registry. The current folder gets
+experiments/, and relative paths start there. For BasicSR 1.4.2 and animesisr-basicsr.
 """
 
 from __future__ import annotations
@@ -41,19 +41,15 @@ def register_aether() -> ModuleType:
 
 def train(argv: Optional[List[str]]) -> None:
     parser = Parser("basicsr_train.py", __doc__)
-    parser.add_argument("--root", default=".", help="folder for experiments/ (default: the current one)")
     parser.add_argument("-opt", required=True, help="BasicSR options file")
     args, flags = parser.parse_known_args(argv)
-    options = os.path.abspath(args.opt)
-    if not os.path.isfile(options):
+    if not os.path.isfile(args.opt):
         raise UserError(f"there is no options file {args.opt}; pass another (-opt).")
     if importlib.util.find_spec("basicsr") is None:
         raise UserError("BasicSR is not installed; see requirements-basicsr.txt.")
     register_aether()
     speed_up_on_cpu()
-    os.makedirs(args.root, exist_ok=True)
-    os.chdir(args.root)
-    sys.argv = [sys.argv[0], "-opt", options, *flags]  # where BasicSR reads its arguments
+    sys.argv = [sys.argv[0], "-opt", args.opt, *flags]  # where BasicSR reads its arguments
     importlib.import_module("basicsr.train").train_pipeline(os.getcwd())
 
 

@@ -20,14 +20,14 @@ from typing import Any, List, Optional
 
 import numpy as np
 import torch
-from comparison import SIZE, enlarged, photograph, reduced, sheet, upscaled
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / name) for name in ("", "archs", "benchmarks", "training")]
+sys.path[:0] = [str(ROOT / name) for name in ("", "archs", "benchmarks", "docs", "training")]
 
 import prepare_pictures  # noqa: E402
 import quality  # noqa: E402
 from cpu_speed import speed_up_on_cpu  # noqa: E402
+from pictures import SIZE, photograph, resized, sheet, upscaled  # noqa: E402
 
 from aethersr.commands import Parser, evaluate, exit_code, fuse  # noqa: E402
 from aethersr.errors import UserError  # noqa: E402
@@ -97,8 +97,8 @@ def demo(args: argparse.Namespace) -> None:
     files = {path.name: load_network(path, "cpu") for path in (fused, *output.glob("*.onnx"))}
     high: Any = {HELD_OUT: [(held_out / f"{HELD_OUT}.png", None)]}
     figures = evaluate.measure(files, high[HELD_OUT], SCALE, None)
-    low = reduced(truth, SCALE)
-    shown = {"bicubic": enlarged(low, SCALE), "AetherNet": upscaled(files[fused.name], low), HELD_OUT: truth}
+    low = resized(truth, 1, SCALE)
+    shown = {"bicubic": resized(low, SCALE), "AetherNet": upscaled(files[fused.name], low), HELD_OUT: truth}
     whole = {name: np.asarray(picture) for name, picture in shown.items()}
     rows = [{k: v[top : top + SIZE, left : left + SIZE] for k, v in whole.items()} for left, top in cuts]
     sheet(rows).save(output / "comparison.png")
@@ -111,10 +111,8 @@ def demo(args: argparse.Namespace) -> None:
 
 def main(argv: Optional[List[str]] = None) -> int:
     parser = Parser("demo.py", __doc__)
-    text = "new folder for what is written (default: demo_output, then demo_output_1 and so on)"
-    parser.add_argument("--output", type=Path, help=text)
-    text = "six iterations and a small picture, to see that every step runs; bicubic may win"
-    parser.add_argument("--quick", action="store_true", help=text)
+    parser.add_argument("--output", type=Path, help="new folder (default: demo_output, demo_output_1, ...)")
+    parser.add_argument("--quick", action="store_true", help="see that every step runs; bicubic may win")
     stopped = "start it again, or with --quick, which takes less than a minute."
     return exit_code("demo.py", lambda: demo(parser.parse(argv)), stopped)
 

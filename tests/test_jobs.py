@@ -45,12 +45,12 @@ def test_every_file_that_is_skipped_is_named_or_counted(tmp_path: Path) -> None:
 def test_an_interrupted_folder_goes_on_and_its_output_inside_it_is_no_input(tmp_path: Path) -> None:
     make(tmp_path, "a.png", "sub/b.png", "out/a.png")
     out = str(tmp_path / "out")
-    assert names(find_jobs(tmp_path, out, True, skip_existing=True).jobs, tmp_path / "out") == ["sub/b.png"]
+    assert names(find_jobs(tmp_path, out, True, skip_existing=True)[0], tmp_path / "out") == ["sub/b.png"]
     make(tmp_path, "out/sub/b.png")
     assert find_jobs(tmp_path, out, True, skip_existing=True) == ([], [], {})
     with pytest.raises(UserError, match="--skip-existing to go on with the others, --overwrite to"):
         find_jobs(tmp_path, out, True)
-    assert len(find_jobs(tmp_path, out, True, overwrite=True).jobs) == 2
+    assert len(find_jobs(tmp_path, out, True, overwrite=True)[0]) == 2
 
 
 def test_the_input_is_never_the_output(tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ def test_no_input_is_replaced_by_what_another_becomes(tmp_path: Path) -> None:
     make(tmp_path, "pics/a.png", "pics/pics/a.png")
     with pytest.raises(UserError, match="an input too"):
         find_jobs(tmp_path / "pics", str(tmp_path / "pics" / ".."), True, overwrite=True)
-    assert names(find_jobs(tmp_path / "pics", str(tmp_path), True, skip_existing=True).jobs, tmp_path) == [
+    assert names(find_jobs(tmp_path / "pics", str(tmp_path), True, skip_existing=True)[0], tmp_path) == [
         "a.png"
     ]
 
@@ -84,7 +84,7 @@ def test_one_picture_goes_to_a_file_or_into_a_folder(
     tmp_path: Path, output: str, ending: str, target: str
 ) -> None:
     make(tmp_path, "a.jpg", "folder/other.png")
-    (job,) = find_jobs(tmp_path / "a.jpg", f"{tmp_path}/{output}", ending=ending).jobs
+    (job,) = find_jobs(tmp_path / "a.jpg", f"{tmp_path}/{output}", ending=ending)[0]
     assert job.target == tmp_path / target
 
 

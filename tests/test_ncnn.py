@@ -15,7 +15,7 @@ from checkpoints import fuse
 from conftest import randomize
 
 from aethersr.errors import UserError
-from aethersr.ncnn import export_ncnn, named_for_upscayl, run
+from aethersr.ncnn import convert, named_for_upscayl, run
 
 TINY: Dict[str, Any] = {"embed_dim": 8, "depths": (1, 1), "lk_kernel": 5}
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -23,6 +23,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def network(scale: int = 2, **options: Any) -> AetherNet:
     return randomize(AetherNet(scale=scale, **{**TINY, **options})).eval()  # type: ignore[return-value]
+
+
+def export(net: Any, folder: Path) -> str:
+    for ending, content in zip(("param", "bin"), convert(net)):
+        (folder / f"net.{ending}").write_bytes(content)
+    return str(folder / "net.param")
 
 
 @torch.no_grad()
@@ -60,11 +66,10 @@ def converter() -> None:
 )
 def test_every_scale_is_right_at_sizes_of_its_own(options: Dict[str, Any], tmp_path: Path) -> None:
     net = network(**options)
-    param, weights = export_ncnn(net, net.scale, str(tmp_path / "net.param"))
-    assert sorted(os.listdir(tmp_path)) == ["net.bin", "net.param"]
+    param, weights = export(net, tmp_path), tmp_path / "net.bin"
     assert differs_by(net, param, (1, 1), (1, 9), (8, 3), (40, 31)) <= 1
     numbers = sum(value.numel() for value in net.fused().parameters())
-    assert Path(weights).stat().st_size < 2.6 * numbers, "two bytes a weight, four a bias"
+    assert weights.stat().st_size < 2.6 * numbers, "two bytes a weight, four a bias"
     # chaiNNer's reader takes no bare constants, and none of ncnn's own layers has them here.
     layers = [line.split() for line in Path(param).read_text().splitlines()[2:]]
     assert "MemoryData" not in {layer[0] for layer in layers}
@@ -79,42 +84,33 @@ def test_every_scale_is_right_at_sizes_of_its_own(options: Dict[str, Any], tmp_p
 @pytest.mark.parametrize("variant", aether_arch.VARIANTS, ids=lambda variant: variant.__name__)
 def test_every_variant_is_right(variant: Any, tmp_path: Path) -> None:
     net = randomize(variant(scale=4)).eval()
-    param, _ = export_ncnn(net, 4, str(tmp_path / "net.param"))
+    param = export(net, tmp_path)
     assert differs_by(net, param, (17, 23), (1, 9)) <= 1
 
 
 @pytest.mark.usefixtures("converter")
-def test_files_that_differ_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for ending in ("param", "bin"):
-        (tmp_path / f"net.{ending}").write_text("of an earlier run")
+def test_files_that_differ_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("aethersr.ncnn.run", lambda net, image: torch.zeros(1, 3, 34, 62))
     with pytest.raises(UserError, match=r"ncnn differs .* expected at most .* leave --ncnn out"):
-        export_ncnn(network(), 2, str(tmp_path / "net.param"))
+        convert(network())
     monkeypatch.setattr("aethersr.ncnn.run", lambda net, image: torch.zeros(1, 3, 8, 8))
     with pytest.raises(UserError, match="ncnn differs from the network by inf"):
-        export_ncnn(network(), 2, str(tmp_path / "net.param"))
-    assert {path.read_text() for path in tmp_path.iterdir()} == {"of an earlier run"}
+        convert(network())
 
 
 @pytest.mark.usefixtures("converter")
-def test_a_converter_that_stops_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_converter_that_stops_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     import pnnx
 
     monkeypatch.setattr(pnnx, "EXEC_PATH", sys.executable)
     with pytest.raises(UserError, match="pnnx stopped with code"):
-        export_ncnn(network(), 2, str(tmp_path / "net.param"))
-    assert not list(tmp_path.iterdir())
+        convert(network())
 
 
 def test_a_missing_converter_is_one_line_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ncnn", None)
     with pytest.raises(UserError, match=r"NCNN file needs the package ncnn: pip install ncnn \(or"):
-        export_ncnn(network(), 2)
-
-
-def test_another_scale_than_the_networks_is_refused() -> None:
-    with pytest.raises(ValueError, match="scale=4 was asked for, the model has scale=2"):
-        export_ncnn(network(), 4)
+        convert(network())
 
 
 @pytest.mark.parametrize(

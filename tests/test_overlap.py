@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any, Callable
@@ -53,8 +54,10 @@ def test_a_test_picture_among_the_cuts_is_found(
 ) -> None:
     cuts, tests = folders
     change(FACE).save(cuts / "face.jpg", quality=75)
-    assert overlap.main([str(cuts), str(tests)]) == 1
-    assert "of face.jpg in astronaut.png" in capsys.readouterr().out
+    assert overlap.main([str(cuts), str(tests)]) == 2
+    printed = capsys.readouterr()
+    assert "of face.jpg in astronaut.png" in printed.out
+    assert re.search(r"face.jpg shows \S+astronaut.png;", printed.err)
 
 
 @pytest.mark.parametrize(("name", "words"), [("none", "is not a folder"), ("flat.png", "with details")])

@@ -132,14 +132,14 @@ def test_time_chooses_channels_then_blocks(
         of = {k: 10 + each.blocks * (2 + each.hidden / 16 + (each.kernel == 9)) for k, each in sizes.items()}
         return Comparison({name: [value] for name, value in of.items()})
 
-    monkeypatch.setattr(shrink, "times", measured)
+    monkeypatch.setattr(shrink, "compare_times", measured)
     torch.save(network(embed_dim=16, depths=(4, 4), lk_kernel=9, **PLAIN).state_dict(), tmp_path / "net.pth")
     assert run(tmp_path, "--time", time) == 0
     assert shrink.Size.of(read_options(torch.load(tmp_path / "small.pth", weights_only=True))) == size
     taken = measured({"all": network(embed_dim=16, depths=(4, 4), lk_kernel=9)}).times["all"][0]
     expected = (10 + size[0] * (2 + size[2] / 16)) / taken
     assert expected <= time
-    assert f"Time: {expected:.2f} of" in capsys.readouterr().out
+    assert f"Time: {expected:.2f} (" in capsys.readouterr().out
 
 
 REFUSED = {

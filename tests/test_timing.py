@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any, Dict, List
 
-import pytest
-
 from aethersr.timing import Comparison, interleaved
 
 
@@ -57,22 +55,6 @@ def test_what_waits_in_a_queue_counts() -> None:
 
 def test_a_drift_of_the_machine_cancels_in_the_ratio() -> None:
     found = Comparison({"slow": [2.0**k for k in range(9)], "fast": [2.0**k / 1.5 for k in range(9)]})
-    assert found.ratio("slow", "fast").words("times as fast") == "1.50 times as fast (1.50 to 1.50)"
+    assert found.ratio("slow", "fast").words() == "1.50 (1.50 to 1.50)"
     assert found.median("slow") == 16
-
-
-@pytest.mark.parametrize(
-    ("ratios", "measurable"),
-    [
-        ([1.5, 1.5, 1.5, 1.5], True),
-        ([1.1, 1.5, 2.9], False),  # on one side, but the spread is as large as the effect
-        ([1.05, 1.051, 1.052], True),  # a small effect that is sure
-        ([0.0, 0.0], False),  # a clock too coarse to see anything
-    ],
-)
-def test_an_effect_is_claimed_only_where_it_is_larger_than_the_spread(
-    ratios: List[float], measurable: bool
-) -> None:
-    found = Comparison({"a": ratios, "b": [1.0] * len(ratios)})
-    for ratio in (found.ratio("a", "b"), found.ratio("b", "a")):
-        assert ratio.words().startswith("no measurable difference (") != measurable
+    assert Comparison({"a": [0.0], "b": [0.0]}).ratio("a", "b").words() == "nan (nan to nan)"

@@ -23,14 +23,17 @@ def shifted(net: Any, by: float, place: str = "conv_last.bias") -> Any:
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_a_fused_network_does_not_differ_and_both_end_in_float64_and_evaluation_mode(channels: int) -> None:
+def test_a_fused_network_does_not_differ_and_both_end_in_float64_and_evaluation_mode(
+    channels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("aethersr.verify.SIDE", 8)
     net = small_net(3, in_chans=channels).float()
     other = net.fused()
     net.train()
     assert largest_difference(net, other) <= 1e-4 < ALLOWED_DIFFERENCE
     assert (net.training, other.training) == (False, False)
     assert {net.mean.dtype, other.mean.dtype} == {torch.float64}
-    times = compare_times({"unfused": net, "fused": other}, size=8).times
+    times = compare_times({"unfused": net, "fused": other}).times
     assert {net.mean.dtype, other.mean.dtype} == {torch.float32}
     assert min(times["unfused"] + times["fused"]) > 0
 

@@ -152,11 +152,11 @@ def draw(args: argparse.Namespace) -> None:
 
 def main(argv: Optional[List[str]] = None) -> int:
     parser = Parser("draw_graphics.py", __doc__)
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="pairs are added to its gt/ and lq/")
-    parser.add_argument("--count", type=int, default=900)
-    parser.add_argument("--scale", type=int, choices=(2, 3, 4), default=2)
-    text = "folder of .ttf and .otf files"
-    parser.add_argument("--fonts", type=Path, default=Path("/usr/share/fonts"), help=text)
+    add, fonts = parser.add_argument, Path("/usr/share/fonts")
+    add("folder", type=Path, metavar="FOLDER", help="pairs are added to its gt/ and lq/")
+    add("--count", type=int, default=900)
+    add("--scale", type=int, choices=(2, 3, 4), default=2)
+    add("--fonts", type=Path, default=fonts, help="folder of .ttf and .otf files (default: %(default)s)")
     return exit_code("draw_graphics.py", lambda: draw(parser.parse(argv)), "pairs drawn before are kept.")
 
 

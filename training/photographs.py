@@ -14,21 +14,20 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from aethersr.commands import Parser, exit_code
-from aethersr.errors import UserError, missing_package
+from aethersr.errors import UserError, need
 
 # All are public domain or CC0, see skimage/data/README.txt.
 NAMES = ("astronaut", "camera", "chelsea", "coffee", "coins", "grass", "gravel", "rocket")
 
 
 def write(args: argparse.Namespace) -> None:
-    try:
-        from skimage import data
+    need("skimage", "photographs.py", "train")
+    from skimage import data
 
+    try:
         args.folder.mkdir(parents=True, exist_ok=True)
         for name in NAMES:
             Image.fromarray(getattr(data, name)()).convert("RGB").save(args.folder / f"{name}.png")
-    except ImportError as error:
-        raise missing_package(error, "photographs.py", "train") from None
     except OSError as error:
         raise UserError(f"{args.folder} can't be written: {error.strerror}; pass another (FOLDER).") from None
     print(f"Wrote {len(NAMES)} photographs to {args.folder}")

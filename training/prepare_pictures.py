@@ -190,8 +190,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--pictures", type=Path, help="folder with your own pictures, instead of packages")
     source.add_argument("--textures", action="store_true", help="add the textures of two games, 1 GB")
-    text = "reduce pictures to 1/N before cropping (default: 2 3 4 6)"
-    add("--reductions", type=int, choices=range(1, 13), nargs="+", metavar="N", default=REDUCTIONS, help=text)
+    factors = {"type": int, "choices": range(1, 13), "nargs": "+", "metavar": "N", "default": REDUCTIONS}
+    add("--reductions", help="reduce pictures to 1/N before cropping (default: 2 3 4 6)", **factors)
     return exit_code("prepare_pictures.py", lambda: prepare(parser.parse(argv)), "FOLDER is not complete.")
 
 

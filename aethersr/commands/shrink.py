@@ -16,7 +16,7 @@ import torch
 from aether_arch import AetherBase
 from torch import Tensor
 
-from aethersr import shrink
+from aethersr import shrink, verify
 from aethersr.calibration import calibration_pairs
 from aethersr.checkpoint import read_checkpoint, write_state
 from aethersr.commands import Parser, exit_code, local_path
@@ -29,9 +29,7 @@ PICTURES, SIDE = 16, 48  # pictures at most, and low-resolution pixels of a side
 KERNEL = 7  # with --time: the borders of larger ones take time and hardly help
 
 HINTS = {
-    "--model-path": "it is spelled --model_path",
     "--input": "pass the checkpoint as --model_path FILE",
-    "--output-path": "it is spelled --output_path",
     "--calibration": "pass the pictures as --pictures FOLDER",
     "--hr": "pass the pictures as --pictures FOLDER",
     "--scale": "the scale comes from the checkpoint",
@@ -45,13 +43,11 @@ def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
     path: Any = {"type": local_path, "required": True}
     add("--model_path", help="the training checkpoint, .pth or .safetensors", **path)
     add("--output_path", help="the smaller one to write, .pth or .safetensors", **path)
-    text = "folder of pictures at the resolution of the output, such as those that the network was trained on"
-    add("--pictures", help=text, **path)
+    add("--pictures", help="folder with large pictures, such as the training's", **path)
     add("--blocks", type=int, metavar="N", help="leave N blocks in all; each stage keeps one")
     add("--kernel", type=int, metavar="K", help="leave the middle KxK of each large kernel")
     add("--hidden", type=int, metavar="H", help="leave H hidden channels in each block")
-    text = "leave as much as takes at most T of the time, such as 0.5"
-    add("--time", type=float, metavar="T", help=text)
+    add("--time", type=float, metavar="T", help="leave what takes at most T of the time, such as 0.5")
     add_img_range(parser)
     add("--overwrite", action="store_true", help="replace an existing file")
     return parser.parse(argv)
@@ -120,10 +116,9 @@ def run(args: argparse.Namespace) -> None:
         depths = ", ".join(map(str, read_options(step.state)["depths"]))
         print(f"{step.what:<24}{depths:<24}{step.decibels:>8.2f}", flush=True)
     options = read_options(step.state)
-    times = shrink.times({"before": before, "after": shrink.fused(step.state)})
-    ratio = times.ratio("after", "before")
-    measured = f"{shrink.SIDE}x{shrink.SIDE} pixels in PyTorch, one thread"
-    print(f"\nTime: {ratio.value:.2f} of the network's ({ratio.low:.2f} to {ratio.high:.2f}; {measured})")
+    times = shrink.compare_times({"before": before, "after": shrink.fused(step.state)})
+    measured = f"{verify.SIDE}x{verify.SIDE} pixels in PyTorch, one thread"
+    print(f"\nTime: {times.ratio('after', 'before').words()} of the network's; {measured}")
     name, metadata = variant_name(options), {"format": "pt", "form": "training", "scale": str(before.scale)}
     metadata["architecture"] = name if name.startswith("aether") else "AetherNet"
     try:
