@@ -18,7 +18,7 @@ from aethersr.errors import UserError, is_out_of_memory, missing_package
 
 sys.path[:0] = [str(ROOT / name) for name in ("training", "demo")]
 SCRIPTS = ("prepare_pictures", "draw_graphics", "overlap", "photographs", "basicsr_train", "serve_web",
-           "aethersr.commands.upscale", "aethersr.commands.evaluate")  # fmt: skip
+           "model_card", "aethersr.commands.upscale", "aethersr.commands.evaluate")  # fmt: skip
 ALLOCATORS = [
     MemoryError(),
     torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
