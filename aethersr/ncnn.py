@@ -109,11 +109,24 @@ def named_for_upscayl(stem: str, scale: int) -> str:
     return stem if found[:1] == [scale] else f"{scale}x_{stem}"
 
 
+def channels_and_reach(param: Path) -> Tuple[int, int]:
+    """The channels that the first convolution of an NCNN file takes, or 0, and how far all together see.
+
+    ncnn itself doesn't check: a picture of other channels makes it read past the weights.
+    """
+    lines = re.findall("^Convolution.*", param.read_text("utf-8", "replace"), re.MULTILINE)
+    sizes = [{int(k): int(v) for k, v in re.findall(r" ([016])=(\d+)", line)} for line in lines] or [{}]
+    channels = sizes[0].get(6, 0) // max(1, sizes[0].get(0, 0) * sizes[0].get(1, 0) ** 2)
+    return channels, sum(size.get(1, 0) // 2 for size in sizes)  # a little more, as if all were in a row
+
+
 def run(net: Any, image: Tensor) -> Tensor:
     """An ncnn.Net's output for one picture (1, in_chans, H, W). ValueError: there is none."""
     import ncnn
     import numpy as np
 
+    if "data" not in net.input_names() or "output" not in net.output_names():
+        raise ValueError("ncnn finds no blobs named data and output")
     extractor = net.create_extractor()
     pixels = np.ascontiguousarray(image[0].numpy())  # a Mat doesn't keep what it reads alive
     failed = extractor.input("data", ncnn.Mat(pixels).clone())

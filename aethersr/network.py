@@ -1,9 +1,9 @@
-"""The network in a file, weights or ONNX, as a function from pictures to upscaled pictures."""
+"""The network in a file, weights, ONNX or NCNN, as a function from pictures to upscaled pictures."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Dict, Optional, Protocol
+from typing import Any, Dict, Optional, Protocol, Tuple
 
 import numpy as np
 import torch
@@ -19,18 +19,21 @@ from aethersr.untrusted import check_kind
 class Network(Protocol):
     """Takes (N, in_chans, H, W) on any device and returns (N, in_chans, scale * H, scale * W).
 
-    ``reach`` is the overlap that leaves no seams.
+    ``reach`` is the overlap that leaves no seams, ``size`` the only (height, width) that it takes, if fixed.
     """
 
     in_chans: int
     scale: int
     reach: int
+    size: Optional[Tuple[int, int]]
 
     def __call__(self, image: Tensor) -> Tensor: ...
 
 
 class TorchNetwork:
     """An AetherNet of any form, on its device and in its precision."""
+
+    size: Optional[Tuple[int, int]] = None
 
     def __init__(self, net: AetherBase) -> None:
         self.net = net.eval()
@@ -69,25 +72,43 @@ class OnnxNetwork:
         source, types = inputs[0], {"tensor(float)": torch.float32, "tensor(float16)": torch.float16}
         self.name, self.dtype = source.name, types.get(source.type)
         fixed = [isinstance(side, int) for side in source.shape]
-        self.one_by_one = fixed[:1] == [True] and source.shape[0] == 1
-        if len(inputs) != 1 or not self.dtype or fixed != [self.one_by_one, True, False, False]:
+        known = len(inputs) == 1 and self.dtype and len(fixed) == 4 and fixed[1] and fixed[2] == fixed[3]
+        if not known or (fixed[0] and source.shape[0] != 1):
             found = f"takes {', '.join(f'{value.type} {value.shape}' for value in inputs)}"
-            expected = "floats (batch, channels, height, width) of any size"
-            raise Refused(f"{found}, expected {expected}; export it again without --static")
+            expected = "floats (batch, channels, height, width) of any size, or one picture of one size"
+            raise Refused(f"{found}, expected {expected}; export it again")
         self.in_chans: int = source.shape[1]
-        try:
-            shape = tuple(self(torch.zeros(1, self.in_chans, 8, 8)).shape)
-        except Exception as error:  # ONNX Runtime raises many kinds
-            raise Refused(f"does not run ({first_line(error)}); pass a file that aether-fuse wrote") from None
-        self.scale = shape[-1] // 8 if len(shape) == 4 else 0
-        if self.scale < 1 or shape != (1, self.in_chans, 8 * self.scale, 8 * self.scale):
-            found = f"turns 8x8 pixels into {shape}"
-            raise Refused(f"{found}, expected a network that upscales pictures; pass another")
+        self.one_by_one = fixed[0]
+        self.size: Optional[Tuple[int, int]] = tuple(source.shape[2:]) if fixed[2] else None
+        self.scale = _scale(self)
 
     def __call__(self, image: Tensor) -> Tensor:
         batches = image.split(1) if self.one_by_one else [image]
         results = [self.session.run(None, {self.name: batch.to(self.dtype).numpy()})[0] for batch in batches]
         return torch.from_numpy(np.concatenate(results)).to(image.dtype)
+
+
+class NcnnNetwork:
+    """NCNN's two files, by the first. Raises Refused for other files."""
+
+    size: Optional[Tuple[int, int]] = None
+
+    def __init__(self, path: Path) -> None:
+        need("ncnn", str(path), "ncnn")
+        import ncnn
+
+        from aethersr.ncnn import channels_and_reach, run
+
+        self.net, self.run, weights = ncnn.Net(), run, path.with_suffix(".bin")
+        if not weights.is_file() or self.net.load_param(str(path)) or self.net.load_model(str(weights)):
+            raise Refused(f"and {weights.name} are not the two files of an NCNN network; pass others")
+        self.in_chans, self.reach = channels_and_reach(path)
+        if not self.in_chans:
+            raise Refused("takes an unknown number of channels; pass another network")
+        self.scale = _scale(self)
+
+    def __call__(self, image: Tensor) -> Tensor:
+        return torch.cat([self.run(self.net, each) for each in image.float().cpu().split(1)])
 
 
 def _receptive_field(graph: Any) -> int:
@@ -101,6 +122,20 @@ def _receptive_field(graph: Any) -> int:
     return max(reach.values())
 
 
+def _scale(net: Any) -> int:
+    """The scale, found by running ``net`` once."""
+    height, width = net.size or (8, 8)
+    try:
+        shape = tuple(net(torch.zeros(1, net.in_chans, height, width)).shape)
+    except Exception as error:  # ONNX Runtime raises many kinds
+        raise Refused(f"does not run ({first_line(error)}); pass a file that aether-fuse wrote") from None
+    scale = shape[-1] // width if len(shape) == 4 else 0
+    if scale < 1 or shape != (1, net.in_chans, height * scale, width * scale):
+        found = f"turns {width}x{height} pixels into {shape}"
+        raise Refused(f"{found}, expected a network that upscales pictures; pass another")
+    return int(scale)
+
+
 def load_network(
     path: Path,
     device: Optional[str] = None,
@@ -108,7 +143,7 @@ def load_network(
     img_range: Optional[float] = None,
     flag: str = "--model",
 ) -> Network:
-    """The network in a file: weights of any form, which are fused, or ONNX (.onnx).
+    """The network in a file: weights of any form, which are fused, ONNX (.onnx) or NCNN (.param).
 
     Without ``device`` it runs on the GPU, if there is one and what runs the file can use it. ``img_range``:
     see aether_from_state_dict.
@@ -116,14 +151,16 @@ def load_network(
     Raises:
         UserError: no network, or device, precision or img_range don't fit it; it names the option ``flag``.
     """
-    if path.suffix.lower() == ".onnx":
+    ending = path.suffix.lower()
+    if ending in (".onnx", ".param"):
         if fp16 or img_range is not None:
             option = "--fp16" if fp16 else "--img_range"
             raise UserError(f"{option} can't change {path}; leave it out, or pass the weights ({flag}).")
         with naming(path, flag):
             with path.open("rb") as file:
                 check_kind(file.read(512), weights=False)
-            return OnnxNetwork(path, device)
+            exported: Network = NcnnNetwork(path) if ending == ".param" else OnnxNetwork(path, device)
+        return exported
     net = read_network(path, flag, img_range)
     if not getattr(net, "is_int8", False):
         net = net.fused()

@@ -13,17 +13,19 @@ import statistics
 from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Tuple
 
 import torch
-from aether_arch import VARIANTS, FusedAetherNet
+from aether_arch import VARIANTS, AetherBase, FusedAetherNet
 from torch import Tensor, nn
 
 from aethersr.calibration import Pairs, psnr
 from aethersr.identify import aether_from_state_dict
+from aethersr.timing import Comparison
 from aethersr.verify import compare_times
 
 State = Dict[str, Tensor]
 BLOCK = re.compile(r"stages\.(\d+)\.(\d+)\.")
 OPTIONS = ["embed_dim", "depths", "mlp_ratio", "lk_kernel", "sk_kernel", "in_chans", "img_range"]
 OPTIONS += ["use_channel_attn", "use_spatial_attn"]
+SIDE = 96  # of the picture that is timed
 
 
 class Step(NamedTuple):
@@ -156,6 +158,11 @@ def steps(state: State, pairs: Pairs, left: Size) -> Iterator[Step]:
         yield Step(what, state, decibels(fused(state), pairs))
 
 
+def times(nets: Mapping[str, AetherBase]) -> Comparison:
+    """Times of fused networks for a picture of SIDE x SIDE: computing time of one thread, in turns."""
+    return compare_times(nets, size=SIDE)
+
+
 def size_within(share: float, options: Mapping[str, Any], most: Size, least: Size) -> Size:
     """The largest size between two that takes at most this share of the network's time, by measurement.
 
@@ -164,7 +171,7 @@ def size_within(share: float, options: Mapping[str, Any], most: Size, least: Siz
     middle = most._replace(hidden=least.hidden)
     sizes = {"most": most, "middle": middle, "least": least}
     nets = {name: FusedAetherNet(**size.within(options)) for name, size in sizes.items()}
-    measured = compare_times({"all": FusedAetherNet(**options), **nets})
+    measured = times({"all": FusedAetherNet(**options), **nets})
     high, mid, low = (measured.ratio(name, "all").value for name in sizes)
 
     def between(first: int, last: int, start: float, end: float) -> int:

@@ -8,6 +8,7 @@ from typing import Any, Callable, Iterator, List, Optional, Tuple
 import torch
 from aether_arch import AetherBase
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 LEVELS = {torch.uint8: 255, getattr(torch, "uint16", None): 65535}  # PyTorch before 2.3 has no uint16
 # With tiles of 512 it costs at most 1.25 times the work. Trained networks without channel attention stay
@@ -24,12 +25,26 @@ def receptive_field(net: AetherBase) -> int:
     return 1 + sum(net.options["depths"]) * block + 1 + 1 + 2
 
 
-def _cuts(length: int, tile: int, overlap: int, wrap: bool) -> List[Cut]:
+def _cuts(length: int, tile: int, overlap: int, wrap: bool = False) -> List[Cut]:
     """Cut into equal parts of at most ``tile``. Unless it wraps, a picture's border stays a border."""
     count = math.ceil(length / tile)
     edges = [length * k // count for k in range(count + 1)]
     cuts = [(begin, end, begin - overlap, end + overlap) for begin, end in zip(edges, edges[1:])]
     return cuts if wrap else [(a, b, max(0, begin), min(length, end)) for a, b, begin, end in cuts]
+
+
+def _fixed_cuts(length: int, tile: int, overlap: int, wrap: bool = False) -> List[Cut]:
+    """The same for a network that takes exactly ``tile`` pixels: tiles lie inside, unless it wraps."""
+    if wrap:
+        cuts = _cuts(length, tile - 2 * overlap, overlap, wrap)
+        return [(begin, end, seen, seen + tile) for begin, end, seen, _ in cuts]
+    if length <= tile:
+        return [(0, length, 0, length)]
+    count = math.ceil((length - 2 * overlap) / (tile - 2 * overlap))
+    begins = [(length - tile) * k // (count - 1) for k in range(count)]
+    middles = [(begin + tile + after) // 2 for begin, after in zip(begins, begins[1:])]  # of what two share
+    edges = [0, *middles, length]
+    return [(edge, end, begin, begin + tile) for edge, end, begin in zip(edges, edges[1:], begins)]
 
 
 def _part(image: Tensor, dim: int, begin: int, end: int) -> Tensor:
@@ -48,6 +63,7 @@ def upscale_tiled(
     overlap: Optional[int] = None,
     out: Optional[Tensor] = None,
     progress: Callable[[Iterator[Any], int], Iterator[Any]] = lambda tiles, count: tiles,
+    size: Optional[Tuple[int, int]] = None,
     wrap: str = "",
 ) -> Tensor:
     """Upscale a picture of any size tile by tile: (N, C, H, W) -> (N, C, scale * H, scale * W).
@@ -64,6 +80,8 @@ def upscale_tiled(
         out: tensor to write to and return, for instance over a numpy.memmap, with image's dtype. Default: a
             new one. Integers are rounded.
         progress: wraps the iterator over tiles; its second argument is their number.
+        size: (height, width) of the only input that the network takes; ``tile`` is ignored then. Smaller
+            pictures are padded to the right and below with their edge pixels.
         wrap: "x", "y" or "xy": the picture is a texture that repeats along these axes.
 
     Raises:
@@ -82,8 +100,13 @@ def upscale_tiled(
     if image.dim() != 4 or image.numel() == 0 or not (image.is_floating_point() or image.dtype in LEVELS):
         found = f"image {tuple(image.shape)} {image.dtype} is not possible"
         raise ValueError(f"{found}; expected (N, C, H, W), floats, uint8 or uint16.")
+    axes = list(zip(image.shape[2:], size or (0, 0), ("y" in wrap, "x" in wrap)))  # rows, then columns
+    if size is not None and any(2 * overlap >= side and (side < length or on) for length, side, on in axes):
+        found = f"overlap={overlap} leaves nothing of tiles of {size[1]}x{size[0]}"
+        raise ValueError(f"{found}; expected {(min(size) - 1) // 2} or less.")
     rows, columns = (
-        _cuts(length, tile, overlap, axis in wrap) for length, axis in zip(image.shape[2:], "yx")
+        _cuts(length, tile, overlap, on) if size is None else _fixed_cuts(length, side, overlap, on)
+        for length, side, on in axes
     )
     like = next(net.parameters(), None) if isinstance(net, nn.Module) else None
     tiles = ((row, column) for row in rows for column in columns)
@@ -92,6 +115,8 @@ def upscale_tiled(
         crop = crop if like is None else crop.to(like.device)
         if image.dtype in LEVELS:
             crop = crop.float() / LEVELS[image.dtype]
+        if size is not None:
+            crop = F.pad(crop, (0, size[1] - crop.shape[3], 0, size[0] - crop.shape[2]), "replicate")
         result = net(crop if like is None else crop.to(like.dtype))
         scale = result.shape[-1] // crop.shape[-1]
         result = result[..., (top - y0) * scale : (bottom - y0) * scale, :]

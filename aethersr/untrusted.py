@@ -25,7 +25,6 @@ _KINDS = {
     ),
     rb"\x1f\x8b|7z\xbc\xaf|Rar!|.{257}ustar": "an archive; unpack it first",
     rb"\x08[\x01-\x20][\x12\x1a\x22\x3a\x42]": "an ONNX file; expected the weights that it was made from",
-    rb"7767517\s": "an NCNN file; expected the weights that it was made from",
 }
 _ALONE = "torch.save(model.state_dict(), 'weights.pth')"
 _PROTOCOL = "was saved with pickle_protocol={}, which PyTorch loads only with code; use 2"

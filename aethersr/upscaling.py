@@ -124,7 +124,7 @@ def upscale_picture(
     upscaled = np.empty(shape, pixels.dtype)
     if even is not None:
         upscaled[..., -1] = even
-    upscale_tiled(run, planes, tile, overlap, _planes(upscaled[..., :channels]), progress, wrap)
+    upscale_tiled(run, planes, tile, overlap, _planes(upscaled[..., :channels]), progress, network.size, wrap)
     return replace(picture, pixels=upscaled)
 
 
@@ -214,7 +214,7 @@ class Upscaler:
                 return upscale_picture(picture, self.network, tile, self.overlap, self.wrap, ticking, compute)
             except Exception as error:
                 smaller = min(tile, max(picture.pixels.shape[:2])) // 2
-                if not is_out_of_memory(error) or smaller < _SMALLEST_TILE:
+                if not is_out_of_memory(error) or self.network.size or smaller < _SMALLEST_TILE:
                     raise
             tick(-done, count)
             with self._lock:

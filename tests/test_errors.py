@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -109,11 +111,14 @@ def test_every_script_tells_its_version(name: str, capsys: Any) -> None:
         ("--other", "unrecognized arguments: --other"),
         ("--tile abc", "--tile abc is not possible; expected a whole number"),
         ("--share a", "--share a is not possible; expected a number"),
+        ("--date 2026", "--date 2026 is not possible; expected a day as YYYY-MM-DD"),
+        ("--more {a", "--more {a is not possible; expected JSON"),
     ],
 )
 def test_what_is_typed_wrong_is_answered_with_what_is_right(words: str, said: str) -> None:
     parser = Parser("x.py", "", {"-s": "it is read", "--gone": "there is one alone"})
-    for name, kind in {"tile": int, "share": float, "output_path": str}.items():
+    types = {"tile": int, "share": float, "date": datetime.date.fromisoformat, "more": json.loads}
+    for name, kind in {**types, "output_path": str}.items():
         parser.add_argument(f"--{name}", type=kind)
     with pytest.raises(UserError) as error:
         parser.parse(words.split())

@@ -31,20 +31,36 @@ def test_weights_of_another_img_range_are_opened_with_and_without_the_record(tmp
     ("name", "options", "words"),
     [
         ("a.onnx", {}, "is a git-lfs pointer, not the file itself; git lfs pull"),
+        ("a.param", {}, "is a git-lfs pointer"),
         ("a.safetensors", {}, "is a git-lfs pointer"),
-        ("ncnn.param", {}, "is an NCNN file; expected the weights"),
         ("no.onnx", {}, "no.onnx does not exist; pass another (FILE)"),
         ("a.onnx", {"img_range": 255.0}, "--img_range can't change"),
-        ("a.onnx", {"fp16": True}, "--fp16 can't change"),
+        ("a.param", {"fp16": True}, "--fp16 can't change"),
     ],
 )
 def test_what_is_no_network_is_named_with_the_option(
     name: str, options: Any, words: str, tmp_path: Path
 ) -> None:
-    for ending in ("onnx", "safetensors"):
+    for ending in ("onnx", "param", "safetensors"):
         (tmp_path / f"a.{ending}").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n")
-    (tmp_path / "ncnn.param").write_text("7767517\n3 2\n")
     with pytest.raises(UserError) as error:
         load_network(tmp_path / name, "cpu", flag="FILE", **options)
     assert words in str(error.value)
     assert "FILE" in str(error.value)
+
+
+def test_an_ncnn_file_is_a_network_like_others(tmp_path: Path) -> None:
+    pytest.importorskip("ncnn")
+    pytest.importorskip("pnnx")
+    from aethersr.ncnn import convert
+
+    net = small_net(2, embed_dim=8, depths=(1,), lk_kernel=5).float().fused()
+    torch.save(net.state_dict(), tmp_path / "a.pth")
+    path = tmp_path / "a.param"
+    for file, content in zip((path, path.with_suffix(".bin")), convert(net)):
+        file.write_bytes(content)
+    found, like = load_network(path), load_network(tmp_path / "a.pth", "cpu")
+    assert (found.in_chans, found.scale, found.size) == (3, 2, None)
+    assert like.reach <= found.reach <= like.reach + 20
+    expected = like(X)
+    assert float((found(X) - expected).abs().max()) <= max(1.0, float(expected.abs().max())) / 255

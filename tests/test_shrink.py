@@ -132,7 +132,7 @@ def test_time_chooses_channels_then_blocks(
         of = {k: 10 + each.blocks * (2 + each.hidden / 16 + (each.kernel == 9)) for k, each in sizes.items()}
         return Comparison({name: [value] for name, value in of.items()})
 
-    monkeypatch.setattr(shrink, "compare_times", measured)
+    monkeypatch.setattr(shrink, "times", measured)
     torch.save(network(embed_dim=16, depths=(4, 4), lk_kernel=9, **PLAIN).state_dict(), tmp_path / "net.pth")
     assert run(tmp_path, "--time", time) == 0
     assert shrink.Size.of(read_options(torch.load(tmp_path / "small.pth", weights_only=True))) == size

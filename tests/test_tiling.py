@@ -66,23 +66,28 @@ def test_the_short_overlap_leaves_no_seams_in_a_trained_network_and_costs_a_quar
         assert sum(seen) / zeros.numel() <= 1.25
 
 
+@pytest.mark.parametrize("size", [None, (16, 12)])
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 40), (37, 2), (16, 12), (17, 33), (26, 60)])
-def test_the_fewest_tiles_cover_any_size_once(height: int, width: int) -> None:
+def test_the_fewest_tiles_cover_any_size_once(height: int, width: int, size: Any) -> None:
     def repeat(crop: Tensor) -> Tensor:
         """It sees three pixels far."""
         return F.interpolate(F.max_pool2d(crop, 7, 1, 3), scale_factor=2.0)
 
     def net(crop: Tensor) -> Tensor:
-        assert max(crop.shape[2:]) <= 16 + 2 * 3
+        assert tuple(crop.shape[2:]) == size or (size is None and max(crop.shape[2:]) <= 16 + 2 * 3)
         counts[0] += 1
         return repeat(crop)
 
     counts, image = [0], torch.rand(1, 1, height, width)
     out = torch.full((1, 1, 2 * height, 2 * width), -1.0)
-    told: Any = {"progress": lambda tiles, number: counts.append(number) or tiles}
+    told: Any = {"progress": lambda tiles, number: counts.append(number) or tiles, "size": size}
     assert upscale_tiled(net, image, 16, 3, out, **told) is out
     assert torch.equal(out, repeat(image))
-    assert counts == [-(-height // 16) * -(-width // 16)] * 2
+    rows, columns = (  # a border of the picture needs no overlap; of tiles of one size it takes three pixels
+        next(n for n in range(1, 99) if n * (side - 6) + (6 if size else 0) >= length)
+        for length, side in zip((height, width), size or (22, 22))
+    )
+    assert counts == [rows * columns] * 2
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16])
@@ -100,6 +105,7 @@ def test_whole_numbers_come_back_rounded_and_clamped(dtype: torch.dtype) -> None
      ({"image": torch.rand(3, 8, 8)}, r"\(N, C, H, W\)"), ({"net": lambda x: x}, "overlap"),
      ({"image": torch.ones(1, 3, 8, 8, dtype=torch.int64)}, "int64"),
      ({"net": lambda x: x / 0, "overlap": 0}, "not finite"),
+     ({"size": (16, 16), "overlap": 8, "wrap": "x"}, "nothing of tiles of 16x16; expected 7 or less"),
      ({"net": torch.nn.Sequential(tiny_net().fused().train()), "overlap": 4}, r"net\.eval\(\)")],
 )  # fmt: skip
 def test_impossible_arguments_are_named(arguments: Any, said: str) -> None:
@@ -108,16 +114,19 @@ def test_impossible_arguments_are_named(arguments: Any, said: str) -> None:
 
 
 @pytest.mark.parametrize("wrap", ["x", "y", "xy"])
-def test_a_wrapped_picture_is_the_middle_of_its_tiling(wrap: str) -> None:
-    """Smaller than the overlap too."""
+@pytest.mark.parametrize("size", [None, (40, 40)])
+def test_a_wrapped_picture_is_the_middle_of_its_tiling(wrap: str, size: Any) -> None:
+    """Smaller than the overlap too, and through a network of one size."""
     net = tiny_net()
     for height, width, count in ((30, 25, 3), (5, 3, 7)):
         image = torch.rand(1, 3, height, width, dtype=torch.float64)
         rows, columns = count if "y" in wrap else 1, count if "x" in wrap else 1
+        if size is not None and wrap != "xy":
+            continue  # beyond a border, a network of one size is shown a continuation
         many = net(image.repeat(1, 1, rows, columns)).detach()
         top, left = 2 * height * (rows // 2), 2 * width * (columns // 2)
         middle = many[..., top : top + 2 * height, left : left + 2 * width]
-        assert apart(upscale_tiled(net, image, 24, wrap=wrap), middle) < 1e-12
+        assert apart(upscale_tiled(net, image, 24, size=size, wrap=wrap), middle) < 1e-12
 
 
 MEMORY = """

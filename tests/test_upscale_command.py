@@ -124,18 +124,17 @@ def test_wrap_joins_the_sides_of_a_texture(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("reach", "words", "overlap"),
-    [(85, "", SHORT_OVERLAP), (12, "", 12), (85, "--overlap exact", 85), (85, "--overlap 3", 3)],
-)
+    ("reach", "size", "wanted", "overlap"),
+    [(85, None, None, SHORT_OVERLAP), (12, None, None, 12), (85, None, "exact", 85), (85, None, 3, 3),
+     (85, (64, 96), None, 16), (85, (256, 256), None, SHORT_OVERLAP), (85, (128, 128), "exact", 32)],
+)  # fmt: skip
 def test_the_overlap_is_short_unless_it_is_asked_for(
-    folder: Path, reach: int, words: str, overlap: int, monkeypatch: pytest.MonkeyPatch
+    reach: int, size: Any, wanted: Any, overlap: int, capsys: Any
 ) -> None:
-    seen: List[Any] = []
-    monkeypatch.setattr("aethersr.network.receptive_field", lambda net: reach)
-    monkeypatch.setattr("aethersr.upscaling.Upscaler.run", lambda self, *_: seen.append(self.overlap) or [])
-    noise(folder / "in.png", 8, 8)
-    assert run("net.pth", "in.png", "out.png", *words.split()) == 0
-    assert seen == [overlap]
+    network: Any = type("Network", (), {"reach": reach, "size": size})
+    assert upscale.choose_overlap(network, wanted) == overlap
+    told = size is not None and overlap == min(size) // 4
+    assert ("--static" in capsys.readouterr().out) == told
 
 
 def test_an_onnx_file_gives_the_same_picture_and_runs_on_the_cpu_if_only_pytorch_has_cuda(

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 class Double:
     """A network that repeats every pixel; ``before`` is called first."""
 
-    in_chans, scale, reach = 3, 2, 3
+    in_chans, scale, reach, size = 3, 2, 3, None
 
     def __init__(self, before: Any = lambda image: None) -> None:
         self.before = before

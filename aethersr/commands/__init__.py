@@ -29,7 +29,12 @@ def program_name(installed: str, script: str) -> str:
 
 
 # What an argument of a type should have been.
-_EXPECTED = {"int": "a whole number", "float": "a number"}
+_EXPECTED = {
+    "int": "a whole number",
+    "float": "a number",
+    "fromisoformat": "a day as YYYY-MM-DD",
+    "loads": "JSON",
+}
 
 
 class Parser(argparse.ArgumentParser):

@@ -3,14 +3,14 @@
     aether-evaluate 2x_net.safetensors 2x_net_int8.onnx --hr Set5 Set14
     aether-evaluate 2x_net.pth --hr pictures/hr --lr pictures/lr --each
 
-Takes weights of every form, and ONNX.
+Takes weights of every form, ONNX and NCNN (.param).
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterable, List, Optional, Tuple
 
 from aethersr.commands import DEVICES, Parser, check_device, exit_code, local_path
 from aethersr.errors import UserError, need
@@ -20,7 +20,7 @@ from aethersr.identify import add_img_range
 Pair = Tuple[Path, Optional[Path]]  # high resolution, low resolution
 Figures = List[Tuple[float, float]]  # PSNR and SSIM of each picture
 TILE = 1024  # larger low-resolution pictures are cut into tiles; the result is the same without attention
-NETWORKS = (".safetensors", ".pth", ".pt", ".ckpt", ".onnx")
+NETWORKS = (".safetensors", ".pth", ".pt", ".ckpt", ".onnx", ".param")
 HINTS = {
     "--model": "pass the networks without an option",
     "--upscale": "the scale comes from the networks",
@@ -42,15 +42,25 @@ def find_pairs(folder: Path, low: Optional[Path], scale: int) -> List[Pair]:
     return pairs
 
 
+def upscaler(network: Any) -> Callable[[Any], Any]:
+    """A function from pixels (H, W, 3) to upscaled ones, as aether-upscale computes them."""
+    from aethersr.picture import Picture
+    from aethersr.upscaling import upscale_picture
+
+    overlap = network.reach if network.size is None else min(network.reach, min(network.size) // 4)
+    return lambda pixels: upscale_picture(Picture(pixels), network, TILE, overlap).pixels
+
+
 def measure(
     networks: Dict[str, Any], pairs: List[Pair], scale: int, jpeg: Optional[int]
 ) -> Dict[str, Figures]:
     """The figures by row of the table; bicubic comes first."""
     from aethersr.picture import Picture
     from aethersr.quality import compressed, crop_to_multiple, quality, resize
-    from aethersr.upscaling import upscale_picture
 
-    found: Dict[str, Figures] = {name: [] for name in ("bicubic", *networks)}
+    rows = {"bicubic": lambda x: resize(x, x.shape[0] * scale, x.shape[1] * scale)}
+    rows.update({name: upscaler(network) for name, network in networks.items()})
+    found: Dict[str, Figures] = {name: [] for name in rows}
     for hr, lr in pairs:
         truth = crop_to_multiple(Picture.read(hr, "--hr").rgb_on_white(), scale)
         height, width = (side // scale for side in truth.shape[:2])
@@ -58,13 +68,10 @@ def measure(
         if low.shape[:2] != (height, width):
             sizes = f"{low.shape[1]}x{low.shape[0]}; expected {width}x{height}, {hr} by {scale}"
             raise UserError(f"{lr} has {sizes} (--lr).")
-        picture = Picture(low if jpeg is None else compressed(low, jpeg))
-        for name, figures in found.items():
-            net = networks.get(name)
-            out = upscale_picture(picture, net, TILE, net.reach) if net else None
-            pixels = out.pixels if out else resize(picture.pixels, *truth.shape[:2])
+        low = low if jpeg is None else compressed(low, jpeg)
+        for name, upscale in rows.items():
             try:
-                figures.append(quality(truth, pixels, scale))
+                found[name].append(quality(truth, upscale(low), scale))
             except ValueError as error:
                 raise UserError(f"{hr}: {error} (--hr).") from None
     return found

@@ -48,9 +48,12 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     add_img_range(parser)
     add("--bound", type=float, metavar="B", help="limit each block's norm to -B..B, if the network runs away")
     add("--half", action="store_true", help="write the weights in half precision, half the size")
-    add("--onnx", nargs="+", default=[], metavar="LIST", help=f"ONNX files, of {', '.join(PRECISIONS)}")
-    add("--calibration", type=Path, metavar="FOLDER", help="pictures for int8 after a training without QAT")
-    add("--target", choices=TARGETS, default=TARGETS[0], help="for the int8 file (default: %(default)s)")
+    text = f"ONNX files as well, some of {', '.join(PRECISIONS)}"
+    add("--onnx", nargs="+", default=[], metavar="LIST", help=text)
+    text = "pictures for int8 without quantisation-aware training"
+    add("--calibration", type=Path, metavar="FOLDER", help=text)
+    text = "runtime to optimise the int8 file for (default: %(default)s)"
+    add("--target", choices=TARGETS, default=TARGETS[0], help=text)
     add("--reduce_range", action="store_true", help="7-bit weights in the int8 file, for CPUs without VNNI")
     add("--ncnn", action="store_true", help="NCNN files beside it, for Upscayl, chaiNNer and others")
     add("--static", metavar="C,H,W", help="ONNX files for pictures of one size only, for instance 3,256,256")

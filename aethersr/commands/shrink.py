@@ -16,7 +16,7 @@ import torch
 from aether_arch import AetherBase
 from torch import Tensor
 
-from aethersr import shrink, verify
+from aethersr import shrink
 from aethersr.calibration import calibration_pairs
 from aethersr.checkpoint import read_checkpoint, write_state
 from aethersr.commands import Parser, exit_code, local_path
@@ -47,7 +47,8 @@ def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
     add("--blocks", type=int, metavar="N", help="leave N blocks in all; each stage keeps one")
     add("--kernel", type=int, metavar="K", help="leave the middle KxK of each large kernel")
     add("--hidden", type=int, metavar="H", help="leave H hidden channels in each block")
-    add("--time", type=float, metavar="T", help="leave what takes at most T of the time, such as 0.5")
+    text = "leave as much as takes at most T of the time, such as 0.5"
+    add("--time", type=float, metavar="T", help=text)
     add_img_range(parser)
     add("--overwrite", action="store_true", help="replace an existing file")
     return parser.parse(argv)
@@ -116,8 +117,8 @@ def run(args: argparse.Namespace) -> None:
         depths = ", ".join(map(str, read_options(step.state)["depths"]))
         print(f"{step.what:<24}{depths:<24}{step.decibels:>8.2f}", flush=True)
     options = read_options(step.state)
-    times = shrink.compare_times({"before": before, "after": shrink.fused(step.state)})
-    measured = f"{verify.SIDE}x{verify.SIDE} pixels in PyTorch, one thread"
+    times = shrink.times({"before": before, "after": shrink.fused(step.state)})
+    measured = f"{shrink.SIDE}x{shrink.SIDE} pixels in PyTorch, one thread"
     print(f"\nTime: {times.ratio('after', 'before').words()} of the network's; {measured}")
     name, metadata = variant_name(options), {"format": "pt", "form": "training", "scale": str(before.scale)}
     metadata["architecture"] = name if name.startswith("aether") else "AetherNet"

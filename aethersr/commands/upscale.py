@@ -3,7 +3,7 @@
     python upscale.py --model 4x_MyModel_fused.safetensors --input photo.png --output photo_4x.png
     python upscale.py --model 4x_MyModel_fp16.onnx --input folder --output upscaled --format png
 
-Takes weights of every form and ONNX files for pictures of any size. Reads and writes PNG, JPEG, WebP,
+Takes weights of every form and every ONNX file that fuse_aether.py writes. Reads and writes PNG, JPEG, WebP,
 TIFF, BMP, AVIF and still GIF, and keeps what they hold.
 """
 
@@ -64,6 +64,21 @@ class Progress:
             print(line) if self.bar.disable or self.done == self.count else self.bar.write(line)
 
 
+def choose_overlap(network: Any, wanted: Union[int, str, None]) -> int:
+    """The overlap of tiles in pixels. Says so if a network of fixed size has too little room for it."""
+    from aethersr.tiling import SHORT_OVERLAP
+
+    if isinstance(wanted, int):
+        return wanted
+    overlap = network.reach if wanted == "exact" else min(network.reach, SHORT_OVERLAP)
+    # A larger one would take over a dozen times the work of the picture itself.
+    if network.size is not None and 8 * overlap > 3 * min(network.size):
+        overlap = min(network.size) // 4
+        few = f"The network takes {network.size[1]}x{network.size[0]} pixels, too few for tiles without seams"
+        print(f"{few}; export it with a larger --static.")
+    return overlap
+
+
 def device_of(network: Any) -> str:
     """Where it runs, in words."""
     if hasattr(network, "session"):
@@ -83,14 +98,12 @@ def upscale(args: argparse.Namespace) -> None:
         raise UserError(f"--tile {args.tile} is not possible; expected 1 or more pixels.")
     need("tqdm aethersr.upscaling", PROGRAM, "upscale")
     from aethersr.network import load_network
-    from aethersr.tiling import SHORT_OVERLAP
     from aethersr.upscaling import Upscaler
 
     how = (args.recursive, args.overwrite, args.skip_existing, f".{args.format}" if args.format else "")
     jobs, problems, others = find_jobs(args.input, args.output, *how)
     network = load_network(args.model, args.device, args.fp16, args.img_range)
-    reach = network.reach if args.overlap == "exact" else min(network.reach, SHORT_OVERLAP)
-    overlap = args.overlap if isinstance(args.overlap, int) else reach
+    overlap = choose_overlap(network, args.overlap)
     if others:
         print(f"Left out: {', '.join(f'{name}: {count}' for name, count in others.items())}.")
     if not jobs and not problems:
