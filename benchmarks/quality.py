@@ -195,7 +195,7 @@ def train_one(run: Run, seed: int, cuts: Cuts, validation: Validation, args: Any
         done = seconds / args.seconds if args.seconds else iteration / args.iterations
         if done >= (len(points) + 1) / POINTS:
             points.append([iteration, round(seconds, 1), round(validation.measure(averaged), 5)])
-            told = f"{iteration} iterations, {seconds:.0f} s, {points[-1][2]:.2f} dB"
+            told = f"{iteration} iterations, {seconds:.0f} s of computing, {points[-1][2]:.2f} dB"
             print(f"{run.text}, seed {seed}: {told}", flush=True)
     return {"run": run.text, "seed": seed, "machine": networks.machine(), "points": points}, averaged
 

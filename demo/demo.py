@@ -18,19 +18,21 @@ import time
 from pathlib import Path
 from typing import Any, List, Optional
 
-import numpy as np
-import torch
-
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / name) for name in ("", "archs", "benchmarks", "docs", "training")]
 
+from aethersr.commands import Parser, exit_code  # noqa: E402 (first: Ctrl-C from here on ends in one line)
+
+import numpy as np  # noqa: E402
 import prepare_pictures  # noqa: E402
 import quality  # noqa: E402
+import torch  # noqa: E402
 from cpu_speed import speed_up_on_cpu  # noqa: E402
 from pictures import SIZE, photograph, resized, sheet, upscaled  # noqa: E402
 
-from aethersr.commands import Parser, evaluate, exit_code, fuse  # noqa: E402
+from aethersr.commands import evaluate, fuse  # noqa: E402
 from aethersr.errors import UserError  # noqa: E402
+from aethersr.files import unwritable  # noqa: E402
 from aethersr.network import load_network  # noqa: E402
 
 SCALE = 2
@@ -67,8 +69,11 @@ def demo(args: argparse.Namespace) -> None:
     if not is_free(output):
         raise UserError(f"{output} is not an empty folder; name another (--output).")
     photographs, held_out, pairs = (output / name for name in ("photographs", "held_out", "pairs"))
-    for folder in (photographs, held_out):
-        folder.mkdir(parents=True)
+    try:
+        for folder in (photographs, held_out):
+            folder.mkdir(parents=True)
+    except OSError as error:
+        raise unwritable(output, error, "folder (--output)") from error
     torch.set_num_threads(1)  # more help little, and wait for each other on a busy machine
     start = time.perf_counter()
 

@@ -45,6 +45,12 @@ def test_a_folder_in_use_stays_as_it_is(tmp_path: Path, capsys: Any) -> None:
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
+def test_a_folder_that_cannot_be_made_is_named_in_one_line(tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "file").touch()
+    assert demo.main(["--quick", "--output", str(tmp_path / "file" / "demo")]) == 2
+    assert "; pass another folder (--output)." in capsys.readouterr().err
+
+
 def test_a_quick_run_goes_from_photographs_to_a_picture(tmp_path: Path, capsys: Any) -> None:
     assert demo.main(["--quick", "--output", str(tmp_path)]) == 0, capsys.readouterr()
     printed = capsys.readouterr().out

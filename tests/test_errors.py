@@ -67,6 +67,14 @@ def test_what_the_user_can_mend_is_one_printable_line_for_each_problem(capsys: A
     assert capsys.readouterr().err == "x.py: stopped; nothing was written.\n"
 
 
+def test_ctrl_c_while_a_command_is_loaded_ends_in_one_line() -> None:
+    """Through the command's own package, which is loaded before PyTorch."""
+    code = "import sys; sys.path.insert(0, '.'); import aethersr.commands; raise KeyboardInterrupt"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr == "stopped; nothing was written.\n"
+    assert done.returncode != 0
+
+
 def test_a_missing_package_is_named_as_the_index_names_it() -> None:
     assert str(missing_package(ImportError(name="PIL.Image"), "--calibration", "upscale")) == (
         "--calibration needs the package pillow: pip install pillow "
