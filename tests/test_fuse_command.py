@@ -49,13 +49,10 @@ def assert_same(path: Path, state: Dict[str, Tensor]) -> None:
 def refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> Callable[..., str]:
     """Runs the command and returns its line; expects exit code 2, and that no file appeared or changed."""
 
-    def files() -> Dict[Path, int]:
-        return {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-
     def refusal(*arguments: Any) -> str:
-        before = files()
+        before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
         assert run(*arguments) == 2
-        assert files() == before
+        assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
         return one_line(capsys.readouterr().err)
 
     return refusal
@@ -64,20 +61,16 @@ def refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> Callable[..., str]
 # --------------------------------------------------------------------------------------------- what it writes
 
 
-@pytest.mark.parametrize(
-    ("variant", "scale", "device"),
-    [
-        ("aether_medium", 4, None),
-        ("aether_small", 2, "cpu"),
-        pytest.param("aether_large", 3, None, marks=pytest.mark.slow),
-    ],
-)
-def test_the_three_published_examples(tmp_path: Path, variant: str, scale: int, device: str) -> None:
+LARGE = pytest.param("aether_large", 3, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("variant", "scale"), [("aether_medium", 4), ("aether_small", 2), LARGE])
+def test_the_three_published_examples(tmp_path: Path, variant: str, scale: int) -> None:
     """As a process, from another folder, words as in the seed."""
     state = randomize(getattr(aether_arch, variant)(scale=scale)).state_dict()
     torch.save({"params": state}, tmp_path / "trained.pth")
     words = ["--model_path", "trained.pth", "--output_path", "./fused.pth", "--model_type", variant]
-    words += ["--upscale", str(scale)] + (["--device", device] if device else [])
+    words += ["--upscale", str(scale)] + (["--device", "cpu"] if scale == 2 else [])
     command = [sys.executable, str(ROOT / "fuse_aether.py"), *words]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
@@ -204,63 +197,21 @@ def test_weights_that_are_not_fused_end_in_one_line_that_names_the_file(tmp_path
         assert str(tmp_path / "a.pth") in line
 
 
-@pytest.mark.parametrize(
-    ("fault", "words"),
-    [
-        ("another value", "'head.bias' has other values"),
-        ("no head.bias", "missing: 1 (head.bias)"),
-        ("cut", "b.pth was not written: reading it back failed, it "),
-    ],
-)
+@pytest.mark.parametrize("cut", [False, True])
 def test_a_written_file_that_is_not_the_network_is_not_kept_and_the_reason_is_said(
-    checkpoint: Path, refused: Any, monkeypatch: Any, fault: str, words: str
+    checkpoint: Path, refused: Any, monkeypatch: Any, cut: bool
 ) -> None:
     written = fuse.write_state
 
     def wrong(state: Dict[str, Tensor], path: Path, metadata: Dict[str, str]) -> None:
-        if fault == "another value":
-            state = {**state, "head.bias": state["head.bias"] + 1e-5}
-        elif fault == "no head.bias":
-            state = {name: value for name, value in state.items() if name != "head.bias"}
-        written(state, path, metadata)
-        if fault == "cut":
+        written({**state, "head.bias": state["head.bias"] + 1e-5}, path, metadata)
+        if cut:
             path.write_bytes(path.read_bytes()[:-50])
 
     monkeypatch.setattr(fuse, "write_state", wrong)
     line = refused(checkpoint, checkpoint.with_name("b.pth"))
-    assert words in line
+    assert ("b.pth was not written: reading it back failed, it " if cut else "'head.bias' has other") in line
     assert ".part" not in line, "the name of a file that is gone"
-
-
-# ---------------------------------------------------------------------------------------------- what it needs
-
-HIDDEN = ("safetensors", "onnx", "onnxruntime", "onnxslim", "numpy", "yaml", "tqdm", "PIL", "cv2", "spandrel")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error"),
-    [
-        ("--output_path out.pth", ""),
-        ("--output_path out.safetensors", "pip install safetensors"),
-        ("--output_path a.pth --onnx fp32", 'pip install onnx (or pip install ".[onnx]" in'),
-    ],
-)
-def test_what_the_command_loads_needs_torch_alone(
-    tmp_path: Path, checkpoint: Path, arguments: str, error: str
-) -> None:
-    """Other packages are hidden, and the run starts in another folder."""
-    code = f"""
-import runpy, sys
-for name in {HIDDEN}:
-    sys.modules[name] = None
-sys.argv[0] = "fuse_aether.py"
-runpy.run_path({str(ROOT / "fuse_aether.py")!r}, run_name="__main__")
-"""
-    command = [sys.executable, "-c", code, "--model_path", str(checkpoint), *arguments.split()]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == (2 if error else 0), done.stderr
-    assert error in done.stderr
-    assert done.stderr.count("\n") == bool(error)
 
 
 def test_the_script_without_its_folders_says_in_one_line_what_is_missing(tmp_path: Path) -> None:
