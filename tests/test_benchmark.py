@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, small_net
+from conftest import PLAIN, ROOT, small_net
 from PIL import Image
 from safetensors.torch import save_file
 from skimage import data as photographs
@@ -33,11 +33,6 @@ QUICK = ["--quick", "--sizes", "aether_small", "--scales", "2", "--rounds", "3",
 TINY = "AetherNet,embed_dim=12,depths=(1, 1),use_channel_attn=False,use_spatial_attn=False,patch=16,batch=4"
 
 
-def tiny(**options: Any) -> Any:
-    tiny = {"embed_dim": 12, "depths": (1, 1), "use_channel_attn": False, "use_spatial_attn": False}
-    return small_net(2, **{**tiny, **options}).float()
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """gt and lq for training, val for validation, a network, and a checkout with one network."""
@@ -50,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Image.fromarray(gt).save(folder / "gt" / f"{k}.png")
         Image.fromarray(resize(gt, 32, 32)).save(folder / "lq" / f"{k}.png")
     Image.fromarray(photographs.chelsea()[100:180, 100:201]).save(folder / "val" / "cat.png")
-    save_file(tiny().state_dict(), folder / "net.safetensors")
+    save_file(small_net(2, **PLAIN).float().state_dict(), folder / "net.safetensors")
     package = folder / "checkout" / "traiNNer"
     (package / "archs" / "__init__.py").touch()
     (package / "utils" / "registry.py").write_text(
@@ -60,9 +55,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "ARCH_REGISTRY = {'peer': peer}\n"
     )
     return folder
-
-
-# ------------------------------------------------------------------------------------------------- speed.py
 
 
 def rows_of(text: str) -> list[list[str]]:
@@ -154,9 +146,6 @@ def test_it_stops_when_its_minutes_are_over(monkeypatch: Any, capsys: pytest.Cap
     assert "nothing could be measured" in error[1]
 
 
-# ----------------------------------------------------------------------------------------------- quality.py
-
-
 def train(folder: Path, file: Path, *words: str) -> list[dict[str, Any]]:
     base = [str(file), "--data", str(folder), "--validation", str(folder / "val")]
     assert quality.main(["train", *base, *words]) == 0
@@ -220,9 +209,6 @@ def test_the_picture_shows_weights_and_runs_with_their_times(
     assert rows["net"][4] == f"{quality.Validation(folder / 'val', 2).measure(net):.2f}"
     pytest.importorskip("matplotlib", reason="needs matplotlib: pip install matplotlib")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
-
-
-# -------------------------------------------------------------------------------------------- for strangers
 
 
 QUALITY = ["train", "{tmp}/x.json", "--data", "{folder}", "--validation", "{folder}/val", "--iterations", "1"]

@@ -35,9 +35,6 @@ def assert_state(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) ->
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-# ---------------------------------------------------------------------------------------- finding the weights
-
-
 def online(state: Mapping[str, Tensor]) -> Dict[str, Any]:
     """Checkpoints whose only AetherNet is this one."""
 
@@ -133,8 +130,6 @@ def test_what_is_not_read_is_named_by_its_top_keys_beside_the_wrappers_that_are_
             unwrap(content)
 
 
-# -------------------------------------------------------------------------- files as the libraries write them
-
 BESIDE: Dict[str, Any] = {
     "bytes": b"abc",
     "bytearray": bytearray(b"abc"),
@@ -188,9 +183,6 @@ def test_weights_saved_on_a_card_open_without_one(tmp_path: Path) -> None:
             card.writestr(name, cpu.read(name).replace(here, there))
     assert there in (tmp_path / "a.pth").read_bytes()
     assert_state(read_checkpoint(tmp_path / "a.pth").state, STATE)
-
-
-# ---------------------------------------------------------------------------------------------------- writing
 
 
 @pytest.mark.parametrize("ending", ENDINGS)

@@ -11,19 +11,13 @@ import onnxruntime
 import pytest
 import torch
 from checkpoints import fuse as run
-from conftest import one_line, small_net
+from conftest import PLAIN, one_line, small_net
 from PIL import Image
 from skimage import data as photographs
 from test_half_precision import blown_up
 
 from aethersr import half_precision
 
-SMALL: Dict[str, Any] = {
-    "embed_dim": 16,
-    "depths": (1, 1),
-    "use_channel_attn": False,
-    "use_spatial_attn": False,
-}
 IMAGE = torch.rand(1, 3, 20, 24, generator=torch.Generator().manual_seed(1))
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -49,7 +43,7 @@ def pictures(tmp_path: Path) -> Path:
 @pytest.fixture
 def trained(tmp_path: Path) -> Path:
     """A checkpoint of quantisation-aware training."""
-    torch.save({"params": small_net(2, **SMALL).float().prepare_qat().state_dict()}, tmp_path / "qat.pth")
+    torch.save({"params": small_net(2, **PLAIN).float().prepare_qat().state_dict()}, tmp_path / "qat.pth")
     return tmp_path / "qat.pth"
 
 
@@ -69,7 +63,7 @@ def test_the_ranges_are_those_of_the_training_unless_pictures_are_given(
 
 
 def test_finished_weights_become_onnx_files_too(tmp_path: Path, pictures: Path, capsys: Any) -> None:
-    net = small_net(2, **SMALL).float()
+    net = small_net(2, **PLAIN).float()
     torch.save(net.state_dict(), tmp_path / "net.pth")
     torch.save(net.fused().half().state_dict(), tmp_path / "fused.pth")
     options = ["--onnx", "fp32,int8,fp32", "--calibration", pictures]

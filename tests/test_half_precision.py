@@ -68,9 +68,6 @@ def blown_up(net: FusedAetherNet, name: str, power: int = 17) -> FusedAetherNet:
     return net
 
 
-# -------------------------------------------------------------------------------------------------- rescaling
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_rescaled_network_gives_the_same_bits(name: str) -> None:
@@ -114,9 +111,6 @@ def test_a_quantised_network_is_rescaled_with_its_ranges(bound: Any) -> None:
     assert not torch.equal(other.head.weight, trained.head.weight)
     for title, picture in pictures_of(trained).items():
         assert float((other(picture) - trained(picture)).abs().max()) <= 1e-5, title
-
-
-# --------------------------------------------------------------------------------------------- what it costs
 
 
 @torch.no_grad()
@@ -169,9 +163,6 @@ def test_the_released_weights_lose_nothing_that_shows(path: Path) -> None:
     plain, stored, computed = (psnr(truth, each.astype(np.uint8), net.scale) for each in shown)
     assert abs(stored - plain) <= 0.003
     assert abs(computed - plain) <= 0.01  # within 0.003 on Set5, which is 50 times as large
-
-
-# ------------------------------------------------------------------------------------------------ the command
 
 
 class Folder:

@@ -42,15 +42,10 @@ def test_an_orientation_in_xmp_turns_nothing_and_is_reset_where_that_of_exif_tur
     assert both.notes == {"XMP": XMP.replace(b"6", b"1")}
 
 
-@pytest.mark.parametrize(
-    ("kind", "dtype"),
-    [
-        *((kind, np.uint8) for kind in sorted({*FORMATS.values()})),
-        ("PNG", np.uint16),
-        ("TIFF", np.uint16),
-        ("AVIF", np.uint16),
-    ],
-)
+DEEP = [(kind, np.uint16) for kind in ("PNG", "TIFF", "AVIF")]
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [*((kind, np.uint8) for kind in KINDS), *DEEP])
 def test_notes_are_kept_or_named(tmp_path: Path, kind: str, dtype: Any) -> None:
     text = (b"iTXt", b"workflow" + bytes(5) + "{\u00fc}".encode())
     notes = {"colour profile": PROFILE, "EXIF": EXIF.tobytes(), "XMP": XMP, "IPTC": IPTC,

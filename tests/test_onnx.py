@@ -68,9 +68,6 @@ def inferred(model: onnx.ModelProto, height: int, width: int) -> List[Any]:
     return [dim.dim_value if dim.HasField("dim_value") else dim.dim_param for dim in shape.dim]
 
 
-# ------------------------------------------------------------------------------------ the file and its values
-
-
 @pytest.mark.parametrize("scale", aether_arch.SCALES)
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_the_file_is_whole_dynamic_and_agrees(tmp_path: Path, scale: int, precision: str) -> None:
@@ -141,9 +138,6 @@ def test_other_programs_own_export_works(tmp_path: Path, form: str, dynamo: bool
         assert_agrees(path, net, torch.rand(shape).numpy())
 
 
-# ----------------------------------------------------------------------------------------- shapes and readers
-
-
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("static", [None, (3, 16, 24)])
 def test_upscalers_find_what_they_look_for(
@@ -178,9 +172,6 @@ def test_upscalers_find_what_they_look_for(
     assert session.run(None, {"input": image})[0].shape == (1, 3, 24, 40)
 
 
-# --------------------------------------------------------------------------------------- opsets and operators
-
-
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_opsets_from_first_to_last_work_with_allowed_operators(tmp_path: Path, precision: str) -> None:
     net = network(precision)
@@ -199,9 +190,6 @@ def test_opsets_from_first_to_last_work_with_allowed_operators(tmp_path: Path, p
     # ONNX Runtime computes parts of an fp16 graph in float32 on a CPU, and not the same parts of both.
     allowed = (1e-2 if precision == "fp16" else 1e-6) * np.abs(outputs[0]).max()
     assert np.abs(outputs[0] - outputs[1]).max() <= allowed
-
-
-# --------------------------------------------------------------------------------------------------- refusals
 
 
 @pytest.mark.parametrize(

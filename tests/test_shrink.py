@@ -125,9 +125,8 @@ def test_what_the_network_does_not_need_goes_first() -> None:
 def test_time_chooses_channels_then_blocks(
     tmp_path: Path, pictures: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch, time: float, size: Any
 ) -> None:
-    def measured(
-        nets: Any,
-    ) -> Comparison:  # 10 ms, 4 each block, and 4 for all channels; a kernel of 9: 2 more
+    def measured(nets: Any) -> Comparison:
+        """10 ms, 4 each block, and 4 for all channels; a kernel of 9: 2 more."""
         sizes = {name: shrink.Size.of(net.options) for name, net in nets.items()}
         of = {k: 10 + each.blocks * (2 + each.hidden / 16 + (each.kernel == 9)) for k, each in sizes.items()}
         return Comparison({name: [value] for name, value in of.items()})

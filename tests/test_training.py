@@ -146,9 +146,6 @@ def test_textures_come_from_the_archives_in_their_packages(
     assert "wallpaper_1.deb is damaged" in capsys.readouterr().err
 
 
-# ------------------------------------------------------------ the route without a GPU, docs/fine-tuning.md
-
-
 @pytest.mark.parametrize(
     ("task", "words"), [("train", "is no traiNNer-redux"), ("-opt", "expected train or test")]
 )
