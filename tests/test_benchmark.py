@@ -65,7 +65,7 @@ def bench(*words: str) -> speed.Bench:
     return speed.Bench(speed.parse_args([*QUICK, *words]))
 
 
-def test_every_case_of_the_cpu_is_in_the_table(folder: Path, capsys: pytest.CaptureFixture) -> None:
+def test_every_case_of_the_cpu_is_in_the_table(folder: Path, capsys: Any) -> None:
     output = folder / "speed.md"
     more = f"--weights {folder}/net.safetensors --traiNNer-redux {folder}/checkout --peers peer"
     assert speed.main([*QUICK, *more.split(), "--output", str(output)]) == 0
@@ -91,7 +91,7 @@ def test_every_case_of_the_cpu_is_in_the_table(folder: Path, capsys: pytest.Capt
             assert float(differs[1]) < 0.1, row
 
 
-def test_what_a_gpu_is_asked_runs_here_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_gpu_is_asked_runs_here_too(monkeypatch: Any) -> None:
     monkeypatch.setattr(torch, "compile", lambda net: net)
     made = bench()
     cases.networks(made)
@@ -110,7 +110,7 @@ def test_the_published_fusion_computes_the_same() -> None:
     assert float((found - expected).abs().max() / expected.abs().max()) < 1e-12
 
 
-def test_what_is_not_possible_is_said_and_the_rest_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_possible_is_said_and_the_rest_goes_on(monkeypatch: Any) -> None:
     def impossible(bench: Any) -> cases.Case:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried\nto allocate more")
 
@@ -138,7 +138,7 @@ def test_a_short_step_has_the_time_of_one() -> None:
     assert (short, long) == (["1.00", "1", "1.000"], ["4.00", "0.25 (0.25 to 0.25)", "4.000"])
 
 
-def test_it_stops_when_its_minutes_are_over(monkeypatch: Any, capsys: pytest.CaptureFixture) -> None:
+def test_it_stops_when_its_minutes_are_over(monkeypatch: Any, capsys: Any) -> None:
     monkeypatch.setitem(speed.MINUTES, "cpu", 1e-6)
     assert speed.main([*QUICK, "--cases", "training", "depthwise"]) == 2
     error = capsys.readouterr().err.splitlines()
@@ -153,8 +153,8 @@ def train(folder: Path, file: Path, *words: str) -> list[dict[str, Any]]:
     return rows
 
 
-def test_the_same_seed_gives_the_same_figures_and_a_finished_run_is_not_repeated(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+def test_a_seed_gives_the_same_figures_and_no_finished_run_is_repeated(
+    folder: Path, tmp_path: Path, capsys: Any
 ) -> None:
     base = ["--iterations", "12", "--run", TINY]
     first, again = (train(folder, tmp_path / name, *base) for name in ("a.json", "b.json"))
@@ -190,9 +190,7 @@ def test_a_crop_and_its_reduction_show_the_same_place_turned_the_same_way(folder
     assert (errors[0] < errors[1:]).all()
 
 
-def test_the_picture_shows_weights_and_runs_with_their_times(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_the_picture_shows_weights_and_runs_with_times(folder: Path, tmp_path: Path, capsys: Any) -> None:
     train(folder, tmp_path / "runs.json", "--iterations", "6", "--traiNNer-redux", str(folder / "checkout"),
           "--run", f"{TINY},embed_dim=96,optimizer=SOAP", "--run", "peer,patch=16")  # fmt: skip
     capsys.readouterr()
@@ -239,8 +237,8 @@ QUALITY = ["train", "{tmp}/x.json", "--data", "{folder}", "--validation", "{fold
     ],
 )  # fmt: skip
 def test_bad_input_ends_with_2_and_one_line(
-    script: Any, words: list[str], message: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
+    script: Any, words: list[str], message: str, folder: Path, tmp_path: Path, capsys: Any,
+    monkeypatch: Any,
 ) -> None:  # fmt: skip
     (folder / "two.json").write_text('{"title": "x4, 2 cuts", "setting": [], "rows": []}')
     name, before = f"{script.__name__}.py", sorted(tmp_path.rglob("*"))

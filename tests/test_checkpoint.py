@@ -36,7 +36,6 @@ def assert_state(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) ->
 
 
 def online(state: Mapping[str, Tensor]) -> Dict[str, Any]:
-    """Checkpoints whose only AetherNet is this one."""
 
     def inside(wrapper: str) -> Dict[str, Tensor]:
         return {name.replace("stages.0.", f"stages.0.{wrapper}."): value for name, value in state.items()}
@@ -151,7 +150,7 @@ vars(BESIDE["a tensor with attributes"]).update(note="mine")
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
 @pytest.mark.parametrize("options", [{}, OLD], ids=["", "old"])
 @pytest.mark.parametrize("kind", BESIDE)
-def test_whatever_pytorch_opens_beside_the_weights_is_opened(
+def test_whatever_pytorch_opens_beside_weights_is_opened(
     reader: Reader, kind: str, options: Dict[str, Any]
 ) -> None:
     assert reader.read("a.pth", saved({"state_dict": STATE, "more": BESIDE[kind]}, **options)) == ""

@@ -18,7 +18,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def repacked(pickled: bytes, compression: int = zipfile.ZIP_STORED, padding: int = 0) -> bytes:
-    """The good checkpoint with another pickle."""
     buffer, good = io.BytesIO(), zipfile.ZipFile(io.BytesIO(FILES["net.pth"]))
     with zipfile.ZipFile(buffer, "w", compression) as bad:
         for name in good.namelist():
@@ -40,7 +39,6 @@ def value(shape: List[int], *offsets: int) -> Dict[str, Any]:
 
 
 def long1(number: int) -> bytes:
-    """A pickle's opcode for a large number."""
     return b"\x8a\x08" + struct.pack("<q", number)
 
 
@@ -53,7 +51,6 @@ def blown_up_text() -> Any:
 
 
 def in_itself(width: int) -> Any:
-    """Four dictionaries: each is in every place of the one before it."""
     inner: Dict[str, Any] = {"a": 1}
     for _ in range(3):
         inner = {f"{k}": inner for k in range(width)}

@@ -116,9 +116,7 @@ def test_one_value_that_is_not_finite_is_found_in_any_tensor_of_the_chosen_weigh
     assert reader.read("a.pth", saved({"params": everywhere, "params_ema": STATE})) == ""
 
 
-def test_without_safetensors_its_files_are_named_with_what_to_install(
-    reader: Reader, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_safetensors_its_files_say_what_to_install(reader: Reader, monkeypatch: Any) -> None:
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     reader.refuses("a.pth", FILES["net.safetensors"], "pip install safetensors, or pass a .pth file")
 

@@ -38,7 +38,6 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 def assert_same(path: Path, state: Dict[str, Tensor]) -> None:
-    """The file holds the network of ``state``."""
     written = load_file(str(path)) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
     with torch.no_grad():
         expected, output = (aether_from_state_dict(each)(X) for each in (state, written))
@@ -46,7 +45,7 @@ def assert_same(path: Path, state: Dict[str, Tensor]) -> None:
 
 
 @pytest.fixture
-def refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> Callable[..., str]:
+def refused(tmp_path: Path, capsys: Any) -> Callable[..., str]:
     """Runs the command and returns its line; expects exit code 2, and that no file appeared or changed."""
 
     def refusal(*arguments: Any) -> str:
@@ -79,10 +78,9 @@ def test_the_three_published_examples(tmp_path: Path, variant: str, scale: int) 
 
 
 @pytest.mark.parametrize("ending", [".pth", ".safetensors"])
-def test_type_and_scale_may_be_left_out_and_times_are_measured_on_request(
+def test_type_and_scale_may_be_left_out_and_times_are_told_on_request(
     checkpoint: Path, ending: str, capsys: Any
 ) -> None:
-    """Accuracy, half precision and sizes are always told."""
     target = checkpoint.with_name("fused" + ending)
     assert run(checkpoint, target) == 0
     assert_same(target, STATE)
@@ -189,7 +187,7 @@ def test_weights_that_are_not_fused_end_in_one_line_that_names_the_file(tmp_path
 
 
 @pytest.mark.parametrize("cut", [False, True])
-def test_a_written_file_that_is_not_the_network_is_not_kept_and_the_reason_is_said(
+def test_a_written_file_that_is_not_the_network_is_not_kept(
     checkpoint: Path, refused: Any, monkeypatch: Any, cut: bool
 ) -> None:
     written = fuse.write_state

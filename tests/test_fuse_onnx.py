@@ -42,12 +42,11 @@ def pictures(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def trained(tmp_path: Path) -> Path:
-    """A checkpoint of quantisation-aware training."""
     torch.save({"params": small_net(2, **PLAIN).float().prepare_qat().state_dict()}, tmp_path / "qat.pth")
     return tmp_path / "qat.pth"
 
 
-def test_the_ranges_are_those_of_the_training_unless_pictures_are_given(
+def test_ranges_are_those_of_the_training_unless_pictures_are_given(
     trained: Path, pictures: Path, capsys: Any
 ) -> None:
     words = [trained, trained.with_name("a.pth"), "--onnx", "int8", "--license", "CC0-1.0", "--overwrite"]
@@ -91,8 +90,8 @@ def test_int8_is_made_from_the_rescaled_weights(
     assert np.abs(output(tmp_path / "a_int8.onnx") - expected).mean() < 0.2 * expected.std()
 
 
-def test_all_files_stay_as_they_were_where_the_last_one_fails(
-    trained: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+def test_all_files_stay_as_they_were_if_the_last_one_fails(
+    trained: Path, capsys: Any, monkeypatch: Any
 ) -> None:
     """How they come and go together: test_files.py."""
     arguments = [trained, trained.with_name("a.pth"), "--onnx", "fp32", "int8,fp32", "--overwrite"]
@@ -113,8 +112,8 @@ def test_all_files_stay_as_they_were_where_the_last_one_fails(
 
 
 @pytest.mark.parametrize("name", ["a.pth", "a_fp32.onnx", "a_fp16.onnx"])
-def test_an_output_that_appears_while_the_run_works_is_not_overwritten_unasked(
-    trained: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch, name: str
+def test_an_output_that_appears_meanwhile_is_not_overwritten(
+    trained: Path, capsys: Any, monkeypatch: Any, name: str
 ) -> None:
     fit = half_precision.fit_half_precision_
 

@@ -27,7 +27,6 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 def refused(capfd: Any, source: Any, target: Any) -> str:
-    """The one line that a run ends in."""
     capfd.readouterr()
     assert fuse(source, target) == 2
     return one_line(capfd.readouterr().err)  # of the file descriptor: libraries write there too
@@ -43,7 +42,7 @@ EXTREMES = [
 
 
 @pytest.mark.parametrize(("dtype", "ending", "value"), EXTREMES)
-def test_norms_of_any_magnitude_and_precision_fuse_or_are_refused(
+def test_norms_of_any_magnitude_fuse_or_are_refused(
     checkpoint: Path, capfd: Any, dtype: Any, ending: str, value: float
 ) -> None:
     """The verification stands in between: what is written equals what was trained."""

@@ -83,12 +83,12 @@ def test_the_rescaled_network_gives_the_same_bits(name: str) -> None:
 
 LARGE = ("stream", "stages.0.0 attention", "fusion_convs", "body_norm", "stages.1.1 depthwise")
 BOTH = ("stages.0.0 product", "conv_before_upsample")
+POWERS = [*((name, 17) for name in (*LARGE, *BOTH)), *((name, -22) for name in BOTH)]
+RELEASED = sorted((ROOT / "weights").glob("*_training_fp16.safetensors"))
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(
-    ("name", "power"), [*((name, 17) for name in (*LARGE, *BOTH)), *((name, -22) for name in BOTH)]
-)
+@pytest.mark.parametrize(("name", "power"), POWERS)
 def test_weights_that_half_precision_does_not_hold_are_fine_once_rescaled(name: str, power: int) -> None:
     net = trained_net("norm kept").fused().float()
     other = blown_up(copy.deepcopy(net), name, power)
@@ -142,9 +142,7 @@ def test_a_last_norm_whose_merging_would_show_in_the_picture_is_kept() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(
-    "path", sorted((ROOT / "weights").glob("*_training_fp16.safetensors")), ids=lambda path: path.name
-)
+@pytest.mark.parametrize("path", RELEASED, ids=lambda path: path.name)
 def test_the_released_weights_lose_nothing_that_shows(path: Path) -> None:
     """Beside float32, on a photograph: kernels stored in half precision, and everything computed in it."""
     from skimage import data
@@ -218,7 +216,7 @@ def test_the_released_files_hold_the_rescaled_network(folder: Folder) -> None:
 
 
 @torch.no_grad()
-def test_what_no_rescaling_helps_is_an_error_where_half_precision_is_asked_for_and_else_said(
+def test_what_no_rescaling_helps_is_an_error_for_half_precision_else_said(
     folder: Folder,
 ) -> None:
     """A gate beyond half precision in a block that adds next to nothing, and an output that runs away."""
@@ -239,8 +237,8 @@ def test_what_no_rescaling_helps_is_an_error_where_half_precision_is_asked_for_a
         assert [path.name for path in folder.path.iterdir()] == ["a.pth"]
 
 
-def test_a_picture_on_which_the_network_itself_runs_away_is_named_and_does_not_count(
-    folder: Folder, monkeypatch: pytest.MonkeyPatch
+def test_a_picture_on_which_the_network_runs_away_is_named_and_does_not_count(
+    folder: Folder, monkeypatch: Any
 ) -> None:
     pictures = {**hard_pictures(3), "glare": torch.full((1, 3, 9, 9), 1e4)}
     monkeypatch.setattr(half_precision, "hard_pictures", lambda channels: pictures)

@@ -84,7 +84,7 @@ def test_every_variant_is_right(variant: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("converter")
-def test_files_that_differ_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_that_differ_are_not_kept(tmp_path: Path, monkeypatch: Any) -> None:
     for ending in ("param", "bin"):
         (tmp_path / f"net.{ending}").write_text("of an earlier run")
     for size, words in (((34, 62), "expected at most .* leave --ncnn out"), ((8, 8), "differs .* by inf")):
@@ -95,7 +95,7 @@ def test_files_that_differ_are_not_kept(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.usefixtures("converter")
-def test_a_converter_that_stops_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_converter_that_stops_is_said(tmp_path: Path, monkeypatch: Any) -> None:
     import pnnx
 
     monkeypatch.setattr(pnnx, "EXEC_PATH", sys.executable)
@@ -104,7 +104,7 @@ def test_a_converter_that_stops_is_said(tmp_path: Path, monkeypatch: pytest.Monk
     assert not list(tmp_path.iterdir())
 
 
-def test_a_missing_converter_is_one_line_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_converter_is_one_line_with_the_command(monkeypatch: Any) -> None:
     monkeypatch.setitem(sys.modules, "ncnn", None)
     with pytest.raises(UserError, match=r"NCNN file needs the package ncnn: pip install ncnn \(or"):
         export_ncnn(network(), 2)
@@ -115,19 +115,17 @@ def test_another_scale_than_the_networks_is_refused() -> None:
         export_ncnn(network(), 4)
 
 
-@pytest.mark.parametrize(
-    ("stem", "scale", "named"),
-    [
+def test_upscayl_finds_the_scale_in_the_name() -> None:
+    """Its program takes 4 for granted; on Linux it looks for it."""
+    for stem, scale, named in (
         ("2x_mine", 2, "2x_mine"),
         ("mine-x4", 4, "mine-x4"),
         ("mine", 2, "2x_mine"),
-        ("mine", 4, "4x_mine"),  # Upscayl's program takes 4 for granted, on Linux it looks for it
+        ("mine", 4, "4x_mine"),
         ("MINE_X3", 3, "MINE_X3"),
         ("x4_mine", 2, "2x_x4_mine"),
-    ],
-)
-def test_upscayl_finds_the_scale_in_the_name(stem: str, scale: int, named: str) -> None:
-    assert named_for_upscayl(stem, scale) == named
+    ):
+        assert named_for_upscayl(stem, scale) == named
 
 
 @pytest.mark.usefixtures("converter")

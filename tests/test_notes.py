@@ -76,7 +76,6 @@ def test_notes_are_kept_or_named(tmp_path: Path, kind: str, dtype: Any) -> None:
 
 
 def png(*chunks: Tuple[bytes, bytes]) -> bytes:
-    """A picture with these chunks after the head."""
     whole = saved(IMAGE, "PNG")
     for name, data in reversed(chunks):
         check = struct.pack(">I", zlib.crc32(name + data))
@@ -117,9 +116,7 @@ JFIF = b"\xff\xe0\0\x10JFIF\0\1\1%c%c%c%c%c\0\0"
         (saved(IMAGE, "TIFF"), {}),
     ],
 )
-def test_notes_are_read_as_they_stand_and_none_is_invented(
-    tmp_path: Path, content: bytes, notes: Any
-) -> None:
+def test_notes_are_read_as_they_are_and_none_is_invented(tmp_path: Path, content: bytes, notes: Any) -> None:
     """Malformed and second ones are no notes. Each format gives back what it was given, and nothing more."""
     picture = read(tmp_path, content)
     for kind in ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "AVIF"):

@@ -23,6 +23,7 @@ from aethersr.timing import Comparison
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PLAIN = {"use_channel_attn": False, "use_spatial_attn": False}
+CHOSEN = [(0.95, (8, 7, 32)), (0.8, (8, 7, 24)), (0.7, (8, 7, 16)), (0.6, (6, 7, 16)), (0.33, (2, 7, 16))]
 KINDS: Dict[str, Dict[str, Any]] = {
     "x2": PLAIN,
     "x3, no bound": {"scale": 3, "bound": None, **PLAIN},
@@ -118,12 +119,9 @@ def test_what_the_network_does_not_need_goes_first() -> None:
     torch.testing.assert_close(smaller(images[0]), net(images[0]), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("time", "size"),
-    [(0.95, (8, 7, 32)), (0.8, (8, 7, 24)), (0.7, (8, 7, 16)), (0.6, (6, 7, 16)), (0.33, (2, 7, 16))],
-)
+@pytest.mark.parametrize(("time", "size"), CHOSEN)
 def test_time_chooses_channels_then_blocks(
-    tmp_path: Path, pictures: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch, time: float, size: Any
+    tmp_path: Path, pictures: Path, capsys: Any, monkeypatch: Any, time: float, size: Any
 ) -> None:
     def measured(nets: Any) -> Comparison:
         """10 ms, 4 each block, and 4 for all channels; a kernel of 9: 2 more."""
@@ -163,7 +161,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("options", REFUSED)
 def test_refused_in_one_line(
-    tmp_path: Path, pictures: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch, options: str
+    tmp_path: Path, pictures: Path, capsys: Any, monkeypatch: Any, options: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     net = network(**PLAIN)

@@ -146,16 +146,12 @@ def test_textures_come_from_the_archives_in_their_packages(
     assert "wallpaper_1.deb is damaged" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("task", "words"), [("train", "is no traiNNer-redux"), ("-opt", "expected train or test")]
-)
-def test_the_launcher_says_where_and_how_it_starts(
-    task: str, words: str, tmp_path: Path, monkeypatch: Any
-) -> None:
+def test_the_launcher_says_where_and_how_it_starts(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["trainner_redux_cpu.py", task])
-    with pytest.raises(SystemExit, match=words):
-        trainner_redux_cpu.main()
+    for task, words in (("train", "is no traiNNer-redux"), ("-opt", "expected train or test")):
+        monkeypatch.setattr(sys, "argv", ["trainner_redux_cpu.py", task])
+        with pytest.raises(SystemExit, match=words):
+            trainner_redux_cpu.main()
 
 
 def started_by_the_page(language: str) -> List[str]:

@@ -15,7 +15,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def shifted(net: Any, by: float, place: str = "conv_last.bias") -> Any:
-    """A copy with a bias that is ``by`` larger."""
     other = copy.deepcopy(net)
     other.get_parameter(place).data += by
     return other
