@@ -30,13 +30,6 @@ X = torch.rand(1, 3, 11, 15, generator=torch.Generator().manual_seed(2))
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    path = tmp_path / "net_g_latest.pth"
-    torch.save({"params": STATE}, path)
-    return path
-
-
 def assert_same(path: Path, state: Dict[str, Tensor]) -> None:
     written = load_file(str(path)) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
     with torch.no_grad():

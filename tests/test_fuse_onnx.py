@@ -12,8 +12,6 @@ import pytest
 import torch
 from checkpoints import fuse as run
 from conftest import PLAIN, one_line, small_net
-from PIL import Image
-from skimage import data as photographs
 from test_half_precision import blown_up
 
 from aethersr import half_precision
@@ -29,15 +27,6 @@ def output(path: Path) -> Any:
 
 def contents(folder: Path) -> Dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-
-
-@pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    folder = tmp_path / "pictures"
-    folder.mkdir()
-    for name in ("coffee", "chelsea"):
-        Image.fromarray(getattr(photographs, name)()[:96, :96]).save(folder / f"{name}.png")
-    return folder
 
 
 @pytest.fixture

@@ -20,12 +20,6 @@ from aethersr.identify import aether_from_state_dict
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    torch.save({"params": STATE}, tmp_path / "in.pth")
-    return tmp_path / "in.pth"
-
-
 def refused(capfd: Any, source: Any, target: Any) -> str:
     capfd.readouterr()
     assert fuse(source, target) == 2

@@ -12,7 +12,6 @@ import torch
 import yaml
 from checkpoints import fuse
 from conftest import one_line, randomize
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -36,15 +35,6 @@ KINDS: Dict[str, Dict[str, Any]] = {
 def network(**options: Any) -> Any:
     options = {"scale": 2, "embed_dim": 8, "depths": (3, 2), "lk_kernel": 7, **options}
     return randomize(aether_arch.AetherNet(**options)).eval()
-
-
-@pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    (tmp_path / "pictures").mkdir()
-    for index in range(2):
-        noise = np.random.default_rng(index).integers(0, 256, (40, 48, 3), dtype=np.uint8)
-        Image.fromarray(noise).save(tmp_path / "pictures" / f"{index}.png")
-    return tmp_path / "pictures"
 
 
 def run(tmp_path: Path, *options: Any, source: str = "net.pth", target: str = "small.pth") -> int:
