@@ -142,7 +142,8 @@ def distributed_worker(rank: int, folder: str) -> None:
         reduce.side_effect = lambda *given: calls.append(1) or real(*given)
         for step in range(12):
             batch = torch.rand(1, 3, 8, 8)
-            parallel.train()(batch * math.inf if rank and step < 3 else batch).mean().backward()
+            broken = step == 0 or (rank == 1 and step < 3)
+            parallel.train()(batch * math.inf if broken else batch).mean().backward()
             found.append((len(calls), {name: value.clone() for name, value in net.state_dict().items()}))
     torch.save(found, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
@@ -156,7 +157,7 @@ def test_two_processes_have_equal_ranges_and_exchange_none_once_they_are_fixed(t
         assert all(torch.equal(value, other[name]) for name, value in state.items())
     counts = [calls for calls, _ in ranks[0]]
     assert counts[:6] == [1, 2, 3, 4, 5, 6]
-    assert counts[-1] == counts[-3] <= 8
+    assert counts[-1] == counts[-3] <= 9
     watched = {name: float(value) for name, value in ranks[0][-1][1].items() if name.endswith("watched")}
     assert [name for name, count in watched.items() if count < 6] == ["stages.0.0.out_conv.quant_out.watched"]
 
@@ -291,6 +292,7 @@ def test_a_float_checkpoint_loads_strictly_into_a_network_made_with_qat(form: st
     if form == "fused, fp16":  # as released
         state = {name: value.half() for name, value in state.items()}
     net: Any = aether_small(**TINY, qat=True)
+    net._settle(True)  # as after a training; new weights have other ranges
     net.load_state_dict(state, strict=True)
     assert isinstance(net, QuantAetherNet)
     error = (net.eval()(image) - source(image)).abs().mean() / source(image).std()
