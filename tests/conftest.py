@@ -122,6 +122,15 @@ def one_line(error: str, program: str = "fuse_aether.py") -> str:
     return line
 
 
+def run_onnx(model: Any, image: Any) -> Any:
+    """ONNX Runtime's output of a file or a model, as an array."""
+    import onnxruntime
+
+    content = model.SerializeToString() if hasattr(model, "graph") else str(model)
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    return session.run(["output"], {"input": image})[0]
+
+
 class AsNobody:
     """Inside, files are seen with the rights of another user than root, whom every permission is open to."""
 

@@ -7,22 +7,17 @@ from typing import Any, Dict
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 from checkpoints import fuse as run
-from conftest import PLAIN, one_line, small_net
+from conftest import PLAIN, one_line, run_onnx, small_net
 from test_half_precision import blown_up
 
 from aethersr import half_precision
 
-IMAGE = torch.rand(1, 3, 20, 24, generator=torch.Generator().manual_seed(1))
+IMAGE = np.random.default_rng(1).random((1, 3, 20, 24), np.float32)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def output(path: Path) -> Any:
-    return onnxruntime.InferenceSession(str(path)).run(None, {"input": IMAGE.numpy()})[0]
 
 
 def contents(folder: Path) -> Dict[str, bytes]:
@@ -58,7 +53,8 @@ def test_finished_weights_become_onnx_files_too(tmp_path: Path, pictures: Path, 
     for name, target in (("net", "first_fused.pth"), ("fused", "second_fp16.pth")):
         assert run(tmp_path / f"{name}.pth", tmp_path / target, *options) == 0
     for precision in ("fp32", "int8"):
-        first, second = (output(tmp_path / f"{name}_{precision}.onnx") for name in ("first", "second"))
+        files = [tmp_path / f"{name}_{precision}.onnx" for name in ("first", "second")]
+        first, second = (run_onnx(file, IMAGE) for file in files)
         assert np.abs(first - second).mean() < 0.01 * first.std(), precision
     capsys.readouterr()
     assert run(tmp_path / "fused.pth", tmp_path / "b.pth") == 2
@@ -75,8 +71,8 @@ def test_int8_is_made_from_the_rescaled_weights(
     arguments = [] if source == "trained" else ["--calibration", pictures]
     assert run(path, tmp_path / "a.pth", "--onnx", "int8", *arguments) == 0, capsys.readouterr().err
     assert "Rescaled for half precision" in capsys.readouterr().out
-    expected = small_net(2)(IMAGE.double()).detach().numpy()
-    assert np.abs(output(tmp_path / "a_int8.onnx") - expected).mean() < 0.2 * expected.std()
+    expected = small_net(2)(torch.from_numpy(IMAGE).double()).detach().numpy()
+    assert np.abs(run_onnx(tmp_path / "a_int8.onnx", IMAGE) - expected).mean() < 0.2 * expected.std()
 
 
 def test_all_files_stay_as_they_were_if_the_last_one_fails(

@@ -9,12 +9,11 @@ from typing import Any, Dict, cast
 
 import aether_arch
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 from aether_arch import AetherNet, FusedAetherNet
 from checkpoints import fuse
-from conftest import ROOT, one_line, small_net
+from conftest import ROOT, one_line, run_onnx, small_net
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -209,8 +208,8 @@ def test_the_released_files_hold_the_rescaled_network(folder: Folder) -> None:
     picture = hard_pictures(3)["noise"]
     expected = net.float()(picture)
     outputs = [in_half_precision(aether_from_state_dict(load_file(str(folder.target))), picture)]
-    session = onnxruntime.InferenceSession(str(folder.path / "2x_b_fp16.onnx"))
-    outputs.append(torch.from_numpy(session.run(["output"], {"input": picture.half().numpy()})[0]).float())
+    found = run_onnx(folder.path / "2x_b_fp16.onnx", picture.half().numpy())
+    outputs.append(torch.from_numpy(found).float())
     for output in outputs:
         assert float((output - expected).abs().max()) <= 4e-3 * float(expected.abs().max().clamp(min=1))
 

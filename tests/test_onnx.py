@@ -15,7 +15,7 @@ import pytest
 import torch
 from aether_arch import AetherBase, AetherNet
 from checkpoints import FORMS
-from conftest import randomize, small_net
+from conftest import randomize, run_onnx, small_net
 
 from aethersr.onnx import OPSETS, PRECISIONS, TARGETS, export_onnx
 
@@ -42,17 +42,11 @@ def exported(
     return onnx.load(export_onnx(net, net.scale, precision, str(folder / "net.onnx"), **arguments))
 
 
-def run(model: Any, image: Any) -> Any:
-    content = model if isinstance(model, str) else model.SerializeToString()
-    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    return session.run(["output"], {"input": np.asarray(image)})[0]
-
-
 @torch.no_grad()
 def assert_agrees(model: Any, net: AetherBase, image: Any, bound: float = 1e-5) -> None:
     """The session's output is the network's but for ``bound``, relative to the largest value from 1."""
-    output, expected = run(model, image), net(torch.from_numpy(np.asarray(image)).float()).numpy()
-    assert (output.dtype, output.shape) == (np.asarray(image).dtype, expected.shape)
+    output, expected = run_onnx(model, image), net(torch.from_numpy(image).float()).numpy()
+    assert (output.dtype, output.shape) == (image.dtype, expected.shape)
     assert np.abs(output - expected).max() <= bound * max(1.0, np.abs(expected).max())
 
 
@@ -154,7 +148,7 @@ def test_upscalers_find_what_they_look_for(
     if static:
         assert shapes == [[1, 3, 16, 24], [1, 3, 32, 48]]
         with pytest.raises(Exception, match="invalid dimensions"):
-            run(model, np.zeros((1, 3, 16, 25), DTYPES[precision]))
+            run_onnx(model, np.zeros((1, 3, 16, 25), DTYPES[precision]))
         return
     assert shapes == [["batch", 3, "height", "width"], ["batch", 3, "out_height", "out_width"]]
     # vs-mlrt fixes the input's batch and size and the output's batch, and drops all shapes in between.
@@ -184,7 +178,7 @@ def test_opsets_from_first_to_last_work_with_allowed_operators(tmp_path: Path, p
     assert len(simple.graph.node) < len(plain.graph.node)
     assert simple.ByteSize() < 1.1 * plain.ByteSize()
     image = np.random.default_rng(0).random((2, 3, 9, 14)).astype(DTYPES[precision])
-    outputs = [run(model, image) for model in (plain, simple)]
+    outputs = [run_onnx(model, image) for model in (plain, simple)]
     # ONNX Runtime computes parts of an fp16 graph in float32 on a CPU, and not the same parts of both.
     allowed = (1e-2 if precision == "fp16" else 1e-6) * np.abs(outputs[0]).max()
     assert np.abs(outputs[0] - outputs[1]).max() <= allowed

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from checkpoints import fuse
-from conftest import one_line, randomize
+from conftest import one_line, randomize, run_onnx
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -167,8 +167,6 @@ def test_refused_in_one_line(
 
 
 def test_every_tool_opens_uneven_depths(tmp_path: Path, pictures: Path, capsys: Any) -> None:
-    import onnxruntime
-
     torch.save(network(depths=(2, 3, 2, 2), **PLAIN).state_dict(), tmp_path / "net.pth")
     assert run(tmp_path, "--blocks", 6, "--kernel", 5, "--hidden", 9) == 0
     lines = yaml.safe_load(capsys.readouterr().out.partition("to fine-tune it:")[2])["network_g"]
@@ -182,6 +180,5 @@ def test_every_tool_opens_uneven_depths(tmp_path: Path, pictures: Path, capsys: 
     fused = aether_from_state_dict(torch.load(tmp_path / "2x_fused.pth", weights_only=True))(image)
     assert np.abs(fused.detach().numpy() - expected).max() < 1e-5 * largest
     for precision, allowed in (("fp32", 1e-4), ("int8", 0.5)):
-        session = onnxruntime.InferenceSession(str(tmp_path / f"2x_{precision}.onnx"))
-        out = session.run(None, {session.get_inputs()[0].name: image.numpy()})[0]
+        out = run_onnx(tmp_path / f"2x_{precision}.onnx", image.numpy())
         assert np.abs(out - expected).max() < allowed * largest
