@@ -77,15 +77,6 @@ def test_what_exists_is_not_completed(name: str, mine: Path, tmp_path: Path, cap
     assert [path.name for path in (tmp_path / "pairs").iterdir()] == [name]
 
 
-def test_a_run_that_is_stopped_leaves_nothing(mine: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    def stopped(*arguments: Any) -> List[Any]:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(prepare_pictures, "cuts", stopped)
-    assert prepare(tmp_path / "pairs", "--pictures", mine, "--reductions", 1) == 130
-    assert list((tmp_path / "pairs").iterdir()) == []
-
-
 @pytest.mark.parametrize(("source", "words"), [
     ("mine", "no crop of mine is sharp enough"),
     ("none", "--pictures none is not a folder"),
