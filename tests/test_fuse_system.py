@@ -1,18 +1,19 @@
-"""The fuse command on weights of any magnitude, odd names, full disks, and several runs at once."""
+"""The fuse command on weights of any magnitude, odd names and full disks.
+
+Several runs at once, and closed streams: test_upscale_command.py.
+"""
 
 from __future__ import annotations
 
 import os
 import resource
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from checkpoints import STATE, fuse
-from conftest import ROOT, one_line
+from conftest import one_line
 
 from aethersr.checkpoint import ENDINGS
 from aethersr.identify import aether_from_state_dict
@@ -83,21 +84,3 @@ def test_a_disk_that_fills_up_leaves_nothing(checkpoint: Path, capfd: Any, endin
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
     assert str(target) in line
     assert os.listdir(checkpoint.parent) == ["in.pth"]
-
-
-def test_processes_without_streams_letters_or_company(checkpoint: Path) -> None:
-    """At once onto one output, with closed streams, two threads and an ASCII terminal: one file."""
-    target = checkpoint.with_name("写真\udcff.pth")
-    words = [sys.executable, str(ROOT / "fuse_aether.py"), "--model_path", str(checkpoint)]
-    words += ["--output_path", str(target), "--device", "cpu", "--overwrite"]
-    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "2"}
-    runs = [subprocess.Popen(words, env=environment, **streams)]
-    runs.append(subprocess.Popen(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *words]))
-    errors = [process.communicate(timeout=600)[1] for process in runs]
-    assert [process.returncode for process in runs] == [0, 0]
-    assert set(errors) <= {b"", None}
-    assert sorted(os.listdir(target.parent)) == sorted(["in.pth", target.name])
-    whole = target.read_bytes()
-    assert fuse(checkpoint, target, "--overwrite") == 0
-    assert target.read_bytes() == whole, "the same input gives the same bytes"
