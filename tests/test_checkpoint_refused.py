@@ -35,13 +35,6 @@ from aethersr.errors import UserError
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def test_a_path_that_is_no_file_is_named_with_the_option_to_change(tmp_path: Path) -> None:
-    (tmp_path / "folder.pth").mkdir()
-    for name, words in (("no.pth", "does not exist"), ("folder.pth", "is not a file")):
-        with pytest.raises(UserError, match=rf"{name} {words}.*--model\b"):
-            read_checkpoint(tmp_path / name, "--model")
-
-
 def in_memory(write: Callable[[io.BytesIO], Any]) -> bytes:
     buffer = io.BytesIO()
     write(buffer)

@@ -128,14 +128,10 @@ def test_an_option_that_does_not_fit_ends_in_one_line(
     assert words in refused(checkpoint, checkpoint.with_name("b.pth"), *options.split())
 
 
-def test_the_two_paths_are_asked_for_and_the_version_is_told(capsys: Any) -> None:
+def test_the_two_paths_are_asked_for(capsys: Any) -> None:
     for arguments, words in (([], "--model_path, --output_path"), (["--model_path", "a"], "--output_path")):
         assert fuse.main(arguments) == 2
         assert f"required: {words}" in one_line(capsys.readouterr().err)
-    with pytest.raises(SystemExit) as stop:
-        fuse.main(["--version"])
-    assert stop.value.code == 0
-    assert capsys.readouterr().out == f"{fuse.PROGRAM} {aether_arch.__version__}\n"
 
 
 def test_outputs_are_checked_before_anything_is_written(checkpoint: Path, refused: Any, capsys: Any) -> None:
