@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any, Dict
 
 import aether_arch
-import numpy as np
 import pytest
 import torch
 import yaml
 from checkpoints import fuse
-from conftest import one_line, randomize, run_onnx
+from conftest import one_line, randomize
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -166,19 +165,16 @@ def test_refused_in_one_line(
     assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before
 
 
-def test_every_tool_opens_uneven_depths(tmp_path: Path, pictures: Path, capsys: Any) -> None:
+def test_the_printed_options_and_the_fuse_command_open_uneven_depths(
+    tmp_path: Path, pictures: Path, capsys: Any
+) -> None:
+    """ONNX files of uneven depths: test_onnx_int8.py; NCNN: test_ncnn.py."""
     torch.save(network(depths=(2, 3, 2, 2), **PLAIN).state_dict(), tmp_path / "net.pth")
     assert run(tmp_path, "--blocks", 6, "--kernel", 5, "--hidden", 9) == 0
     lines = yaml.safe_load(capsys.readouterr().out.partition("to fine-tune it:")[2])["network_g"]
     smaller = getattr(aether_arch, lines.pop("type"))(scale=2, **lines).eval()
     smaller.load_state_dict(torch.load(tmp_path / "small.pth", weights_only=True))
-    words = ["--onnx", "fp32,int8", "--calibration", pictures]
-    assert fuse(tmp_path / "small.pth", tmp_path / "2x_fused.pth", *words) == 0
+    assert fuse(tmp_path / "small.pth", tmp_path / "fused.pth") == 0
     image = torch.rand(1, 3, 13, 8)
-    expected = smaller(image).detach().numpy()
-    largest = max(1, np.abs(expected).max())
-    fused = aether_from_state_dict(torch.load(tmp_path / "2x_fused.pth", weights_only=True))(image)
-    assert np.abs(fused.detach().numpy() - expected).max() < 1e-5 * largest
-    for precision, allowed in (("fp32", 1e-4), ("int8", 0.5)):
-        out = run_onnx(tmp_path / f"2x_{precision}.onnx", image.numpy())
-        assert np.abs(out - expected).max() < allowed * largest
+    fused = aether_from_state_dict(torch.load(tmp_path / "fused.pth", weights_only=True))
+    torch.testing.assert_close(fused(image), smaller(image), atol=1e-5, rtol=1e-5)
