@@ -27,7 +27,6 @@ FUSED: Dict[str, Tensor] = NET.fused().state_dict()
 
 
 def saved(content: Any, **options: Any) -> bytes:
-    """What torch.save writes."""
     buffer = io.BytesIO()
     torch.save(content, buffer, **options)
     return buffer.getvalue()

@@ -89,6 +89,27 @@ def reader(tmp_path: Path, capfd: pytest.CaptureFixture) -> Any:
     return Reader(tmp_path, capfd)
 
 
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A training checkpoint of the small network in checkpoints.py, the only file of its folder."""
+    from checkpoints import STATE
+
+    torch.save({"params": STATE}, tmp_path / "in.pth")
+    return tmp_path / "in.pth"
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """A folder of two photographs."""
+    from PIL import Image
+    from skimage import data
+
+    (tmp_path / "pictures").mkdir()
+    for name in ("coffee", "chelsea"):
+        Image.fromarray(getattr(data, name)()[:64, :64]).save(tmp_path / "pictures" / f"{name}.png")
+    return tmp_path / "pictures"
+
+
 def one_line(error: str, program: str = "fuse_aether.py") -> str:
     """The line that a command's error consists of: readable, with its remedy, in the command's own words."""
     assert error.count("\n") == 1, error
@@ -99,6 +120,15 @@ def one_line(error: str, program: str = "fuse_aether.py") -> str:
     for words in ("Traceback", "torch.load", "Weights only load failed"):
         assert words not in line, f"PyTorch's words, with its advice to let the code run: {line}"
     return line
+
+
+def run_onnx(model: Any, image: Any) -> Any:
+    """ONNX Runtime's output of a file or a model, as an array."""
+    import onnxruntime
+
+    content = model.SerializeToString() if hasattr(model, "graph") else str(model)
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    return session.run(["output"], {"input": image})[0]
 
 
 class AsNobody:

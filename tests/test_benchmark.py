@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, small_net
+from conftest import PLAIN, ROOT, small_net
 from PIL import Image
 from safetensors.torch import save_file
 from skimage import data as photographs
@@ -28,14 +28,8 @@ import speed
 from aethersr.quality import resize
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-RESULTS = sorted((ROOT / "benchmarks" / "results").iterdir())
 QUICK = ["--quick", "--sizes", "aether_small", "--scales", "2", "--rounds", "3", "--threads", "1"]
 TINY = "AetherNet,embed_dim=12,depths=(1, 1),use_channel_attn=False,use_spatial_attn=False,patch=16,batch=4"
-
-
-def tiny(**options: Any) -> Any:
-    tiny = {"embed_dim": 12, "depths": (1, 1), "use_channel_attn": False, "use_spatial_attn": False}
-    return small_net(2, **{**tiny, **options}).float()
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Image.fromarray(gt).save(folder / "gt" / f"{k}.png")
         Image.fromarray(resize(gt, 32, 32)).save(folder / "lq" / f"{k}.png")
     Image.fromarray(photographs.chelsea()[100:180, 100:201]).save(folder / "val" / "cat.png")
-    save_file(tiny().state_dict(), folder / "net.safetensors")
+    save_file(small_net(2, **PLAIN).float().state_dict(), folder / "net.safetensors")
     package = folder / "checkout" / "traiNNer"
     (package / "archs" / "__init__.py").touch()
     (package / "utils" / "registry.py").write_text(
@@ -62,9 +56,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-# ------------------------------------------------------------------------------------------------- speed.py
-
-
 def rows_of(text: str) -> list[list[str]]:
     return [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")][2:]
 
@@ -73,7 +64,7 @@ def bench(*words: str) -> speed.Bench:
     return speed.Bench(speed.parse_args([*QUICK, *words]))
 
 
-def test_every_case_of_the_cpu_is_in_the_table(folder: Path, capsys: pytest.CaptureFixture) -> None:
+def test_every_case_of_the_cpu_is_in_the_table(folder: Path, capsys: Any) -> None:
     output = folder / "speed.md"
     more = f"--weights {folder}/net.safetensors --traiNNer-redux {folder}/checkout --peers peer"
     assert speed.main([*QUICK, *more.split(), "--output", str(output)]) == 0
@@ -99,7 +90,7 @@ def test_every_case_of_the_cpu_is_in_the_table(folder: Path, capsys: pytest.Capt
             assert float(differs[1]) < 0.1, row
 
 
-def test_what_a_gpu_is_asked_runs_here_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_gpu_is_asked_runs_here_too(monkeypatch: Any) -> None:
     monkeypatch.setattr(torch, "compile", lambda net: net)
     made = bench()
     cases.networks(made)
@@ -118,7 +109,7 @@ def test_the_published_fusion_computes_the_same() -> None:
     assert float((found - expected).abs().max() / expected.abs().max()) < 1e-12
 
 
-def test_what_is_not_possible_is_said_and_the_rest_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_possible_is_said_and_the_rest_goes_on(monkeypatch: Any) -> None:
     def impossible(bench: Any) -> cases.Case:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried\nto allocate more")
 
@@ -146,15 +137,12 @@ def test_a_short_step_has_the_time_of_one() -> None:
     assert (short, long) == (["1.00", "1", "1.000"], ["4.00", "0.25 (0.25 to 0.25)", "4.000"])
 
 
-def test_it_stops_when_its_minutes_are_over(monkeypatch: Any, capsys: pytest.CaptureFixture) -> None:
+def test_it_stops_when_its_minutes_are_over(monkeypatch: Any, capsys: Any) -> None:
     monkeypatch.setitem(speed.MINUTES, "cpu", 1e-6)
     assert speed.main([*QUICK, "--cases", "training", "depthwise"]) == 2
     error = capsys.readouterr().err.splitlines()
     assert error[0].endswith("minutes are over; --cases measures the rest.")
     assert "nothing could be measured" in error[1]
-
-
-# ----------------------------------------------------------------------------------------------- quality.py
 
 
 def train(folder: Path, file: Path, *words: str) -> list[dict[str, Any]]:
@@ -164,8 +152,8 @@ def train(folder: Path, file: Path, *words: str) -> list[dict[str, Any]]:
     return rows
 
 
-def test_the_same_seed_gives_the_same_figures_and_a_finished_run_is_not_repeated(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+def test_a_seed_gives_the_same_figures_and_no_finished_run_is_repeated(
+    folder: Path, tmp_path: Path, capsys: Any
 ) -> None:
     base = ["--iterations", "12", "--run", TINY]
     first, again = (train(folder, tmp_path / name, *base) for name in ("a.json", "b.json"))
@@ -201,9 +189,7 @@ def test_a_crop_and_its_reduction_show_the_same_place_turned_the_same_way(folder
     assert (errors[0] < errors[1:]).all()
 
 
-def test_the_picture_shows_weights_and_runs_with_their_times(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_the_picture_shows_weights_and_runs_with_times(folder: Path, tmp_path: Path, capsys: Any) -> None:
     train(folder, tmp_path / "runs.json", "--iterations", "6", "--traiNNer-redux", str(folder / "checkout"),
           "--run", f"{TINY},embed_dim=96,optimizer=SOAP", "--run", "peer,patch=16")  # fmt: skip
     capsys.readouterr()
@@ -220,9 +206,6 @@ def test_the_picture_shows_weights_and_runs_with_their_times(
     assert rows["net"][4] == f"{quality.Validation(folder / 'val', 2).measure(net):.2f}"
     pytest.importorskip("matplotlib", reason="needs matplotlib: pip install matplotlib")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
-
-
-# -------------------------------------------------------------------------------------------- for strangers
 
 
 QUALITY = ["train", "{tmp}/x.json", "--data", "{folder}", "--validation", "{folder}/val", "--iterations", "1"]
@@ -253,8 +236,8 @@ QUALITY = ["train", "{tmp}/x.json", "--data", "{folder}", "--validation", "{fold
     ],
 )  # fmt: skip
 def test_bad_input_ends_with_2_and_one_line(
-    script: Any, words: list[str], message: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
+    script: Any, words: list[str], message: str, folder: Path, tmp_path: Path, capsys: Any,
+    monkeypatch: Any,
 ) -> None:  # fmt: skip
     (folder / "two.json").write_text('{"title": "x4, 2 cuts", "setting": [], "rows": []}')
     name, before = f"{script.__name__}.py", sorted(tmp_path.rglob("*"))
@@ -277,10 +260,11 @@ def test_the_script_starts_by_itself(tmp_path: Path) -> None:
 
 
 def test_every_result_is_what_todays_scripts_print_and_a_page_names_it() -> None:
-    assert len(RESULTS) <= 8
+    results = sorted((ROOT / "benchmarks" / "results").iterdir())
+    assert len(results) <= 8
     pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
     text = "".join(page.read_text(encoding="utf-8") for page in pages)
-    for path in RESULTS:
+    for path in results:
         assert f"benchmarks/results/{path.name}" in text, f"no page names {path.name}"
         if path.suffix == ".json":
             assert quality.main(["table", str(path)]) == 0

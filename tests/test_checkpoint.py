@@ -35,11 +35,7 @@ def assert_state(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) ->
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-# ---------------------------------------------------------------------------------------- finding the weights
-
-
 def online(state: Mapping[str, Tensor]) -> Dict[str, Any]:
-    """Checkpoints whose only AetherNet is this one."""
 
     def inside(wrapper: str) -> Dict[str, Tensor]:
         return {name.replace("stages.0.", f"stages.0.{wrapper}."): value for name, value in state.items()}
@@ -133,8 +129,6 @@ def test_what_is_not_read_is_named_by_its_top_keys_beside_the_wrappers_that_are_
             unwrap(content)
 
 
-# -------------------------------------------------------------------------- files as the libraries write them
-
 BESIDE: Dict[str, Any] = {
     "bytes": b"abc",
     "bytearray": bytearray(b"abc"),
@@ -156,7 +150,7 @@ vars(BESIDE["a tensor with attributes"]).update(note="mine")
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
 @pytest.mark.parametrize("options", [{}, OLD], ids=["", "old"])
 @pytest.mark.parametrize("kind", BESIDE)
-def test_whatever_pytorch_opens_beside_the_weights_is_opened(
+def test_whatever_pytorch_opens_beside_weights_is_opened(
     reader: Reader, kind: str, options: Dict[str, Any]
 ) -> None:
     assert reader.read("a.pth", saved({"state_dict": STATE, "more": BESIDE[kind]}, **options)) == ""
@@ -175,12 +169,6 @@ def test_weights_that_are_parameters_share_their_values_or_were_packed_again_are
     assert reader.read("a.pth", packed.getvalue()) == ""
 
 
-def test_a_file_is_known_by_its_content_not_by_its_name(reader: Reader) -> None:
-    for name in ("a.pth", "a.safetensors", "a.PT", "a.ckpt", "a.pth.tar", "a"):
-        for content in FILES.values():
-            assert reader.read(name, content) == "", name
-
-
 def test_weights_saved_on_a_card_open_without_one(tmp_path: Path) -> None:
     here, there = b"X\x03\x00\x00\x00cpu", b"X\x06\x00\x00\x00cuda:0"  # where its pickle says they were
     with zipfile.ZipFile(io.BytesIO(saved(STATE))) as cpu, zipfile.ZipFile(tmp_path / "a.pth", "w") as card:
@@ -188,9 +176,6 @@ def test_weights_saved_on_a_card_open_without_one(tmp_path: Path) -> None:
             card.writestr(name, cpu.read(name).replace(here, there))
     assert there in (tmp_path / "a.pth").read_bytes()
     assert_state(read_checkpoint(tmp_path / "a.pth").state, STATE)
-
-
-# ---------------------------------------------------------------------------------------------------- writing
 
 
 @pytest.mark.parametrize("ending", ENDINGS)

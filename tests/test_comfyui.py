@@ -11,7 +11,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -42,16 +41,6 @@ for name in folder_paths.get_filename_list("upscale_models"):
 """
 
 
-def write_every_form(folder: Path) -> dict[str, Any]:
-    """Files of one network in every form; name -> network."""
-    net = small_net(2, embed_dim=16, depths=(1, 1), use_channel_attn=False, use_spatial_attn=False).float()
-    nets = {name: make(copy.deepcopy(net)) for name, make in FORMS.items()}
-    for name, each in nets.items():
-        torch.save({"params": each.state_dict()}, folder / f"{name}.pth")
-    torch.save({"params": older_fused(net)}, folder / "older.pth")
-    return {**nets, "older": net}
-
-
 @pytest.mark.skipif(not COMFYUI, reason="needs a checkout of ComfyUI: COMFYUI=/path/to/ComfyUI")
 @pytest.mark.parametrize("way", ["link", "copy"])
 def test_its_own_nodes_take_files_of_every_form_in_tiles(way: str, tmp_path: Path) -> None:
@@ -64,22 +53,21 @@ def test_its_own_nodes_take_files_of_every_form_in_tiles(way: str, tmp_path: Pat
         for source, target in ((FOLDER, node), (ROOT / "aethersr", node), (ROOT / "archs", node)):
             place = target if source == FOLDER else target / source.name
             shutil.copytree(source, place, ignore=shutil.ignore_patterns("__pycache__"))
-    nets = write_every_form(models)
+    net = small_net(2, embed_dim=16, depths=(1, 1), use_channel_attn=False, use_spatial_attn=False).float()
+    nets = {name: make(copy.deepcopy(net)) for name, make in FORMS.items()}
+    states = {name: each.state_dict() for name, each in nets.items()}
+    for name, state in {**states, "older": older_fused(net)}.items():
+        torch.save({"params": state}, models / f"{name}.pth")
     image = torch.rand(1, 40, 560, 3, generator=torch.Generator().manual_seed(0))  # wider than a tile of 512
     np.save(models / "image.npy", image.numpy())
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, COMFYUI, models, node],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    words = [sys.executable, "-c", SCRIPT, COMFYUI, models, node]
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "loaded True" in done.stdout
-    for name, net in nets.items():
+    for name, each in {**nets, "older": net}.items():
         with torch.no_grad():
-            expected = net(image.movedim(-1, 1)).clamp(0, 1).movedim(1, -1).numpy()
+            expected = each(image.movedim(-1, 1)).clamp(0, 1).movedim(1, -1).numpy()
         output = np.load(models / f"{name}.pth.npy")
         assert output.shape == expected.shape == (1, 80, 1120, 3)
         # ComfyUI blends tiles over an overlap of 32, the outermost pixels of a tile included.

@@ -19,8 +19,8 @@ from aethersr.commands import Parser, exit_code
 from aethersr.errors import UserError, is_out_of_memory, missing_package
 
 sys.path[:0] = [str(ROOT / name) for name in ("training", "demo")]
-SCRIPTS = ("prepare_pictures", "draw_graphics", "overlap", "photographs", "basicsr_train", "serve_web",
-           "model_card", "aethersr.commands.upscale", "aethersr.commands.evaluate")  # fmt: skip
+SCRIPTS = ["prepare_pictures", "draw_graphics", "overlap", "photographs", "basicsr_train", "serve_web"]
+SCRIPTS += ["model_card", *(f"aethersr.commands.{name}" for name in ("evaluate", "fuse", "upscale"))]
 ALLOCATORS = [
     MemoryError(),
     torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),

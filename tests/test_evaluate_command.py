@@ -53,7 +53,6 @@ def table(capsys: Any, *arguments: object) -> List[List[str]]:
 
 
 def decibels(capsys: Any, *arguments: object) -> List[float]:
-    """Of each network, without bicubic."""
     return [float(row[1].split(" / ")[0]) for row in table(capsys, *arguments)[2:]]
 
 
@@ -68,9 +67,7 @@ def truths(hr: Path) -> List[np.ndarray]:
     return [crop_to_multiple(np.asarray(Image.open(hr / name)), 2) for name in ("a.png", "b.bmp")]
 
 
-def test_bicubic_and_a_network_are_measured_on_the_reductions_that_matlab_makes(
-    hr: Path, tmp_path: Path, capsys: Any
-) -> None:
+def test_both_are_measured_on_the_reductions_that_matlab_makes(hr: Path, tmp_path: Path, capsys: Any) -> None:
     net = network(tmp_path / "net.pth")
     bicubic, ours = [], []
     for truth in truths(hr):

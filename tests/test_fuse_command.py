@@ -30,15 +30,7 @@ X = torch.rand(1, 3, 11, 15, generator=torch.Generator().manual_seed(2))
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    path = tmp_path / "net_g_latest.pth"
-    torch.save({"params": STATE}, path)
-    return path
-
-
 def assert_same(path: Path, state: Dict[str, Tensor]) -> None:
-    """The file holds the network of ``state``."""
     written = load_file(str(path)) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
     with torch.no_grad():
         expected, output = (aether_from_state_dict(each)(X) for each in (state, written))
@@ -46,38 +38,28 @@ def assert_same(path: Path, state: Dict[str, Tensor]) -> None:
 
 
 @pytest.fixture
-def refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> Callable[..., str]:
+def refused(tmp_path: Path, capsys: Any) -> Callable[..., str]:
     """Runs the command and returns its line; expects exit code 2, and that no file appeared or changed."""
 
-    def files() -> Dict[Path, int]:
-        return {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-
     def refusal(*arguments: Any) -> str:
-        before = files()
+        before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
         assert run(*arguments) == 2
-        assert files() == before
+        assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
         return one_line(capsys.readouterr().err)
 
     return refusal
 
 
-# --------------------------------------------------------------------------------------------- what it writes
+LARGE = pytest.param("aether_large", 3, marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize(
-    ("variant", "scale", "device"),
-    [
-        ("aether_medium", 4, None),
-        ("aether_small", 2, "cpu"),
-        pytest.param("aether_large", 3, None, marks=pytest.mark.slow),
-    ],
-)
-def test_the_three_published_examples(tmp_path: Path, variant: str, scale: int, device: str) -> None:
+@pytest.mark.parametrize(("variant", "scale"), [("aether_medium", 4), ("aether_small", 2), LARGE])
+def test_the_three_published_examples(tmp_path: Path, variant: str, scale: int) -> None:
     """As a process, from another folder, words as in the seed."""
     state = randomize(getattr(aether_arch, variant)(scale=scale)).state_dict()
     torch.save({"params": state}, tmp_path / "trained.pth")
     words = ["--model_path", "trained.pth", "--output_path", "./fused.pth", "--model_type", variant]
-    words += ["--upscale", str(scale)] + (["--device", device] if device else [])
+    words += ["--upscale", str(scale)] + (["--device", "cpu"] if scale == 2 else [])
     command = [sys.executable, str(ROOT / "fuse_aether.py"), *words]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
@@ -89,10 +71,9 @@ def test_the_three_published_examples(tmp_path: Path, variant: str, scale: int, 
 
 
 @pytest.mark.parametrize("ending", [".pth", ".safetensors"])
-def test_type_and_scale_may_be_left_out_and_times_are_measured_on_request(
+def test_type_and_scale_may_be_left_out_and_times_are_told_on_request(
     checkpoint: Path, ending: str, capsys: Any
 ) -> None:
-    """Accuracy, half precision and sizes are always told."""
     target = checkpoint.with_name("fused" + ending)
     assert run(checkpoint, target) == 0
     assert_same(target, STATE)
@@ -114,9 +95,6 @@ def test_an_older_fused_file_is_refused_unless_asked_for(tmp_path: Path, refused
     assert "--accept_older_fused" in refused(*arguments)
     assert run(*arguments, "--accept_older_fused") == 0
     assert_same(tmp_path / "b.pth", STATE)
-
-
-# --------------------------------------------------------------------------------------------------- one line
 
 
 OPTIONS = [
@@ -141,8 +119,6 @@ OPTIONS = [
     ("--input a.pth", "--input is not an option: pass --model_path"),
     ("--model_path https://a.b/c.pth", "https://a.b/c.pth is a web address"),
     ("--check-fp16", "what half precision costs is always printed"),
-    ("--onxx fp32", "--onxx is not an option: the nearest one is --onnx"),
-    ("--output-path b.pth", "--output-path is not an option: the nearest one is --output_path"),
 ]
 
 
@@ -154,14 +130,10 @@ def test_an_option_that_does_not_fit_ends_in_one_line(
     assert words in refused(checkpoint, checkpoint.with_name("b.pth"), *options.split())
 
 
-def test_the_two_paths_are_asked_for_and_the_version_is_told(capsys: Any) -> None:
+def test_the_two_paths_are_asked_for(capsys: Any) -> None:
     for arguments, words in (([], "--model_path, --output_path"), (["--model_path", "a"], "--output_path")):
         assert fuse.main(arguments) == 2
         assert f"required: {words}" in one_line(capsys.readouterr().err)
-    with pytest.raises(SystemExit) as stop:
-        fuse.main(["--version"])
-    assert stop.value.code == 0
-    assert capsys.readouterr().out == f"{fuse.PROGRAM} {aether_arch.__version__}\n"
 
 
 def test_outputs_are_checked_before_anything_is_written(checkpoint: Path, refused: Any, capsys: Any) -> None:
@@ -189,7 +161,6 @@ def test_weights_that_are_not_fused_end_in_one_line_that_names_the_file(tmp_path
     without = {name: value for name, value in STATE.items() if name != "conv_last.bias"}
     for words, content, *arguments in (
         ("Keys at the top: 'iter'", {"iter": 3}),
-        ("'mean' holds NaN or Inf", {**STATE, "mean": torch.full((1, 3, 1, 1), float("nan"))}),
         ("fused already (fused form)", FUSED),
         ("fused already (int8 form)", int8),
         ("conv_last.bias", without),
@@ -206,63 +177,21 @@ def test_weights_that_are_not_fused_end_in_one_line_that_names_the_file(tmp_path
         assert str(tmp_path / "a.pth") in line
 
 
-@pytest.mark.parametrize(
-    ("fault", "words"),
-    [
-        ("another value", "'head.bias' has other values"),
-        ("no head.bias", "missing: 1 (head.bias)"),
-        ("cut", "b.pth was not written: reading it back failed, it "),
-    ],
-)
-def test_a_written_file_that_is_not_the_network_is_not_kept_and_the_reason_is_said(
-    checkpoint: Path, refused: Any, monkeypatch: Any, fault: str, words: str
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_written_file_that_is_not_the_network_is_not_kept(
+    checkpoint: Path, refused: Any, monkeypatch: Any, cut: bool
 ) -> None:
     written = fuse.write_state
 
     def wrong(state: Dict[str, Tensor], path: Path, metadata: Dict[str, str]) -> None:
-        if fault == "another value":
-            state = {**state, "head.bias": state["head.bias"] + 1e-5}
-        elif fault == "no head.bias":
-            state = {name: value for name, value in state.items() if name != "head.bias"}
-        written(state, path, metadata)
-        if fault == "cut":
+        written({**state, "head.bias": state["head.bias"] + 1e-5}, path, metadata)
+        if cut:
             path.write_bytes(path.read_bytes()[:-50])
 
     monkeypatch.setattr(fuse, "write_state", wrong)
     line = refused(checkpoint, checkpoint.with_name("b.pth"))
-    assert words in line
+    assert ("b.pth was not written: reading it back failed, it " if cut else "'head.bias' has other") in line
     assert ".part" not in line, "the name of a file that is gone"
-
-
-# ---------------------------------------------------------------------------------------------- what it needs
-
-HIDDEN = ("safetensors", "onnx", "onnxruntime", "onnxslim", "numpy", "yaml", "tqdm", "PIL", "cv2", "spandrel")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error"),
-    [
-        ("--output_path out.pth", ""),
-        ("--output_path out.safetensors", "pip install safetensors"),
-        ("--output_path a.pth --onnx fp32", 'pip install onnx (or pip install ".[onnx]" in'),
-    ],
-)
-def test_what_the_command_loads_needs_torch_alone(
-    tmp_path: Path, checkpoint: Path, arguments: str, error: str
-) -> None:
-    """Other packages are hidden, and the run starts in another folder."""
-    code = f"""
-import runpy, sys
-for name in {HIDDEN}:
-    sys.modules[name] = None
-sys.argv[0] = "fuse_aether.py"
-runpy.run_path({str(ROOT / "fuse_aether.py")!r}, run_name="__main__")
-"""
-    command = [sys.executable, "-c", code, "--model_path", str(checkpoint), *arguments.split()]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == (2 if error else 0), done.stderr
-    assert error in done.stderr
-    assert done.stderr.count("\n") == bool(error)
 
 
 def test_the_script_without_its_folders_says_in_one_line_what_is_missing(tmp_path: Path) -> None:

@@ -7,30 +7,17 @@ from typing import Any, Dict
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 from checkpoints import fuse as run
-from conftest import one_line, small_net
-from PIL import Image
-from skimage import data as photographs
+from conftest import PLAIN, one_line, run_onnx, small_net
 from test_half_precision import blown_up
 
 from aethersr import half_precision
 
-SMALL: Dict[str, Any] = {
-    "embed_dim": 16,
-    "depths": (1, 1),
-    "use_channel_attn": False,
-    "use_spatial_attn": False,
-}
-IMAGE = torch.rand(1, 3, 20, 24, generator=torch.Generator().manual_seed(1))
+IMAGE = np.random.default_rng(1).random((1, 3, 20, 24), np.float32)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def output(path: Path) -> Any:
-    return onnxruntime.InferenceSession(str(path)).run(None, {"input": IMAGE.numpy()})[0]
 
 
 def contents(folder: Path) -> Dict[str, bytes]:
@@ -38,22 +25,12 @@ def contents(folder: Path) -> Dict[str, bytes]:
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    folder = tmp_path / "pictures"
-    folder.mkdir()
-    for name in ("coffee", "chelsea"):
-        Image.fromarray(getattr(photographs, name)()[:96, :96]).save(folder / f"{name}.png")
-    return folder
-
-
-@pytest.fixture
 def trained(tmp_path: Path) -> Path:
-    """A checkpoint of quantisation-aware training."""
-    torch.save({"params": small_net(2, **SMALL).float().prepare_qat().state_dict()}, tmp_path / "qat.pth")
+    torch.save({"params": small_net(2, **PLAIN).float().prepare_qat().state_dict()}, tmp_path / "qat.pth")
     return tmp_path / "qat.pth"
 
 
-def test_the_ranges_are_those_of_the_training_unless_pictures_are_given(
+def test_ranges_are_those_of_the_training_unless_pictures_are_given(
     trained: Path, pictures: Path, capsys: Any
 ) -> None:
     words = [trained, trained.with_name("a.pth"), "--onnx", "int8", "--license", "CC0-1.0", "--overwrite"]
@@ -69,14 +46,15 @@ def test_the_ranges_are_those_of_the_training_unless_pictures_are_given(
 
 
 def test_finished_weights_become_onnx_files_too(tmp_path: Path, pictures: Path, capsys: Any) -> None:
-    net = small_net(2, **SMALL).float()
+    net = small_net(2, **PLAIN).float()
     torch.save(net.state_dict(), tmp_path / "net.pth")
     torch.save(net.fused().half().state_dict(), tmp_path / "fused.pth")
     options = ["--onnx", "fp32,int8,fp32", "--calibration", pictures]
     for name, target in (("net", "first_fused.pth"), ("fused", "second_fp16.pth")):
         assert run(tmp_path / f"{name}.pth", tmp_path / target, *options) == 0
     for precision in ("fp32", "int8"):
-        first, second = (output(tmp_path / f"{name}_{precision}.onnx") for name in ("first", "second"))
+        files = [tmp_path / f"{name}_{precision}.onnx" for name in ("first", "second")]
+        first, second = (run_onnx(file, IMAGE) for file in files)
         assert np.abs(first - second).mean() < 0.01 * first.std(), precision
     capsys.readouterr()
     assert run(tmp_path / "fused.pth", tmp_path / "b.pth") == 2
@@ -93,12 +71,12 @@ def test_int8_is_made_from_the_rescaled_weights(
     arguments = [] if source == "trained" else ["--calibration", pictures]
     assert run(path, tmp_path / "a.pth", "--onnx", "int8", *arguments) == 0, capsys.readouterr().err
     assert "Rescaled for half precision" in capsys.readouterr().out
-    expected = small_net(2)(IMAGE.double()).detach().numpy()
-    assert np.abs(output(tmp_path / "a_int8.onnx") - expected).mean() < 0.2 * expected.std()
+    expected = small_net(2)(torch.from_numpy(IMAGE).double()).detach().numpy()
+    assert np.abs(run_onnx(tmp_path / "a_int8.onnx", IMAGE) - expected).mean() < 0.2 * expected.std()
 
 
-def test_all_files_stay_as_they_were_where_the_last_one_fails(
-    trained: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+def test_all_files_stay_as_they_were_if_the_last_one_fails(
+    trained: Path, capsys: Any, monkeypatch: Any
 ) -> None:
     """How they come and go together: test_files.py."""
     arguments = [trained, trained.with_name("a.pth"), "--onnx", "fp32", "int8,fp32", "--overwrite"]
@@ -119,8 +97,8 @@ def test_all_files_stay_as_they_were_where_the_last_one_fails(
 
 
 @pytest.mark.parametrize("name", ["a.pth", "a_fp32.onnx", "a_fp16.onnx"])
-def test_an_output_that_appears_while_the_run_works_is_not_overwritten_unasked(
-    trained: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch, name: str
+def test_an_output_that_appears_meanwhile_is_not_overwritten(
+    trained: Path, capsys: Any, monkeypatch: Any, name: str
 ) -> None:
     fit = half_precision.fit_half_precision_
 

@@ -9,12 +9,11 @@ from typing import Any, Dict, cast
 
 import aether_arch
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 from aether_arch import AetherNet, FusedAetherNet
 from checkpoints import fuse
-from conftest import ROOT, one_line, small_net
+from conftest import ROOT, one_line, run_onnx, small_net
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -68,9 +67,6 @@ def blown_up(net: FusedAetherNet, name: str, power: int = 17) -> FusedAetherNet:
     return net
 
 
-# -------------------------------------------------------------------------------------------------- rescaling
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_rescaled_network_gives_the_same_bits(name: str) -> None:
@@ -86,12 +82,12 @@ def test_the_rescaled_network_gives_the_same_bits(name: str) -> None:
 
 LARGE = ("stream", "stages.0.0 attention", "fusion_convs", "body_norm", "stages.1.1 depthwise")
 BOTH = ("stages.0.0 product", "conv_before_upsample")
+POWERS = [*((name, 17) for name in (*LARGE, *BOTH)), *((name, -22) for name in BOTH)]
+RELEASED = sorted((ROOT / "weights").glob("*_training_fp16.safetensors"))
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(
-    ("name", "power"), [*((name, 17) for name in (*LARGE, *BOTH)), *((name, -22) for name in BOTH)]
-)
+@pytest.mark.parametrize(("name", "power"), POWERS)
 def test_weights_that_half_precision_does_not_hold_are_fine_once_rescaled(name: str, power: int) -> None:
     net = trained_net("norm kept").fused().float()
     other = blown_up(copy.deepcopy(net), name, power)
@@ -114,9 +110,6 @@ def test_a_quantised_network_is_rescaled_with_its_ranges(bound: Any) -> None:
     assert not torch.equal(other.head.weight, trained.head.weight)
     for title, picture in pictures_of(trained).items():
         assert float((other(picture) - trained(picture)).abs().max()) <= 1e-5, title
-
-
-# --------------------------------------------------------------------------------------------- what it costs
 
 
 @torch.no_grad()
@@ -148,9 +141,7 @@ def test_a_last_norm_whose_merging_would_show_in_the_picture_is_kept() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(
-    "path", sorted((ROOT / "weights").glob("*_training_fp16.safetensors")), ids=lambda path: path.name
-)
+@pytest.mark.parametrize("path", RELEASED, ids=lambda path: path.name)
 def test_the_released_weights_lose_nothing_that_shows(path: Path) -> None:
     """Beside float32, on a photograph: kernels stored in half precision, and everything computed in it."""
     from skimage import data
@@ -169,9 +160,6 @@ def test_the_released_weights_lose_nothing_that_shows(path: Path) -> None:
     plain, stored, computed = (psnr(truth, each.astype(np.uint8), net.scale) for each in shown)
     assert abs(stored - plain) <= 0.003
     assert abs(computed - plain) <= 0.01  # within 0.003 on Set5, which is 50 times as large
-
-
-# ------------------------------------------------------------------------------------------------ the command
 
 
 class Folder:
@@ -220,14 +208,14 @@ def test_the_released_files_hold_the_rescaled_network(folder: Folder) -> None:
     picture = hard_pictures(3)["noise"]
     expected = net.float()(picture)
     outputs = [in_half_precision(aether_from_state_dict(load_file(str(folder.target))), picture)]
-    session = onnxruntime.InferenceSession(str(folder.path / "2x_b_fp16.onnx"))
-    outputs.append(torch.from_numpy(session.run(["output"], {"input": picture.half().numpy()})[0]).float())
+    found = run_onnx(folder.path / "2x_b_fp16.onnx", picture.half().numpy())
+    outputs.append(torch.from_numpy(found).float())
     for output in outputs:
         assert float((output - expected).abs().max()) <= 4e-3 * float(expected.abs().max().clamp(min=1))
 
 
 @torch.no_grad()
-def test_what_no_rescaling_helps_is_an_error_where_half_precision_is_asked_for_and_else_said(
+def test_what_no_rescaling_helps_is_an_error_for_half_precision_else_said(
     folder: Folder,
 ) -> None:
     """A gate beyond half precision in a block that adds next to nothing, and an output that runs away."""
@@ -248,8 +236,8 @@ def test_what_no_rescaling_helps_is_an_error_where_half_precision_is_asked_for_a
         assert [path.name for path in folder.path.iterdir()] == ["a.pth"]
 
 
-def test_a_picture_on_which_the_network_itself_runs_away_is_named_and_does_not_count(
-    folder: Folder, monkeypatch: pytest.MonkeyPatch
+def test_a_picture_on_which_the_network_runs_away_is_named_and_does_not_count(
+    folder: Folder, monkeypatch: Any
 ) -> None:
     pictures = {**hard_pictures(3), "glare": torch.full((1, 3, 9, 9), 1e4)}
     monkeypatch.setattr(half_precision, "hard_pictures", lambda channels: pictures)

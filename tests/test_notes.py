@@ -43,15 +43,10 @@ def test_an_orientation_in_xmp_turns_nothing_and_is_reset_where_that_of_exif_tur
     assert both.notes == {"XMP": XMP.replace(b"6", b"1")}
 
 
-@pytest.mark.parametrize(
-    ("kind", "dtype"),
-    [
-        *((kind, np.uint8) for kind in sorted({*FORMATS.values()})),
-        ("PNG", np.uint16),
-        ("TIFF", np.uint16),
-        ("AVIF", np.uint16),
-    ],
-)
+DEEP = [(kind, np.uint16) for kind in ("PNG", "TIFF", "AVIF")]
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [*((kind, np.uint8) for kind in KINDS), *DEEP])
 def test_notes_are_kept_or_named(tmp_path: Path, kind: str, dtype: Any) -> None:
     text = (b"iTXt", b"workflow" + bytes(5) + "{\u00fc}".encode())
     notes = {"colour profile": PROFILE, "EXIF": EXIF.tobytes(), "XMP": XMP, "IPTC": IPTC,
@@ -84,7 +79,6 @@ def test_notes_are_kept_or_named(tmp_path: Path, kind: str, dtype: Any) -> None:
 
 
 def png(*chunks: Tuple[bytes, bytes]) -> bytes:
-    """A picture with these chunks after the head."""
     whole = saved(IMAGE, "PNG")
     for name, data in reversed(chunks):
         check = struct.pack(">I", zlib.crc32(name + data))
@@ -125,9 +119,7 @@ JFIF = b"\xff\xe0\0\x10JFIF\0\1\1%c%c%c%c%c\0\0"
         (saved(IMAGE, "TIFF"), {}),
     ],
 )
-def test_notes_are_read_as_they_stand_and_none_is_invented(
-    tmp_path: Path, content: bytes, notes: Any
-) -> None:
+def test_notes_are_read_as_they_are_and_none_is_invented(tmp_path: Path, content: bytes, notes: Any) -> None:
     """Malformed and second ones are no notes. Each format gives back what it was given, and nothing more."""
     picture = read(tmp_path, content)
     for kind in ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "AVIF"):

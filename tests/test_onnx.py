@@ -15,7 +15,7 @@ import pytest
 import torch
 from aether_arch import AetherBase, AetherNet
 from checkpoints import FORMS
-from conftest import randomize, small_net
+from conftest import randomize, run_onnx, small_net
 
 from aethersr.onnx import OPSETS, PRECISIONS, TARGETS, export_onnx
 
@@ -42,17 +42,11 @@ def exported(
     return onnx.load(export_onnx(net, net.scale, precision, str(folder / "net.onnx"), **arguments))
 
 
-def run(model: Any, image: Any) -> Any:
-    content = model if isinstance(model, str) else model.SerializeToString()
-    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    return session.run(["output"], {"input": np.asarray(image)})[0]
-
-
 @torch.no_grad()
 def assert_agrees(model: Any, net: AetherBase, image: Any, bound: float = 1e-5) -> None:
     """The session's output is the network's but for ``bound``, relative to the largest value from 1."""
-    output, expected = run(model, image), net(torch.from_numpy(np.asarray(image)).float()).numpy()
-    assert (output.dtype, output.shape) == (np.asarray(image).dtype, expected.shape)
+    output, expected = run_onnx(model, image), net(torch.from_numpy(image).float()).numpy()
+    assert (output.dtype, output.shape) == (image.dtype, expected.shape)
     assert np.abs(output - expected).max() <= bound * max(1.0, np.abs(expected).max())
 
 
@@ -66,9 +60,6 @@ def inferred(model: onnx.ModelProto, height: int, width: int) -> List[Any]:
     model = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
     shape = model.graph.output[0].type.tensor_type.shape
     return [dim.dim_value if dim.HasField("dim_value") else dim.dim_param for dim in shape.dim]
-
-
-# ------------------------------------------------------------------------------------ the file and its values
 
 
 @pytest.mark.parametrize("scale", aether_arch.SCALES)
@@ -110,9 +101,7 @@ def test_the_model_and_the_random_generator_are_left_as_they_were(tmp_path: Path
             assert torch.equal(before[name], value)
 
 
-def test_the_file_says_what_it_is_and_the_same_network_gives_the_same_bytes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_file_says_what_it_is_and_its_bytes_are_always_the_same(tmp_path: Path, monkeypatch: Any) -> None:
     net, metadata = network(), {"author": "Änne"}
     paths = [export_onnx(net, 2, output_path=str(tmp_path / name), metadata=metadata) for name in ("a", "b")]
     assert Path(paths[0]).read_bytes() == Path(paths[1]).read_bytes()
@@ -141,9 +130,6 @@ def test_other_programs_own_export_works(tmp_path: Path, form: str, dynamo: bool
         assert_agrees(path, net, torch.rand(shape).numpy())
 
 
-# ----------------------------------------------------------------------------------------- shapes and readers
-
-
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("static", [None, (3, 16, 24)])
 def test_upscalers_find_what_they_look_for(
@@ -162,7 +148,7 @@ def test_upscalers_find_what_they_look_for(
     if static:
         assert shapes == [[1, 3, 16, 24], [1, 3, 32, 48]]
         with pytest.raises(Exception, match="invalid dimensions"):
-            run(model, np.zeros((1, 3, 16, 25), DTYPES[precision]))
+            run_onnx(model, np.zeros((1, 3, 16, 25), DTYPES[precision]))
         return
     assert shapes == [["batch", 3, "height", "width"], ["batch", 3, "out_height", "out_width"]]
     # vs-mlrt fixes the input's batch and size and the output's batch, and drops all shapes in between.
@@ -176,9 +162,6 @@ def test_upscalers_find_what_they_look_for(
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     image = np.zeros((1, 3, 12, 20), DTYPES[precision])
     assert session.run(None, {"input": image})[0].shape == (1, 3, 24, 40)
-
-
-# --------------------------------------------------------------------------------------- opsets and operators
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -195,39 +178,31 @@ def test_opsets_from_first_to_last_work_with_allowed_operators(tmp_path: Path, p
     assert len(simple.graph.node) < len(plain.graph.node)
     assert simple.ByteSize() < 1.1 * plain.ByteSize()
     image = np.random.default_rng(0).random((2, 3, 9, 14)).astype(DTYPES[precision])
-    outputs = [run(model, image) for model in (plain, simple)]
+    outputs = [run_onnx(model, image) for model in (plain, simple)]
     # ONNX Runtime computes parts of an fp16 graph in float32 on a CPU, and not the same parts of both.
     allowed = (1e-2 if precision == "fp16" else 1e-6) * np.abs(outputs[0]).max()
     assert np.abs(outputs[0] - outputs[1]).max() <= allowed
 
 
-# --------------------------------------------------------------------------------------------------- refusals
+REFUSED: List[Tuple[Dict[str, Any], str]] = [
+    ({"scale": 4}, "scale=4 was asked for, the model has scale=2"),
+    ({"precision": "fp8"}, "precision='fp8' is not known; allowed: fp32, fp16, int8"),
+    ({"precision": "int8"}, "needs a quantised network: prepare_qat"),
+    ({"target": "cpu"}, "target='cpu' is not known; allowed: onnxruntime"),
+    ({"static": (1, 8, 8)}, r"static=\(1, 8, 8\) is not possible; expected \(3, height, width\)"),
+    ({"precision": "fp16", "opset": 10}, "opset=10 is not possible for fp16; allowed: 11 to 23"),
+    ({"opset": "17"}, "opset='17' is not possible"),
+]
 
 
-@pytest.mark.parametrize(
-    ("precision", "arguments", "words"),
-    [
-        ("fp32", {"scale": 4}, "scale=4 was asked for, the model has scale=2"),
-        ("fp8", {}, "precision='fp8' is not known; allowed: fp32, fp16, int8"),
-        ("int8", {}, "needs a quantised network: prepare_qat"),
-        ("fp32", {"target": "cpu"}, "target='cpu' is not known; allowed: onnxruntime"),
-        ("fp32", {"static": (1, 8, 8)}, r"static=\(1, 8, 8\) is not possible; expected \(3, height, width\)"),
-        ("fp16", {"opset": 10}, "opset=10 is not possible for fp16; allowed: 11 to 23"),
-        ("fp32", {"opset": "17"}, "opset='17' is not possible"),
-    ],
-)
-def test_what_does_not_fit_is_refused(
-    tmp_path: Path, precision: str, arguments: Dict[str, Any], words: str
-) -> None:
-    options = {"scale": 2, "precision": precision, "output_path": str(tmp_path / "net.onnx"), **arguments}
-    with pytest.raises(ValueError, match=words):
-        export_onnx(network(), **options)
+def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
+    for arguments, words in REFUSED:
+        with pytest.raises(ValueError, match=words):
+            export_onnx(network(), **{"scale": 2, "output_path": str(tmp_path / "net.onnx"), **arguments})
     assert not list(tmp_path.iterdir())
 
 
-def test_a_session_that_disagrees_leaves_the_folder_as_it_was(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_session_that_disagrees_leaves_the_folder_as_it_was(tmp_path: Path, monkeypatch: Any) -> None:
     (tmp_path / "net.onnx").write_text("of an earlier run")
     wrong = np.zeros((2, 3, 1, 1), np.float32)
     monkeypatch.setattr(onnxruntime.InferenceSession, "run", lambda self, names, feed: [wrong])

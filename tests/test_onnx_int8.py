@@ -12,7 +12,7 @@ import onnxruntime
 import pytest
 import torch
 from aether_quant import TARGETS, QuantAetherNet
-from conftest import ROOT, small_net
+from conftest import ROOT, run_onnx, small_net
 from PIL import Image
 from safetensors.torch import load_file
 from skimage import data as photographs
@@ -42,8 +42,7 @@ def exported(folder: Path, net: QuantAetherNet, target: str, **options: Any) -> 
 
 
 def run(model: onnx.ModelProto, image: torch.Tensor) -> torch.Tensor:
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    return torch.from_numpy(np.asarray(session.run(None, {"input": image.numpy()})[0]))
+    return torch.from_numpy(run_onnx(model, image.numpy()))
 
 
 def constants(model: onnx.ModelProto) -> Dict[str, Any]:

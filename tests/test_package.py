@@ -17,7 +17,7 @@ from typing import Iterator, List
 import aether_arch
 import pytest
 import torch
-from conftest import ROOT, small_net
+from conftest import ROOT
 from PIL import Image
 
 USAGE = (ROOT / "tests" / "golden" / "first_published_usage.md").read_text()
@@ -74,13 +74,6 @@ def needed(name: str) -> Iterator[str]:
     for line in requirements:
         if "extra ==" not in line:
             yield from needed(re.match(r"[\w.-]+", line)[0])  # type: ignore[index]
-
-
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    path = tmp_path / "net_g_latest.pth"
-    torch.save({"params": small_net(2, embed_dim=8, depths=(1,)).float().state_dict()}, path)
-    return path
 
 
 def run(*command: object, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:

@@ -84,7 +84,6 @@ FIRST = "Runtimes: which file for which program"
 
 
 def block(heading: str, language: str = "python") -> str:
-    """The code under a heading of docs/runtimes.md."""
     start = rf"^#+ {re.escape(heading)}\n(?:(?!^#).)*?^```{language}\n(.*?)^```"
     found = re.search(start, PAGE, re.DOTALL | re.MULTILINE)
     assert found, heading
@@ -109,7 +108,6 @@ def test_the_first_command_makes_the_files_of_the_table(tmp_path: Path) -> None:
 
 
 def test_mnn(tmp_path: Path) -> None:
-    """By the page's command."""
     pytest.importorskip("MNN", reason="needs MNN: pip install MNN")
     import MNN.expr as expr
     import MNN.nn as nn
@@ -149,9 +147,7 @@ def test_every_block_that_can_run_here_is_run_by_a_test() -> None:
 
 
 @pytest.mark.parametrize(("heading", "package"), DOCUMENTED)
-def test_the_documented_code_runs(
-    heading: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_documented_code_runs(heading: str, package: str, tmp_path: Path, monkeypatch: Any) -> None:
     sys.path.insert(0, str(ROOT / "demo"))
     from basicsr_train import import_torchvision
 

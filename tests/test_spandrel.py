@@ -34,7 +34,7 @@ FLOAT_FORMS = ("training", "fused", "older fused")
 
 
 @pytest.fixture(autouse=True)
-def _installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def _installed(monkeypatch: Any) -> None:
     registry = spandrel.MAIN_REGISTRY.copy()
     for name in ("_architectures", "_ordered", "_by_id"):  # what install() does must not outlive the test
         monkeypatch.setattr(spandrel.MAIN_REGISTRY, name, getattr(registry, name))
@@ -42,7 +42,6 @@ def _installed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def state_of(form: str, **options: Any) -> Dict[str, Tensor]:
-    """State dict of a small network with random statistics."""
     net = small_net(**{"embed_dim": 16, "lk_kernel": 7, **options}).float()
     return older_fused(net) if form == "older fused" else FORMS[form](net).state_dict()
 
@@ -81,9 +80,10 @@ def test_a_file_of_each_form_is_described_runs_and_is_no_others(form: str, tmp_p
     assert len(spandrel.MAIN_REGISTRY) > 40
 
 
-@pytest.mark.parametrize(
-    ("size", "form"), [("small_96dim_16nb", "training"), ("medium_128dim_24nb", "fused")]
-)
+SIZES = [("small_96dim_16nb", "training"), ("medium_128dim_24nb", "fused")]
+
+
+@pytest.mark.parametrize(("size", "form"), SIZES)
 def test_a_released_variant_is_described_in_full(size: str, form: str, tmp_path: Path) -> None:
     variant, *tags = size.split("_")
     net = getattr(aether_arch, f"aether_{variant}")(scale=2)

@@ -11,15 +11,12 @@ class Clock:
     """Time that only passes when a candidate runs."""
 
     def __init__(self) -> None:
-        self.now = 0.0
-        self.calls = ""
+        self.now, self.calls = 0.0, ""
 
     def __call__(self) -> float:
         return self.now
 
-    def times(
-        self, candidates: Dict[str, List[float]], rounds: int, seconds: float
-    ) -> Dict[str, List[float]]:
+    def times(self, candidates: Any, rounds: int, seconds: float) -> Dict[str, List[float]]:
         def takes(name: str) -> Any:
             def run() -> None:
                 self.now += candidates[name][min(self.calls.count(name), len(candidates[name]) - 1)]

@@ -77,15 +77,6 @@ def test_what_exists_is_not_completed(name: str, mine: Path, tmp_path: Path, cap
     assert [path.name for path in (tmp_path / "pairs").iterdir()] == [name]
 
 
-def test_a_run_that_is_stopped_leaves_nothing(mine: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    def stopped(*arguments: Any) -> List[Any]:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(prepare_pictures, "cuts", stopped)
-    assert prepare(tmp_path / "pairs", "--pictures", mine, "--reductions", 1) == 130
-    assert list((tmp_path / "pairs").iterdir()) == []
-
-
 @pytest.mark.parametrize(("source", "words"), [
     ("mine", "no crop of mine is sharp enough"),
     ("none", "--pictures none is not a folder"),
@@ -146,19 +137,12 @@ def test_textures_come_from_the_archives_in_their_packages(
     assert "wallpaper_1.deb is damaged" in capsys.readouterr().err
 
 
-# ------------------------------------------------------------ the route without a GPU, docs/fine-tuning.md
-
-
-@pytest.mark.parametrize(
-    ("task", "words"), [("train", "is no traiNNer-redux"), ("-opt", "expected train or test")]
-)
-def test_the_launcher_says_where_and_how_it_starts(
-    task: str, words: str, tmp_path: Path, monkeypatch: Any
-) -> None:
+def test_the_launcher_says_where_and_how_it_starts(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["trainner_redux_cpu.py", task])
-    with pytest.raises(SystemExit, match=words):
-        trainner_redux_cpu.main()
+    for task, words in (("train", "is no traiNNer-redux"), ("-opt", "expected train or test")):
+        monkeypatch.setattr(sys, "argv", ["trainner_redux_cpu.py", task])
+        with pytest.raises(SystemExit, match=words):
+            trainner_redux_cpu.main()
 
 
 def started_by_the_page(language: str) -> List[str]:

@@ -53,7 +53,6 @@ def upscaled(pixels: np.ndarray, network: Any, alpha: bool = False, **options: A
 
 
 def job(folder: Path, name: str, *shape: int) -> Job:
-    """A picture of noise and what it is to become."""
     source = folder / "in" / name
     source.parent.mkdir(exist_ok=True)
     pixels = np.random.default_rng(0).integers(0, 256, shape or (9, 11, 3), np.uint8)
@@ -76,7 +75,7 @@ def neighbourhood(pixels: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("colour", [(0, 0, 0), (255, 255, 255), (128, 128, 128), (255, 0, 0), (9, 99, 199)])
 @pytest.mark.parametrize("hidden", ["as it is", "low alpha"])
-def test_what_is_cut_out_looks_over_any_colour_as_if_it_had_stood_there(
+def test_what_is_cut_out_looks_right_over_any_colour(
     new: TorchNetwork, hidden: str, colour: Tuple[int, int, int]
 ) -> None:
     disc = np.array(Image.open(CASES / "alpha_disc.png"))
@@ -133,7 +132,6 @@ def test_alpha_and_colours_come_nearest_to_both_pictures_at_their_worst_channel(
 
 
 def test_an_edge_of_what_is_cut_out_is_clean_through_any_network() -> None:
-    """What is clear stays clear, what is opaque opaque, and there is no other colour along the edge."""
     net = TorchNetwork(small_net(2, embed_dim=8, depths=(1,), lk_kernel=3).float().fused())
     pixels = np.full((24, 40, 4), (200, 10, 60, 255), np.uint8)
     pixels[:, :20] = 0
@@ -153,7 +151,7 @@ def test_one_alpha_everywhere_stays_and_changes_no_colour(new: TorchNetwork) -> 
         assert (out[..., 3] == alpha).all()
 
 
-def test_16_bits_on_an_older_pytorch_are_one_line(new: TorchNetwork, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_16_bits_on_an_older_pytorch_are_one_line(new: TorchNetwork, monkeypatch: Any) -> None:
     monkeypatch.delattr(torch, "uint16")
     with pytest.raises(UserError, match=r"need PyTorch 2\.3 or newer"):
         upscaled(np.zeros((8, 8, 3), np.uint16), new)
