@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import importlib
 import itertools
-import os
 import signal
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -17,11 +17,10 @@ from typing import Any, Callable, List
 import numpy as np
 import pytest
 import torch
-from conftest import small_net
+from conftest import ROOT, small_net
 from PIL import Image
 
 from aethersr import checkpoint, files, upscaling
-from aethersr.commands import upscale
 from aethersr.picture import Picture
 
 FUSE = "fuse --model_path in.pth --output_path out/2x_net.safetensors --overwrite --device cpu"
@@ -115,13 +114,14 @@ def test_at_any_line_each_output_is_old_or_whole_and_an_interruption_leaves_no_o
 
 
 @pytest.mark.parametrize(("how", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_stops_it_without_a_trace(
-    folder: Path, how: int, code: int, monkeypatch: Any, capfd: Any
-) -> None:
-    hows = [how]
-    monkeypatch.setattr(upscale.Progress, "tick", lambda *_: hows and os.kill(os.getpid(), hows.pop()))
-    old = signal.getsignal(signal.SIGTERM)
-    assert upscale.main(COMMANDS["upscale"][0].split()[1:]) == code
-    assert capfd.readouterr().err == "upscale.py: stopped; unfinished pictures were not written.\n"
-    assert all(".part" not in path.name for path in folder.rglob("*"))
-    assert signal.getsignal(signal.SIGTERM) == old
+def test_a_signal_stops_it_without_a_trace(folder: Path, how: int, code: int) -> None:
+    command = [sys.executable, str(ROOT / "upscale.py"), *COMMANDS["upscale"][0].split()[1:]]
+    command += ["--tile", "1", "--overlap", "200"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert "upscales 3 pictures" in process.stdout.readline()
+    process.send_signal(how)
+    _, error = process.communicate()
+    assert process.returncode == code
+    assert error == "upscale.py: stopped; unfinished pictures were not written.\n"
+    assert not list((folder / "out").iterdir())

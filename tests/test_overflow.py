@@ -120,5 +120,5 @@ def test_basicsr_trains_on_through_a_nan_and_its_last_finite_checkpoint_survives
     assert finite == {4: True, 8: False, "latest": False}
     target = tmp_path / "out.safetensors"
     assert main(["--model_path", str(framework.weights("late")), "--output_path", str(target)]) == 2
-    assert "diverged, 'conv_first.weight' holds NaN or Inf" in capsys.readouterr().err
+    assert "diverged training: 'conv_first.weight' holds NaN or Inf" in capsys.readouterr().err
     assert not target.exists()
