@@ -51,7 +51,12 @@ def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
     add("--time", type=float, metavar="T", help=text)
     add_img_range(parser)
     add("--overwrite", action="store_true", help="replace an existing file")
-    return parser.parse(argv)
+    args = parser.parse(argv)
+    if args.time is not None and not 0 < args.time < 1:
+        raise UserError(f"--time {args.time:g} is not possible; expected a share below 1, such as 0.5.")
+    if args.time is not None and args.blocks is not None:
+        raise UserError("--time chooses the number of blocks; leave out --blocks, or --time.")
+    return args
 
 
 def training_form(args: argparse.Namespace) -> shrink.State:
@@ -80,10 +85,6 @@ def size_left(args: argparse.Namespace, options: Mapping[str, Any]) -> shrink.Si
             size = size._replace(**{name: given})
     if args.time is None:
         return size
-    if not 0 < args.time < 1:
-        raise UserError(f"--time {args.time:g} is not possible; expected a share below 1, such as 0.5.")
-    if args.blocks is not None:
-        raise UserError("--time chooses the number of blocks; leave out --blocks, or --time.")
     if args.kernel is None:
         size = size._replace(kernel=max(least.kernel, min(KERNEL, size.kernel)))
     least = size._replace(blocks=stages, hidden=size.hidden if args.hidden else -(-size.hidden // 2))
