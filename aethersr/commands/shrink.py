@@ -109,8 +109,9 @@ def run(args: argparse.Namespace) -> None:
     state = training_form(args)
     before = shrink.fused(state)
     pairs = read_pictures(args.pictures, before)
-    left = size_left(args, read_options(state))
-    if left == shrink.Size.of(read_options(state)):
+    options = read_options(state)
+    left = size_left(args, options)
+    if left == shrink.Size.of(options):
         print("Nothing is to be taken out; --time 0.5, --blocks, --kernel or --hidden say what.")
     print(f"On {len(pairs)} pictures of {args.pictures}, before any training:\n")
     print(f"{'taken out':<24}{'blocks in each stage':<24}{'PSNR, dB':>8}")
