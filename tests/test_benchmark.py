@@ -204,7 +204,6 @@ def test_the_picture_shows_weights_and_runs_with_times(folder: Path, tmp_path: P
     assert rows["net"][3] == "1.00"
     net = networks.opened(folder / "net.safetensors", "")
     assert rows["net"][4] == f"{quality.Validation(folder / 'val', 2).measure(net):.2f}"
-    pytest.importorskip("matplotlib", reason="needs matplotlib: pip install matplotlib")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
 
 
