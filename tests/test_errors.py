@@ -18,9 +18,10 @@ from conftest import ROOT
 from aethersr.commands import Parser, exit_code
 from aethersr.errors import UserError, is_out_of_memory, missing_package
 
-sys.path[:0] = [str(ROOT / name) for name in ("training", "demo")]
+sys.path[:0] = [str(ROOT / name) for name in ("training", "demo", "options")]
 SCRIPTS = ["prepare_pictures", "draw_graphics", "overlap", "photographs", "basicsr_train", "serve_web"]
-SCRIPTS += ["model_card", *(f"aethersr.commands.{name}" for name in ("evaluate", "fuse", "upscale"))]
+SCRIPTS += ["model_card", "generate_options", "trainner_redux_cpu"]
+SCRIPTS += [*(f"aethersr.commands.{name}" for name in ("evaluate", "fuse", "upscale"))]
 ALLOCATORS = [
     MemoryError(),
     torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
