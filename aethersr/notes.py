@@ -66,7 +66,10 @@ def read(content: bytes, found: Notes, orientation: Optional[int]) -> Tuple[Note
     found["comment"] = b"\n".join(data.rstrip(b"\0") for name, data in parts if name == _COM and data)
     colours = {name: data for name, data in reversed(parts) if len(data) == _COLOURS.get(name)}
     texts = [part for part in parts if part[0] in _TEXTS and 0 < part[1].find(b"\0") < 80]
-    found["chunks"] = [(name, colours[name]) for name in _COLOURS if name in colours] + texts
+    # Without a unit: the shape of pixels, which a turned picture would need the other way round.
+    shape = [(name, data) for name, data in parts if name == b"pHYs" and data[8:] == b"\0" and turn < 5]
+    shape = [part for part in shape if part[1][:4] != part[1][4:8]][:1]
+    found["chunks"] = [(name, colours[name]) for name in _COLOURS if name in colours] + texts + shape
     return {name: value for name, value in found.items() if value}, turn, tiff and tags.get(338) in (0, (0,))
 
 
@@ -102,7 +105,8 @@ def for_file(notes: Notes, kind: str, big: bool) -> Tuple[Dict[str, bytes], byte
     fields = {FIELDS[name]: notes[name] for name in notes.keys() & FIELDS.keys() - lost - added}
     chunks, words = notes.get("chunks", []), sorted(lost - {"chunks"})
     if "chunks" in lost:
-        words += [name.decode() for name, data in chunks if name in _COLOURS and (name, data) not in _OF_SRGB]
+        others = [name for name, data in chunks if name not in _TEXTS and (name, data) not in _OF_SRGB]
+        words += [name.decode() for name in others]
         texts = (data.split(b"\0")[0] for name, data in chunks if name in _TEXTS)
         words += [f"text {keyword.decode('latin-1')!r}" for keyword in texts]
     extra = {"PNG": _png_chunks, "JPEG": _jpeg_segments}.get(kind, lambda notes: b"")(notes)
