@@ -33,10 +33,10 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import aethersr.commands.start  # noqa: F401, I001
 import numpy as np
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import networks
 from networks import OURS, positive, table
 from torch import Tensor, nn

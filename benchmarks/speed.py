@@ -21,9 +21,9 @@ import time
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import aethersr.commands.start  # noqa: F401, I001
+import torch
 import cases
 from networks import OURS, PEERS, SHIPPED, aether_arch, as_trained, machine, positive, short, table, typed
 

@@ -6,8 +6,10 @@ import datetime
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import aether_arch
@@ -68,12 +70,28 @@ def test_what_the_user_can_mend_is_one_printable_line_for_each_problem(capsys: A
     assert capsys.readouterr().err == "x.py: stopped; nothing was written.\n"
 
 
-def test_ctrl_c_while_a_command_is_loaded_ends_in_one_line() -> None:
-    """Through the command's own package, which is loaded before PyTorch."""
-    code = "import sys; sys.path.insert(0, '.'); import aethersr.commands; raise KeyboardInterrupt"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stderr == "stopped; nothing was written.\n"
-    assert done.returncode != 0
+LOADED = ["-c fuse", "-c upscale", "fuse_aether.py", "upscale.py", "demo/demo.py", "demo/basicsr_train.py"]
+LOADED += ["benchmarks/quality.py", "benchmarks/speed.py", "training/trainner_redux_cpu.py"]
+LOADED += [f"training/{name}.py" for name in ("draw_graphics", "model_card", "overlap", "photographs")]
+
+
+@pytest.mark.parametrize("program", [*LOADED, "training/prepare_pictures.py"])
+def test_ctrl_c_while_a_program_is_loaded_ends_in_one_line(program: str, tmp_path: Path) -> None:
+    for name in ("torch", "numpy", "PIL", "cv2"):  # what takes seconds
+        (tmp_path / f"{name}.py").write_text("raise KeyboardInterrupt")
+    name = program.split()[-1]
+    installed = ["-c", f"from aethersr.commands.start import {name}; {name}()"]  # as pip writes it
+    words = installed if program.startswith("-c") else [program]
+    env = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "stopped; nothing was written.\n")
+
+
+def test_a_program_that_imports_a_command_keeps_its_own_hook() -> None:
+    code = (
+        "import sys; before = sys.excepthook; import aethersr.commands.fuse; assert sys.excepthook is before"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_a_missing_package_is_named_as_the_index_names_it() -> None:

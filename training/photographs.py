@@ -10,9 +10,10 @@ import sys
 from pathlib import Path
 from typing import List, Optional
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import aethersr.commands.start  # noqa: F401, I001
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from aethersr.commands import Parser, exit_code
 from aethersr.errors import UserError, need
 

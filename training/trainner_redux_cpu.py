@@ -15,10 +15,11 @@ import types
 from pathlib import Path
 from typing import Any, List, Optional
 
-import torch
-
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent))
+
+import aethersr.commands.start  # noqa: E402, F401, I001
+import torch  # noqa: E402
 
 from aethersr.commands import Parser, exit_code  # noqa: E402
 from aethersr.errors import UserError  # noqa: E402

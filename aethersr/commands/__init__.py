@@ -12,8 +12,7 @@ import sys
 import threading
 import warnings
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Callable, Dict, List, NoReturn, Optional, Type
+from typing import Any, Callable, Dict, List, NoReturn, Optional
 
 from aethersr.errors import UserError, is_out_of_memory
 
@@ -22,17 +21,6 @@ warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 # Pillow's about broken EXIF tags, which are left out.
 warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
 DEVICES = ("cuda", "mps", "cpu")
-
-
-def _one_line(kind: Type[BaseException], error: BaseException, trace: Optional[TracebackType]) -> None:
-    """Ctrl-C while a command loads PyTorch, before exit_code runs it, ends it with a line, too."""
-    if issubclass(kind, KeyboardInterrupt):
-        print("stopped; nothing was written.", file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, trace)
-
-
-sys.excepthook = _one_line
 
 
 def program_name(installed: str, script: str) -> str:
