@@ -10,7 +10,6 @@ ROOT = Path(__file__).resolve().parent
 sys.path[:0] = [str(ROOT), str(ROOT / "archs")]
 
 try:
-    import aethersr.commands.start  # noqa: F401
     from aethersr.commands.fuse import main
 except ModuleNotFoundError as error:
     missing = (error.name or "").split(".")[0]

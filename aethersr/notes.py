@@ -37,7 +37,6 @@ _JPEG, _APP0, _COM, _SOS = b"\xff\xd8", b"\xff\xe0", b"\xff\xfe", b"\xff\xda"
 _PHOTOSHOP, _EXIF = b"Photoshop 3.0\0", b"Exif\0\0"  # a JPEG's IPTC and EXIF begin with them, others' don't
 _SUB_IFDS, _INTEROP = (0x8769, 0x8825), 0xA005
 _DESCRIPTION, _DPI, _UNIT = 270, (282, 283), 296  # tags
-# EXIF's and GPS' tags of type UNDEFINED, such as a user's comment.
 _UNDEFINED = {27, 28, 0x8828, 0x9000, 0x9101, 0x927C, 0x9286, 0xA000, 0xA20C, *range(0xA300, 0xA303), 0xA40B}
 # In a TIFF, EXIF tags are mixed with those about its pixels: size, bits, strips, resolution, XMP, profile.
 _OF_PIXELS = {*range(254, 260), 262, 266, *range(273, 280), *_DPI, 284, _UNIT, 317,
@@ -66,10 +65,7 @@ def read(content: bytes, found: Notes, orientation: Optional[int]) -> Tuple[Note
     found["comment"] = b"\n".join(data.rstrip(b"\0") for name, data in parts if name == _COM and data)
     colours = {name: data for name, data in reversed(parts) if len(data) == _COLOURS.get(name)}
     texts = [part for part in parts if part[0] in _TEXTS and 0 < part[1].find(b"\0") < 80]
-    # Without a unit: the shape of pixels, which a turned picture would need the other way round.
-    shape = [(name, data) for name, data in parts if name == b"pHYs" and data[8:] == b"\0" and turn < 5]
-    shape = [part for part in shape if part[1][:4] != part[1][4:8]][:1]
-    found["chunks"] = [(name, colours[name]) for name in _COLOURS if name in colours] + texts + shape
+    found["chunks"] = [(name, colours[name]) for name in _COLOURS if name in colours] + texts
     return {name: value for name, value in found.items() if value}, turn, tiff and tags.get(338) in (0, (0,))
 
 
@@ -105,8 +101,7 @@ def for_file(notes: Notes, kind: str, big: bool) -> Tuple[Dict[str, bytes], byte
     fields = {FIELDS[name]: notes[name] for name in notes.keys() & FIELDS.keys() - lost - added}
     chunks, words = notes.get("chunks", []), sorted(lost - {"chunks"})
     if "chunks" in lost:
-        others = [name for name, data in chunks if name not in _TEXTS and (name, data) not in _OF_SRGB]
-        words += [name.decode() for name in others]
+        words += [name.decode() for name, data in chunks if name in _COLOURS and (name, data) not in _OF_SRGB]
         texts = (data.split(b"\0")[0] for name, data in chunks if name in _TEXTS)
         words += [f"text {keyword.decode('latin-1')!r}" for keyword in texts]
     extra = {"PNG": _png_chunks, "JPEG": _jpeg_segments}.get(kind, lambda notes: b"")(notes)

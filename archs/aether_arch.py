@@ -685,9 +685,8 @@ def described(state: Mapping[str, Any]) -> str:
     names = [variant.__name__ for variant in VARIANTS if variant.body == (width, depths)]
     name = names[0] if names else f"AetherNet of depths {list(depths)}"
     kind = {AetherNet: "", FusedAetherNet: "fused "}.get(form, "quantised ")
-    attention = [part for part in ("channel", "spatial") if any(f".{part}_attn." in key for key in state)]
     details = [f"{width} wide"] + [f"in_chans {first.shape[1]}"] * (first.shape[1] != 3)
-    details += [f"{' and '.join(attention)} attention"] * bool(attention)
+    details += [f"{part} attention" for part in ("channel", "spatial") if f".{part}_attn." in " ".join(state)]
     return f"{kind}{name} x{scale_of(state)} ({', '.join(details)})"
 
 
@@ -702,8 +701,7 @@ def _take_form_of(net: AetherBase, state_dict: Dict[str, Any], prefix: str) -> N
     file = {name[len(prefix) :]: value for name, value in state_dict.items() if name.startswith(prefix)}
     empty = [name for name, value in file.items() if getattr(value, "is_meta", False)]
     if empty and not net.mean.is_meta:
-        found = f"the file's {empty[0]!r} is on the meta device, without values"
-        raise RuntimeError(f"{type(net).__name__} stays as it was: {found}.")
+        raise RuntimeError(f"{type(net).__name__} stays as it was: {empty[0]!r} is on the meta device.")
     # Without strict, BasicSR and traiNNer-redux append ".ignore" to names of tensors with other shapes.
     named = {name.split(".ignore")[0]: value for name, value in file.items() if getattr(value, "dim", int)()}
     form, scale, other, strict = form_of(named), scale_of(named), net, _strict_of_caller()

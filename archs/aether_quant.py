@@ -332,14 +332,12 @@ class QuantAetherNet(arch.FusedAetherNet):
         for value, new in zip(values, mean):
             value.copy_(new)
         fixed, zero = mean[1::2] >= Quantizer.WATCH, mean[1::2] == 0
-        settled = bool((fixed | zero).all() and fixed.any())
-        self._settle(settled)
-        self.idle = int(settled and bool(zero.any()))
+        self._settle(bool((fixed | zero).all() and fixed.any()), bool(zero.any()))
 
-    def _settle(self, settled: bool) -> None:
+    def _settle(self, settled: bool, some_are_zero: bool = False) -> None:
         for each in self.quantizers().values():
             each.settled = settled
-        self.idle = 0
+        self.idle = int(settled and some_are_zero)
 
     @torch.inference_mode(False)
     @torch.no_grad()

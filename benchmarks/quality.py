@@ -34,7 +34,7 @@ from statistics import mean
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import aethersr.commands.start  # noqa: F401, I001
+from aethersr.commands import Parser, exit_code  # noqa: I001
 import numpy as np
 import torch
 import networks
@@ -42,7 +42,6 @@ from networks import OURS, positive, table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from aethersr.commands import Parser, exit_code
 from aethersr.errors import UserError, first_line, need
 from aethersr.files import Together
 from aethersr.folders import find_pictures

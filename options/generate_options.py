@@ -54,7 +54,7 @@ def templates() -> Dict[Path, str]:
     return texts
 
 
-def write(argv: Optional[List[str]]) -> None:
+def main(argv: Optional[List[str]] = None) -> None:
     Parser("generate_options.py", __doc__).parse(argv)
     texts = templates()
     for path, text in texts.items():
@@ -63,9 +63,5 @@ def write(argv: Optional[List[str]]) -> None:
     print(f"{len(texts)} templates")
 
 
-def main(argv: Optional[List[str]] = None) -> int:
-    return exit_code("generate_options.py", lambda: write(argv), "not all are written.")
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code("generate_options.py", main, "not all are written."))

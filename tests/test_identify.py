@@ -105,7 +105,9 @@ def test_img_range_is_read_where_it_is_recorded_and_given_for_older_training_fil
             aether_from_state_dict(state, value)
 
 
-WIDE = "AetherNet of depths [1, 2] x2 (24 wide, channel and spatial attention), but not whole; tensors "
+WIDE = (
+    "AetherNet of depths [1, 2] x2 (24 wide, channel attention, spatial attention), but not whole; tensors "
+)
 ONE, UPSAMPLE = torch.zeros(1), "upsample.blocks.0.weight"
 NAN = float("nan")
 BROKEN: List[Tuple[str, Dict[str, Any]]] = [  # what is said, and what is changed in a training form

@@ -149,7 +149,7 @@ OPTIONS = "Build the network with the options that the file was trained with."
 STRICT = "To take only the body, pass strict=False; in a template, set strict_load_g: false"
 
 
-MEDIUM = "128 wide, channel and spatial attention"
+MEDIUM = "128 wide, channel attention, spatial attention"
 SMALL: Any = {**PLAIN, "embed_dim": 96, "depths": (4, 4, 4, 4)}
 
 
@@ -159,7 +159,11 @@ SMALL: Any = {**PLAIN, "embed_dim": 96, "depths": (4, 4, 4, 4)}
         (SMALL, "aether_small x2 (96 wide)", OPTIONS),
         ({"scale": 4}, f"aether_medium x4 ({MEDIUM})", STRICT),
         ({**SMALL, "depths": (1, 2, 2, 3)}, "AetherNet of depths [1, 2, 2, 3] x2 (96 wide)", OPTIONS),
-        ({"in_chans": 1}, "aether_medium x2 (128 wide, in_chans 1, channel and spatial attention)", OPTIONS),
+        (
+            {"in_chans": 1},
+            "aether_medium x2 (128 wide, in_chans 1, channel attention, spatial attention)",
+            OPTIONS,
+        ),
         ({"use_spatial_attn": False}, "aether_medium x2 (128 wide, channel attention)", OPTIONS),
     ],
 )

@@ -16,12 +16,10 @@ from pathlib import Path
 from typing import Any, List, Optional, Tuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import aethersr.commands.start  # noqa: F401, I001
+from aethersr.commands import Parser, exit_code  # noqa: I001
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
-
-from aethersr.commands import Parser, exit_code
 from aethersr.errors import UserError
 
 SIZE, FINE = 192, 8  # pixels of a large picture's side, and canvas pixels of each

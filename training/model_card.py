@@ -22,7 +22,6 @@ from urllib.parse import quote
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "archs")]
 
-import aethersr.commands.start  # noqa: E402, F401
 from aethersr.commands import Parser, exit_code  # noqa: E402
 from aethersr.errors import UserError  # noqa: E402
 from aethersr.files import Together, check_output  # noqa: E402

@@ -19,12 +19,11 @@ from typing import Any, List, Optional, Tuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "archs")]
 
-import aethersr.commands.start  # noqa: E402, F401, I001
+from aethersr.commands import Parser, exit_code  # noqa: E402, I001
 import cv2  # noqa: E402
 import numpy as np  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from aethersr.commands import Parser, exit_code  # noqa: E402
 from aethersr.errors import UserError  # noqa: E402
 from aethersr.folders import find_pictures  # noqa: E402
 from aethersr.quality import read_rgb  # noqa: E402

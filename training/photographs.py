@@ -11,10 +11,8 @@ from pathlib import Path
 from typing import List, Optional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import aethersr.commands.start  # noqa: F401, I001
+from aethersr.commands import Parser, exit_code  # noqa: I001
 from PIL import Image
-
-from aethersr.commands import Parser, exit_code
 from aethersr.errors import UserError, need
 
 # All are public domain or CC0, see skimage/data/README.txt.

@@ -18,10 +18,8 @@ from typing import Any, List, Optional
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent))
 
-import aethersr.commands.start  # noqa: E402, F401, I001
+from aethersr.commands import Parser, exit_code  # noqa: E402, I001
 import torch  # noqa: E402
-
-from aethersr.commands import Parser, exit_code  # noqa: E402
 from aethersr.errors import UserError  # noqa: E402
 
 _declared: list = []  # a torch.library.Library removes its operators when it is garbage-collected
@@ -109,7 +107,8 @@ def load(task: str) -> Any:
     return script
 
 
-def run(words: List[str]) -> None:
+def main(argv: Optional[List[str]] = None) -> None:
+    words = sys.argv[1:] if argv is None else argv
     parser = Parser("trainner_redux_cpu.py", __doc__)
     parser.add_argument("task", choices=("train", "test"), metavar="train or test", help="its options follow")
     task = parser.parse_args(words[:1]).task
@@ -119,12 +118,7 @@ def run(words: List[str]) -> None:
     getattr(load(task), f"{task}_pipeline")(os.getcwd())
 
 
-def main(argv: Optional[List[str]] = None) -> int:
-    words = sys.argv[1:] if argv is None else argv
-    return exit_code("trainner_redux_cpu.py", lambda: run(words), "pass --auto_resume to go on.")
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code("trainner_redux_cpu.py", main, "pass --auto_resume to go on."))
 elif __name__ == "__mp_main__":  # a data worker on Windows or macOS, which begins from nothing
     import_torchvision()

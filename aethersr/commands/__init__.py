@@ -12,7 +12,8 @@ import sys
 import threading
 import warnings
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NoReturn, Optional
+from types import TracebackType
+from typing import Any, Callable, Dict, List, NoReturn, Optional, Type
 
 from aethersr.errors import UserError, is_out_of_memory
 
@@ -21,6 +22,21 @@ warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 # Pillow's about broken EXIF tags, which are left out.
 warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
 DEVICES = ("cuda", "mps", "cpu")
+
+
+def _one_line(kind: Type[BaseException], error: BaseException, trace: Optional[TracebackType]) -> None:
+    """Ctrl-C while a command loads PyTorch, before exit_code runs it, ends it with a line, too."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("stopped; nothing was written.", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+# In our commands and scripts, which import this before what takes seconds. Other programs keep their hook.
+_program, _root = Path(sys.argv[0]).resolve(), Path(__file__).resolve().parents[2]
+_folders = (_root, *(_root / name for name in ("benchmarks", "demo", "training")))
+if _program.stem.startswith("aether-") or (_program.suffix == ".py" and _program.parent in _folders):
+    sys.excepthook = _one_line
 
 
 def program_name(installed: str, script: str) -> str:

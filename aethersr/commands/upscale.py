@@ -27,8 +27,7 @@ _SCALE = "the scale comes from the model, so pass another --model"
 HINTS = {**dict.fromkeys(("--scale", "--upscale", "--outscale", "-s"), _SCALE), "-n": "pass --model",
          "-m": "pass --model", "-i": "pass --input", "-o": "pass --output", "-t": "pass --tile",
          **dict.fromkeys(("-f", "--ext"), "pass --format"), "--half": "pass --fp16",
-         **dict.fromkeys(("-g", "--gpu", "--gpu-id"), "pass --device cuda"),
-         "--fp32": "it computes in float32 unless --fp16 is passed",
+         **dict.fromkeys(("-g", "--gpu", "--gpu-id"), "pass --device cuda"), "--fp32": "leave --fp16 out",
          **dict.fromkeys(("--tta", "--denoise", "--denoise_strength", "-d"), "there is none")}  # fmt: skip
 
 
@@ -128,8 +127,8 @@ def upscale(args: argparse.Namespace) -> None:
     if problems:
         if os.path.isdir(args.input):
             count = f"{len(problems)} of {len(problems) + written} pictures were skipped"
-            rest = "; the others are written" * (written > 0)
-            problems.append(f"{count}{rest}. Mend them and pass --skip-existing.")
+            count += "; the others are written" * (written > 0)
+            problems.append(f"{count}. Mend them and pass --skip-existing.")
         raise UserError(f"\n{PROGRAM}: error: ".join(problems))
 
 
