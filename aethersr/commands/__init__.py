@@ -32,10 +32,7 @@ def _one_line(kind: Type[BaseException], error: BaseException, trace: Optional[T
         sys.__excepthook__(kind, error, trace)
 
 
-# In our commands and scripts, which import this before what takes seconds. Other programs keep their hook.
-_program, _root = Path(sys.argv[0]).resolve(), Path(__file__).resolve().parents[2]
-_folders = (_root, *(_root / name for name in ("benchmarks", "demo", "training")))
-if _program.stem.startswith("aether-") or (_program.suffix == ".py" and _program.parent in _folders):
+if sys.excepthook is sys.__excepthook__:  # another program's own stays
     sys.excepthook = _one_line
 
 
