@@ -105,13 +105,15 @@ def test_img_range_is_read_where_it_is_recorded_and_given_for_older_training_fil
 
 
 WIDE = "the file is AetherNet of depths [1, 2] x2 (24 wide), but not whole; tensors "
+NO_SCALE = "the upsampling tensors fit none of the scales"
 ONE, UPSAMPLE = torch.zeros(1), "upsample.blocks.0.weight"
 NAN = float("nan")
 BROKEN: List[Tuple[str, Dict[str, Any]]] = [  # what is said, and what is changed in a training form
     ("not an AetherNet: no tensor", dict.fromkeys(small_net(2).state_dict())),  # None: removed
     ("'conv_first.weight' is missing", {"conv_first.weight": None}),
-    ("the upsampling tensors fit none of the scales", {UPSAMPLE: None}),
-    ("the upsampling tensors fit none of the scales", {UPSAMPLE: torch.zeros(25 * 32, 24, 3, 3)}),
+    (NO_SCALE, {UPSAMPLE: None}),
+    (NO_SCALE, {UPSAMPLE: torch.zeros(25 * 32, 24, 3, 3)}),
+    (NO_SCALE, {f"upsample.blocks.{k}.weight": torch.zeros(1, 1, 1, 1) for k in range(4)}),
     (f"{WIDE}missing: 1 (mean)", {"mean": None}),
     (f"{WIDE}missing: 1 (norm.running_var)", {"norm.running_var": None}),
     (f"{WIDE}unexpected: 1 (surplus)", {"surplus": ONE}),
