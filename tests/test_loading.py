@@ -127,12 +127,7 @@ def test_the_order_of_the_parameters_is_the_one_that_optimizer_states_were_saved
 # ---------------------------------------------------------------------------------- what is refused, and how
 
 KINDS = {"training": "", "fused": "fused ", "quantised": "quantised "}
-OTHERS: List[Dict[str, Any]] = [
-    {"scale": 4},
-    {"embed_dim": 32},
-    {"depths": (2, 2)},
-    {"use_spatial_attn": True},
-]
+OTHERS: Any = ({"scale": 4}, {"embed_dim": 32}, {"depths": (2, 2)}, {"use_spatial_attn": True})
 
 
 @pytest.mark.parametrize("target", KINDS)
@@ -141,9 +136,7 @@ def test_a_load_that_does_not_fit_changes_nothing(other: Dict[str, Any], target:
     net = in_form(target, bound=BOUND)
     for form in ("training", "fused"):
         state = in_form(form, **other).state_dict()
-        words = (
-            f"as it was: the file is {KINDS[form]}AetherNet of .*, the network {KINDS[target]}AetherNet of"
-        )
+        words = f"as it was: the file is {KINDS[form]}AetherNet .*, the network {KINDS[target]}AetherNet "
         for load in (net.load_state_dict, net.map_state_dict):
             assert_refused(net, lambda load=load: load(dict(state)), words)  # noqa: B023
 
@@ -252,9 +245,8 @@ def misfits_renamed(net: nn.Module, state: Dict[str, Any]) -> Dict[str, Any]:
 @pytest.mark.parametrize("wrapper", [nn.Identity, nn.Sequential, nn.DataParallel, torch.compile])
 def test_strict_false_means_what_it_means_in_torch(part: str, wrapper: Any) -> None:
     net: Any = randomize(in_form("training", bound=BOUND), 1)
-    source = in_form(
-        "training", **{"in_chans": {"in_chans": 1}, "embed_dim": {"embed_dim": 32}}.get(part, {})
-    )
+    other = {"in_chans": {"in_chans": 1}, "embed_dim": {"embed_dim": 32}}.get(part, {})
+    source = in_form("training", **other)
     state: Dict[str, Any] = misfits_renamed(net, source.state_dict())
     if part == "stages":
         state = {name: value for name, value in state.items() if name.startswith("stages.")}
