@@ -19,6 +19,7 @@ import torch
 import yaml
 from conftest import ROOT
 from PIL import Image
+from skimage import data as photographs
 
 LAUNCHERS = ROOT / "tests" / "launchers"
 SCALE, SIDE, IMAGES = 2, 24, 4  # each training picture is one crop: every iteration sees all of them whole
@@ -297,6 +298,20 @@ def checkout(kind: Type[Framework], variable: str, folder: Path) -> Framework:
         pytest.skip(f"{kind.name} has no package: set {variable} to a checkout to run this with it")
     ignored = shutil.ignore_patterns(".git", "experiments", "datasets", "__pycache__")
     return kind(Path(shutil.copytree(source, folder / kind.package, ignore=ignored)))
+
+
+def write_pairs(folder: Path, scale: int, side: int = SIDE) -> Path:
+    """Pairs of pictures: IMAGES in hr/ and lr/, each one crop, two in val_hr/ and val_lr/."""
+    picture = np.concatenate([photographs.astronaut(), photographs.coffee()[:, :512].repeat(2, 0)[:512]], 1)
+    for kind, sizes in (("", [(side, side)] * IMAGES), ("val_", [(25, 38), (32, 27)])):
+        for number, (height, width) in enumerate(sizes):
+            y, x = 60 * number + 40, 70 * number + 150
+            hr = Image.fromarray(picture[y : y + height * scale, x : x + width * scale])
+            lr = hr.resize((width, height), Image.Resampling.BICUBIC)
+            for name, image in ((f"{kind}hr", hr), (f"{kind}lr", lr)):
+                (folder / name).mkdir(exist_ok=True, parents=True)
+                image.save(folder / name / f"{number}.png")
+    return folder
 
 
 def load(path: Path) -> Dict[str, torch.Tensor]:

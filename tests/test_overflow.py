@@ -6,12 +6,10 @@ import copy
 from pathlib import Path
 from typing import Any, List
 
-import numpy as np
 import pytest
 import torch
 from aether_arch import AetherNet
-from frameworks import DELETED, TINY, framework_named, load
-from PIL import Image
+from frameworks import DELETED, TINY, framework_named, load, write_pairs
 from torch import Tensor, nn
 
 from aethersr.commands.fuse import main
@@ -101,11 +99,7 @@ class BreaksLate(nn.Module):
 def test_basicsr_trains_on_through_a_nan_and_its_last_finite_checkpoint_survives(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for kind, side in (("hr", 48), ("lr", 24), ("val_hr", 48), ("val_lr", 24)):
-        (tmp_path / kind).mkdir()
-        noise = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
-        Image.fromarray(noise).save(tmp_path / kind / "0.png")
-    framework = framework_named("BasicSR", tmp_path)
+    framework = framework_named("BasicSR", write_pairs(tmp_path, 2))
     (framework.root / "basicsr" / "losses" / "breaks_late_loss.py").write_text(BREAKS_LATE, encoding="utf-8")
     options = framework.unedited(
         "late", framework.template_text(), tmp_path, 1, 24, 2, 8, network_g=TINY,
