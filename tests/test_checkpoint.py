@@ -36,7 +36,6 @@ def assert_state(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) ->
 
 
 def online(state: Mapping[str, Tensor]) -> Dict[str, Any]:
-
     def inside(wrapper: str) -> Dict[str, Tensor]:
         return {name.replace("stages.0.", f"stages.0.{wrapper}."): value for name, value in state.items()}
 
