@@ -82,12 +82,6 @@ def test_a_convolution_computes_with_exactly_the_weights_that_are_released(group
     assert torch.equal(gradient, torch.autograd.grad(expected.square().sum(), released)[0])
 
 
-def observed(quantizer: Quantizer, *batches: Any) -> float:
-    for batch in batches:
-        quantizer(torch.tensor(batch))
-    return float(quantizer.largest) / Quantizer.margin
-
-
 @pytest.mark.parametrize(
     ("low", "batches", "expected"),
     [
@@ -101,7 +95,10 @@ def observed(quantizer: Quantizer, *batches: Any) -> float:
     ],
 )
 def test_a_range_is_what_usual_batches_need(low: Any, batches: Any, expected: float) -> None:
-    assert observed(Quantizer(low), *batches) == pytest.approx(expected, rel=0.01)
+    quantizer = Quantizer(low)
+    for batch in batches:
+        quantizer(torch.tensor(batch))
+    assert float(quantizer.largest) == pytest.approx(expected * Quantizer.margin, rel=0.01)
 
 
 def test_what_never_held_anything_but_zero_stays_finite(image: Tensor) -> None:
