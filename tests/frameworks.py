@@ -79,6 +79,7 @@ class Framework:
     tasks: Tuple[str, ...] = ()  # what the launcher can start, where that is more than a training
     resumes_exactly = True
     wrap: Any = str  # how the option for one folder is written
+    saved, shown = "net_g_{}.pth", "*_{}.png"
     comparable: ClassVar[Dict[str, Any]] = {}  # besides COMPARABLE
 
     def __init__(self, root: Path) -> None:
@@ -183,10 +184,10 @@ class Framework:
 
     def weights(self, name: str, iteration: Any = "latest") -> Path:
         """What was validated and saved: the averaged network."""
-        return self.experiment(name) / "models" / f"net_g_{iteration}.pth"
+        return self.experiment(name) / "models" / self.saved.format(iteration)
 
     def validated(self, name: str, iteration: int = ITERATIONS) -> Path:
-        return next(self.experiment(name).rglob(f"*_{iteration}.png"))
+        return next(self.experiment(name).rglob(self.shown.format(iteration)))
 
 
 class BasicSR(Framework):
@@ -206,6 +207,7 @@ class Redux(Framework):
     tasks = ("train", "test")
     python = os.environ.get("TRAINNER_REDUX_PYTHON", sys.executable)
     wrap = staticmethod(lambda path: [path])
+    saved, shown = "net_g_ema_{}.safetensors", "*_{:06d}.png"
     comparable: ClassVar[Dict[str, Any]] = {
         "use_amp": False, "train": {"scheduler": {"warmup_iters": 5, "eta_min_ratio": 1.0}},
     }  # fmt: skip
@@ -215,12 +217,6 @@ class Redux(Framework):
         train.update(num_worker_per_gpu=1, dataset_enlarge_ratio=1)
         steps = {"total_iter": run.iterations, "scheduler": {"total_iters": run.iterations}}
         return {"num_gpu": 0, "datasets": {"train": train}, "train": steps, "val": {"val_enabled": True}}
-
-    def weights(self, name: str, iteration: Any = "latest") -> Path:
-        return self.experiment(name) / "models" / f"net_g_ema_{iteration}.safetensors"
-
-    def validated(self, name: str, iteration: int = ITERATIONS) -> Path:
-        return next(self.experiment(name).rglob(f"*_{iteration:06d}.png"))
 
 
 class Neosr(Framework):
