@@ -284,6 +284,9 @@ def test_int8_weights_compute_what_fake_quantisation_does_and_take_a_third() -> 
     assert stored_size < 0.45 * size, "a real width is nearer to a quarter"
     assert {value.dtype for value in stored.state_dict().values()} == {torch.int8, torch.half, torch.float}
     assert stored.convert_to_quantized() is stored
+    features = torch.randn(1, 32, 20, 24)
+    for each in (net, stored):
+        assert len(each.body_conv(features).unique()) > 256, "8 bits are too few for the picture in it"
     again, loaded = aether_from_state_dict(stored.state_dict()), insert_quantizers(float_net(embed_dim=32))
     loaded.load_state_dict(stored.state_dict())
     for each in (again, loaded):
