@@ -78,8 +78,8 @@ def test_if_the_last_file_fails_or_appears_meanwhile_none_is_written(
     trained: Path, capsys: Any, monkeypatch: Any, broken: bool
 ) -> None:
     """How they come and go together: test_files.py."""
-    before, check, last = contents(trained.parent), onnx.checker.check_model, trained.with_name("a_int8.onnx")
-    count = iter(range(9))
+    before, last = contents(trained.parent), trained.with_name("a_int8.onnx")
+    check, count = onnx.checker.check_model, iter(range(9))
 
     def check_second(*arguments: Any, **options: Any) -> None:
         check(*arguments, **options)

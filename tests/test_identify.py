@@ -104,7 +104,6 @@ BROKEN: List[Tuple[str, Dict[str, Any]]] = [  # what is said, and what is change
     (NO_SCALE, {UPSAMPLE: torch.zeros(25 * 32, 24, 3, 3)}),
     (NO_SCALE, {f"upsample.blocks.{k}.weight": torch.zeros(1, 1, 1, 1) for k in range(4)}),
     (f"{WIDE}missing: 1 (mean)", {"mean": None}),
-    (f"{WIDE}missing: 1 (norm.running_var)", {"norm.running_var": None}),
     (f"{WIDE}unexpected: 4 ({'a' * 80}, b, c, ...)", {"a" * 99: ONE, "b": ONE, "c": ONE, "d": ONE}),
     (f"{WIDE}of another shape: 1 (conv_last.bias)", {"conv_last.bias": torch.zeros(5)}),
     ("has 1 dimensions, expected 4", {"conv_first.weight": torch.zeros(24)}),

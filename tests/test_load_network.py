@@ -29,7 +29,6 @@ def test_weights_of_another_img_range_are_opened_without_its_record(tmp_path: Pa
     [
         ("a.onnx", {}, "is a git-lfs pointer, not the file itself; git lfs pull"),
         ("a.param", {}, "is a git-lfs pointer"),
-        ("a.safetensors", {}, "is a git-lfs pointer"),
         ("no.onnx", {}, "no.onnx does not exist; pass another (FILE)"),
         ("a.onnx", {"img_range": 255.0}, "--img_range can't change"),
         ("a.param", {"fp16": True}, "--fp16 can't change"),
@@ -38,7 +37,7 @@ def test_weights_of_another_img_range_are_opened_without_its_record(tmp_path: Pa
 def test_what_is_no_network_is_named_with_the_option(
     name: str, options: Any, words: str, tmp_path: Path
 ) -> None:
-    for ending in ("onnx", "param", "safetensors"):
+    for ending in ("onnx", "param"):
         (tmp_path / f"a.{ending}").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n")
     with pytest.raises(UserError) as error:
         load_network(tmp_path / name, "cpu", flag="FILE", **options)
