@@ -19,6 +19,7 @@ import torch
 import yaml
 from conftest import ROOT
 from PIL import Image
+from skimage import data as photographs
 
 LAUNCHERS = ROOT / "tests" / "launchers"
 SCALE, SIDE, IMAGES = 2, 24, 4  # each training picture is one crop: every iteration sees all of them whole
@@ -62,12 +63,9 @@ class Run(NamedTuple):
     iterations: int
     saved_at: int
 
-    def pictures(self, kind: str = "", wrap: Any = str) -> Dict[str, Any]:
-        hr, lr = (wrap(self.folder / f"{kind}{name}") for name in ("hr", "lr"))
+    def pictures(self, kind: str, wrap: Any) -> Dict[str, Any]:
+        hr, lr = (wrap(str(self.folder / f"{kind}{name}")) for name in ("hr", "lr"))
         return {"dataroot_gt": hr, "dataroot_lq": lr}
-
-    def logger(self) -> Dict[str, Any]:
-        return {"print_freq": 1, "save_checkpoint_freq": self.saved_at, "use_tb_logger": False}
 
 
 class Framework:
@@ -80,6 +78,8 @@ class Framework:
     python = sys.executable
     tasks: Tuple[str, ...] = ()  # what the launcher can start, where that is more than a training
     resumes_exactly = True
+    wrap: Any = str  # how the option for one folder is written
+    saved, shown = "net_g_{}.pth", "*_{}.png"
     comparable: ClassVar[Dict[str, Any]] = {}  # besides COMPARABLE
 
     def __init__(self, root: Path) -> None:
@@ -97,6 +97,14 @@ class Framework:
 
     def changes(self, run: Run) -> Dict[str, Any]:
         """Paths, sizes and iterations: all that differs from the template in an unedited run."""
+        common = {
+            "datasets": {"train": run.pictures("", self.wrap), "val": run.pictures("val_", self.wrap)},
+            "val": {"val_freq": run.saved_at},
+            "logger": {"print_freq": 1, "save_checkpoint_freq": run.saved_at, "use_tb_logger": False},
+        }
+        return merged(common, self.own_changes(run))
+
+    def own_changes(self, run: Run) -> Dict[str, Any]:
         raise NotImplementedError
 
     def template_text(self, kind: str = "fidelity", scale: int = SCALE) -> str:
@@ -176,10 +184,10 @@ class Framework:
 
     def weights(self, name: str, iteration: Any = "latest") -> Path:
         """What was validated and saved: the averaged network."""
-        return self.experiment(name) / "models" / f"net_g_{iteration}.pth"
+        return self.experiment(name) / "models" / self.saved.format(iteration)
 
     def validated(self, name: str, iteration: int = ITERATIONS) -> Path:
-        return next(self.experiment(name).rglob(f"*_{iteration}.png"))
+        return next(self.experiment(name).rglob(self.shown.format(iteration)))
 
 
 class BasicSR(Framework):
@@ -188,15 +196,9 @@ class BasicSR(Framework):
     tasks = ("train", "test")
     comparable: ClassVar[Dict[str, Any]] = {"train": {"warmup_iter": 5}}
 
-    def changes(self, run: Run) -> Dict[str, Any]:
+    def own_changes(self, run: Run) -> Dict[str, Any]:
         train = {"gt_size": run.side * run.scale, "num_worker_per_gpu": 0, "batch_size_per_gpu": run.batch}
-        return {
-            "num_gpu": 0,
-            "datasets": {"train": {**run.pictures(), **train}, "val": run.pictures("val_")},
-            "train": {"total_iter": run.iterations},
-            "val": {"val_freq": run.saved_at},
-            "logger": run.logger(),
-        }
+        return {"num_gpu": 0, "datasets": {"train": train}, "train": {"total_iter": run.iterations}}
 
 
 class Redux(Framework):
@@ -204,30 +206,17 @@ class Redux(Framework):
     template = "traiNNer-redux/train/AetherNet/AetherNet_small_x2_fidelity.yml"
     tasks = ("train", "test")
     python = os.environ.get("TRAINNER_REDUX_PYTHON", sys.executable)
+    wrap = staticmethod(lambda path: [path])
+    saved, shown = "net_g_ema_{}.safetensors", "*_{:06d}.png"
     comparable: ClassVar[Dict[str, Any]] = {
         "use_amp": False, "train": {"scheduler": {"warmup_iters": 5, "eta_min_ratio": 1.0}},
     }  # fmt: skip
 
-    def changes(self, run: Run) -> Dict[str, Any]:
-        train: Dict[str, Any] = {**run.pictures(wrap=self.listed), "lq_size": run.side}
-        train.update(batch_size_per_gpu=run.batch, num_worker_per_gpu=1, dataset_enlarge_ratio=1)
-        return {
-            "num_gpu": 0,
-            "datasets": {"train": train, "val": run.pictures("val_", self.listed)},
-            "train": {"total_iter": run.iterations, "scheduler": {"total_iters": run.iterations}},
-            "val": {"val_enabled": True, "val_freq": run.saved_at},
-            "logger": run.logger(),
-        }
-
-    @staticmethod
-    def listed(path: Path) -> List[str]:
-        return [str(path)]
-
-    def weights(self, name: str, iteration: Any = "latest") -> Path:
-        return self.experiment(name) / "models" / f"net_g_ema_{iteration}.safetensors"
-
-    def validated(self, name: str, iteration: int = ITERATIONS) -> Path:
-        return next(self.experiment(name).rglob(f"*_{iteration:06d}.png"))
+    def own_changes(self, run: Run) -> Dict[str, Any]:
+        train = {"lq_size": run.side, "batch_size_per_gpu": run.batch}
+        train.update(num_worker_per_gpu=1, dataset_enlarge_ratio=1)
+        steps = {"total_iter": run.iterations, "scheduler": {"total_iters": run.iterations}}
+        return {"num_gpu": 0, "datasets": {"train": train}, "train": steps, "val": {"val_enabled": True}}
 
 
 class Neosr(Framework):
@@ -239,14 +228,11 @@ class Neosr(Framework):
         "use_amp": False, "bfloat16": False, "train": {"optim_g": {"warmup_steps": 5}},
     }  # fmt: skip
 
-    def changes(self, run: Run) -> Dict[str, Any]:
-        train: Dict[str, Any] = {**run.pictures(), "patch_size": run.side, "num_worker_per_gpu": 1}
-        train.update(batch_size=run.batch, pin_memory=False)
-        return {
-            "datasets": {"train": train, "val": {**run.pictures("val_"), "pin_memory": False}},
-            "val": {"val_freq": run.saved_at},
-            "logger": {"total_iter": run.iterations, **run.logger()},
-        }
+    def own_changes(self, run: Run) -> Dict[str, Any]:
+        train = {"patch_size": run.side, "batch_size": run.batch}
+        train.update(num_worker_per_gpu=1, pin_memory=False)
+        datasets = {"train": train, "val": {"pin_memory": False}}
+        return {"datasets": datasets, "logger": {"total_iter": run.iterations}}
 
 
 class ReleasedNeosr(Neosr):
@@ -297,6 +283,20 @@ def checkout(kind: Type[Framework], variable: str, folder: Path) -> Framework:
         pytest.skip(f"{kind.name} has no package: set {variable} to a checkout to run this with it")
     ignored = shutil.ignore_patterns(".git", "experiments", "datasets", "__pycache__")
     return kind(Path(shutil.copytree(source, folder / kind.package, ignore=ignored)))
+
+
+def write_pairs(folder: Path, scale: int, side: int = SIDE) -> Path:
+    """Pairs of pictures: IMAGES in hr/ and lr/, each one crop, two in val_hr/ and val_lr/."""
+    picture = np.concatenate([photographs.astronaut(), photographs.coffee()[:, :512].repeat(2, 0)[:512]], 1)
+    for kind, sizes in (("", [(side, side)] * IMAGES), ("val_", [(25, 38), (32, 27)])):
+        for number, (height, width) in enumerate(sizes):
+            y, x = 60 * number + 40, 70 * number + 150
+            hr = Image.fromarray(picture[y : y + height * scale, x : x + width * scale])
+            lr = hr.resize((width, height), Image.Resampling.BICUBIC)
+            for name, image in ((f"{kind}hr", hr), (f"{kind}lr", lr)):
+                (folder / name).mkdir(exist_ok=True, parents=True)
+                image.save(folder / name / f"{number}.png")
+    return folder
 
 
 def load(path: Path) -> Dict[str, torch.Tensor]:

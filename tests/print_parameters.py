@@ -7,16 +7,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "archs"))
 
-from aether_arch import VARIANTS, AetherBase
+from aether_arch import VARIANTS
 
-
-def row(variant: str, nets: list[AetherBase]) -> str:
-    def counts(forms: list[AetherBase]) -> str:
-        return " / ".join(f"{sum(value.numel() for value in form.parameters()):,}" for form in forms)
-
-    return f"{variant}: {counts(nets)} | {counts([net.fused() for net in nets])}"
-
-
-if __name__ == "__main__":
-    for build in VARIANTS:
-        print(row(build.__name__, [build(scale=scale) for scale in (2, 3, 4)]))
+for build in VARIANTS:
+    nets = [build(scale=scale) for scale in (2, 3, 4)]
+    counts = [f"{sum(v.numel() for v in net.parameters()):,}" for net in nets + [net.fused() for net in nets]]
+    print(f"{build.__name__}: {' / '.join(counts[:3])} | {' / '.join(counts[3:])}")

@@ -36,7 +36,6 @@ def assert_state(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) ->
 
 
 def online(state: Mapping[str, Tensor]) -> Dict[str, Any]:
-
     def inside(wrapper: str) -> Dict[str, Tensor]:
         return {name.replace("stages.0.", f"stages.0.{wrapper}."): value for name, value in state.items()}
 
@@ -103,28 +102,26 @@ def test_of_several_networks_the_better_known_name_is_taken_and_what_was_chosen_
     for better, worse in zip(WRAPPERS, [*WRAPPERS[1:], "another"]):
         assert_state(unwrap({worse: EMA, better: STATE}).state, STATE)
     assert_state(unwrap({**under("net_g.", EMA), **STATE}).state, STATE)
-    contents: Dict[str, Any] = {
-        "the only ones in the file": STATE,
-        "'params', not averaged": {"params": STATE},
-        "the averaged ones, 'params_ema'": {"params": EMA, "params_ema": STATE},
-        "'a/b', names under 'c.', not averaged": {"a": {"b": under("c.", STATE)}},
-        "'first', not averaged; the file holds others too, 'second'": {"first": STATE, "second": EMA},
-    }
-    for words, content in contents.items():
+    for words, content in (
+        ("the only ones in the file", STATE),
+        ("'params', not averaged", {"params": STATE}),
+        ("the averaged ones, 'params_ema'", {"params": EMA, "params_ema": STATE}),
+        ("'a/b', names under 'c.', not averaged", {"a": {"b": under("c.", STATE)}}),
+        ("'first', not averaged; the file holds others too, 'second'", {"first": STATE, "second": EMA}),
+    ):
         found = unwrap(content)
         assert found.chosen == words
         assert_state(found.state, STATE)
 
 
 def test_what_is_not_read_is_named_by_its_top_keys_beside_the_wrappers_that_are_known() -> None:
-    contents: Dict[str, Any] = {
-        "Keys at the top: none;": {},
-        "Keys at the top: 'iter', 'weights';": {"iter": 3, "weights": [STATE]},
-        "Keys at the top: 'a';": {"a": {"b": {"c": {"d": STATE}}}},
-        "'4', '5' and 3 more;": {str(k): torch.zeros(1) for k in range(9)},
-        f"Keys at the top: '{'k' * 40}';": {"k" * 99: 3},
-    }
-    for words, content in contents.items():
+    for words, content in (
+        ("Keys at the top: none;", {}),
+        ("Keys at the top: 'iter', 'weights';", {"iter": 3, "weights": [STATE]}),
+        ("Keys at the top: 'a';", {"a": {"b": {"c": {"d": STATE}}}}),
+        ("'4', '5' and 3 more;", {str(k): torch.zeros(1) for k in range(9)}),
+        (f"Keys at the top: '{'k' * 40}';", {"k" * 99: 3}),
+    ):
         with pytest.raises(ValueError, match=f"not an AetherNet.*{words}.*: {', '.join(WRAPPERS)}, with"):
             unwrap(content)
 

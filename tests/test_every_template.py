@@ -13,23 +13,22 @@ import math
 from pathlib import Path
 from typing import Any, Dict, Optional
 
+import frameworks
 import numpy as np
 import pytest
 from aether_arch import aether_from_state_dict
+from checkpoints import fuse
 from conftest import ROOT
-from frameworks import FRAMEWORKS, BasicSR, Framework, Neosr, Redux, framework_named, load, output_of
+from frameworks import BasicSR, Framework, Neosr, Redux, load, output_of
 from PIL import Image
-from skimage import data as photographs
-
-from aethersr.commands import fuse
 
 pytestmark = pytest.mark.slow
 BATCH, SIDE = 4, 32
 
 
-@pytest.fixture(scope="module", params=FRAMEWORKS)
+@pytest.fixture(scope="module", params=frameworks.FRAMEWORKS)
 def framework(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Framework:
-    framework = framework_named(request.param, tmp_path_factory.mktemp("framework"))
+    framework = frameworks.framework_named(request.param, tmp_path_factory.mktemp("framework"))
     framework.bring("aether_quant.py")
     return framework
 
@@ -38,16 +37,7 @@ def framework(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 def images(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pairs of pictures at one scale; the folder's name says which."""
     scale = request.param
-    folder = tmp_path_factory.mktemp("images") / f"x{scale}"
-    for kind, height, width in (("", SIDE + 16, SIDE + 16), ("val_", 25, 38)):
-        for sub in ("hr", "lr"):
-            (folder / f"{kind}{sub}").mkdir(parents=True)
-        for number in range(BATCH):
-            y, x = 40 * number, 60 * number
-            hr = Image.fromarray(photographs.astronaut()[y : y + height * scale, x : x + width * scale])
-            hr.save(folder / f"{kind}hr" / f"{number}.png")
-            lr = hr.resize((width, height), Image.Resampling.BICUBIC)
-            lr.save(folder / f"{kind}lr" / f"{number}.png")
+    folder = frameworks.write_pairs(tmp_path_factory.mktemp("images") / f"x{scale}", scale, SIDE + 16)
     (folder / "meta_info.txt").write_text("0.png\n1.png\n2.png\n3.png\n", encoding="utf-8")
     return folder
 
@@ -78,8 +68,7 @@ def test_every_template_of_a_size_and_scale_trains(
         assert weights.is_file(), output[-3000:]
         # What was saved, fused by the command, is what the framework showed.
         shown, fused = framework.validated(name, iterations), tmp_path / f"{kind}{weights.suffix}"
-        paths = ["--model_path", str(weights), "--output_path", str(fused)]
-        assert fuse.main([*paths, "--device", "cpu"]) == 0
+        assert fuse(weights, fused) == 0
         upscaled = output_of(aether_from_state_dict(load(fused)), images / "val_lr" / f"{shown.name[0]}.png")
         difference = np.abs(upscaled - np.array(Image.open(shown))).max()
         assert difference <= 1, f"{kind}: the validation and the fused network differ by {difference}/255"

@@ -6,56 +6,33 @@ TRAINNER_REDUX_ROOT and NEOSR_ROOT name a checkout, with the Python of TRAINNER_
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, Dict
 
+import frameworks
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 from aether_arch import aether_from_state_dict
-from conftest import ROOT
-from frameworks import (
-    FRAMEWORKS,
-    IMAGES,
-    ITERATIONS,
-    SAVED_AT,
-    SIDE,
-    TINY,
-    Framework,
-    framework_named,
-    load,
-    output_of,
-    pixels_of,
-)
+from checkpoints import fuse
+from conftest import ROOT, run_onnx
+from frameworks import IMAGES, ITERATIONS, SAVED_AT, Framework, load, output_of
 from PIL import Image
-from skimage import data as photographs
 
 STATISTICS = ("running_mean", "running_var")
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pairs of pictures at x2, and in x4/ at x4: four for training, each one crop, and two for validation."""
+    """Pairs of pictures at x2, and in x4/ at x4."""
     folder = tmp_path_factory.mktemp("images")
-    picture = np.concatenate([photographs.astronaut(), photographs.coffee()[:, :512].repeat(2, 0)[:512]], 1)
-    for scale, target in ((2, folder), (4, folder / "x4")):
-        for kind, sizes in (("", [(SIDE, SIDE)] * IMAGES), ("val_", [(25, 38), (32, 27)])):
-            for number, (height, width) in enumerate(sizes):
-                y, x = 60 * number + 40, 70 * number + 150
-                hr = Image.fromarray(picture[y : y + height * scale, x : x + width * scale])
-                lr = hr.resize((width, height), Image.Resampling.BICUBIC)
-                for name, image in ((f"{kind}hr", hr), (f"{kind}lr", lr)):
-                    (target / name).mkdir(exist_ok=True, parents=True)
-                    image.save(target / name / f"{number}.png")
-    return folder
+    frameworks.write_pairs(folder / "x4", 4)
+    return frameworks.write_pairs(folder, 2)
 
 
-@pytest.fixture(scope="module", params=FRAMEWORKS)
+@pytest.fixture(scope="module", params=frameworks.FRAMEWORKS)
 def framework(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Framework:
-    return framework_named(request.param, tmp_path_factory.mktemp("framework"))
+    return frameworks.framework_named(request.param, tmp_path_factory.mktemp("framework"))
 
 
 @pytest.fixture(scope="module")
@@ -70,15 +47,8 @@ def fused(framework: Framework, trained: str) -> Path:
     """What fuse_aether.py makes of it."""
     saved = framework.weights(trained)
     target = framework.root / f"fused{saved.suffix}"
-    command(ROOT / "fuse_aether.py", "--model_path", saved, "--output_path", target, "--device", "cpu")
+    assert fuse(saved, target) == 0
     return target
-
-
-def command(script: Path, *arguments: Any, timeout: float = 300) -> None:
-    done = subprocess.run(
-        [sys.executable, str(script), *map(str, arguments)], capture_output=True, text=True, timeout=timeout
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def assert_the_same_losses(framework: Framework, whole: str, resumed: str) -> None:
@@ -95,9 +65,6 @@ def assert_the_same_weights(path: Path, other: Path) -> None:
     assert state.keys() == again.keys()
     different = [name for name in state if not torch.allclose(state[name], again[name], rtol=1e-3, atol=1e-5)]
     assert not different, f"{len(different)} of {len(state)} tensors differ after resuming: {different[:4]}"
-
-
-# ------------------------------------------------------------------------------------------------------ tests
 
 
 def test_the_template_trains_and_the_loss_falls(framework: Framework, trained: str) -> None:
@@ -160,13 +127,11 @@ def test_quantisation_aware_training_resumes_and_its_int8_file_is_what_was_valid
     assert sums
     assert all(bool((value.isfinite() & (value > 0)).all()) for value in sums.values())
     net = tmp_path / "net.safetensors"
-    arguments = ("--model_path", saved, "--output_path", net, "--onnx", "fp32,fp16,int8", "--device", "cpu")
-    command(ROOT / "fuse_aether.py", *arguments)
+    assert fuse(saved, net, "--onnx", "fp32,fp16,int8") == 0
     written = sorted(path.name for path in tmp_path.iterdir())
     assert written == ["net.safetensors", "net_fp16.onnx", "net_fp32.onnx", "net_int8.onnx"]
-    pixels = pixels_of(images / "val_lr" / f"{shown.name[0]}.png").numpy()
-    session = onnxruntime.InferenceSession(tmp_path / "net_int8.onnx", providers=["CPUExecutionProvider"])
-    output = np.asarray(session.run(None, {"input": pixels})[0])[0].clip(0, 1).transpose(1, 2, 0)
+    pixels = frameworks.pixels_of(images / "val_lr" / f"{shown.name[0]}.png").numpy()
+    output = run_onnx(tmp_path / "net_int8.onnx", pixels)[0].clip(0, 1).transpose(1, 2, 0)
     far = float((np.abs((output * 255).round() - np.array(Image.open(shown))) > 1).mean())
     assert far <= 0.01, f"{far:.2%} of the int8 file's pixels are over 1/255 from {framework.name}'s"
 
@@ -198,7 +163,7 @@ def test_basicsr_runs_its_test_template_on_the_file_that_fuse_aether_writes(
     changes = {
         "num_gpu": 0,
         "datasets": {"test_1": {"dataroot_lq": str(images / "val_lr")}},
-        "network_g": TINY,
+        "network_g": frameworks.TINY,
         "path": {"pretrain_network_g": str(fused), "param_key_g": None},
     }
     framework.run(framework.written("tested", text, changes), task="test")

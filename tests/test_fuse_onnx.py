@@ -13,8 +13,6 @@ from checkpoints import fuse as run
 from conftest import PLAIN, one_line, run_onnx, small_net
 from test_half_precision import blown_up
 
-from aethersr import half_precision
-
 IMAGE = np.random.default_rng(1).random((1, 3, 20, 24), np.float32)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -75,38 +73,22 @@ def test_int8_is_made_from_the_rescaled_weights(
     assert np.abs(run_onnx(tmp_path / "a_int8.onnx", IMAGE) - expected).mean() < 0.2 * expected.std()
 
 
-def test_all_files_stay_as_they_were_if_the_last_one_fails(
-    trained: Path, capsys: Any, monkeypatch: Any
+@pytest.mark.parametrize("broken", [False, True])
+def test_if_the_last_file_fails_or_appears_meanwhile_none_is_written(
+    trained: Path, capsys: Any, monkeypatch: Any, broken: bool
 ) -> None:
     """How they come and go together: test_files.py."""
-    arguments = [trained, trained.with_name("a.pth"), "--onnx", "fp32", "int8,fp32", "--overwrite"]
-    assert run(*arguments) == 0
-    before, check, count = contents(trained.parent), onnx.checker.check_model, iter(range(9))
-    assert {*before} == {"qat.pth", "a.pth", "a_fp32.onnx", "a_int8.onnx"}
+    before, last = contents(trained.parent), trained.with_name("a_int8.onnx")
+    check, count = onnx.checker.check_model, iter(range(9))
 
-    def second_fails(*arguments: Any, **options: Any) -> None:
-        if next(count) == 1:
-            raise RuntimeError("the second file is broken.")
+    def check_second(*arguments: Any, **options: Any) -> None:
         check(*arguments, **options)
+        if next(count) == 1 and broken:
+            raise RuntimeError("the second file is broken.")
+        last.write_text("mine")
 
-    monkeypatch.setattr(onnx.checker, "check_model", second_fails)
-    capsys.readouterr()
-    assert run(*arguments) == 2
-    assert "second file is broken" in one_line(capsys.readouterr().err)
-    assert contents(trained.parent) == before
-
-
-@pytest.mark.parametrize("name", ["a.pth", "a_fp32.onnx", "a_fp16.onnx"])
-def test_an_output_that_appears_meanwhile_is_not_overwritten(
-    trained: Path, capsys: Any, monkeypatch: Any, name: str
-) -> None:
-    fit = half_precision.fit_half_precision_
-
-    def appears(*arguments: Any) -> Any:
-        trained.with_name(name).write_text("mine")
-        return fit(*arguments)
-
-    monkeypatch.setattr(half_precision, "fit_half_precision_", appears)
-    assert run(trained, trained.with_name("a.pth"), "--onnx", "fp32,fp16") == 2
-    assert f"{name} exists; pass --overwrite" in one_line(capsys.readouterr().err)
-    assert contents(trained.parent) == {"qat.pth": trained.read_bytes(), name: b"mine"}
+    monkeypatch.setattr(onnx.checker, "check_model", check_second)
+    assert run(trained, trained.with_name("a.pth"), "--onnx", "fp32", "int8,fp32") == 2
+    words = "second file is broken" if broken else "a_int8.onnx exists; pass --overwrite"
+    assert words in one_line(capsys.readouterr().err)
+    assert contents(trained.parent) == {**before, last.name: b"mine"}

@@ -36,22 +36,10 @@ def difference(net: nn.Module, other: nn.Module, height: int, width: int, chans:
 
 
 KINDS: Dict[str, Dict[str, Any]] = {
-    "attention": {"use_channel_attn": True, "use_spatial_attn": True},
+    "attention": {},
     "plain": {"use_channel_attn": False, "use_spatial_attn": False, "bound": 0.7},
-    "channel": {
-        "use_spatial_attn": False,
-        "mlp_ratio": 1.3,
-        "lk_kernel": 7,
-        "sk_kernel": 7,
-        "img_range": 255.0,
-    },
-    "spatial": {
-        "use_channel_attn": False,
-        "in_chans": 1,
-        "lk_kernel": 13,
-        "sk_kernel": 5,
-        "depths": (1, 1, 2),
-    },
+    "channel": {"use_spatial_attn": False, "mlp_ratio": 1.3, "sk_kernel": 11, "img_range": 255.0},
+    "spatial": {"use_channel_attn": False, "in_chans": 1, "lk_kernel": 13, "depths": (1, 1, 2)},
 }
 
 
@@ -84,7 +72,10 @@ def test_rows_at_a_time_are_the_same_function_and_a_gradient_sees_all_of_them(
     x = torch.rand(1, 3, height, width, dtype=torch.float64, requires_grad=True)
     fused(x).sum().backward()
     assert x.grad is not None
-    assert set(heights) == {height}
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with torch.no_grad():
+        fused(x)
+    assert set(heights) == {height}, "a gradient and a compiler see all of it"
 
 
 @st.composite
@@ -121,16 +112,13 @@ def test_nothing_but_convolutions_activations_attention_and_additions_is_left() 
 
 
 def test_only_an_explicit_call_fuses_and_it_may_be_repeated() -> None:
-    net = small_net(2, **TINY)
+    net, x = small_net(2, drop=0.5, drop_path_rate=0.5), X.double()
+    fused = net.fused()
     assert type(net.eval()) is type(net.train()) is AetherNet
-    assert type(net.fused()) is FusedAetherNet
-    assert type(net) is AetherNet
-    assert net.fuse_model() is net
-    assert type(net) is FusedAetherNet
-    before = {name: value.clone() for name, value in net.state_dict().items()}
-    net.fuse_model()
+    assert net.fuse_model().fuse_model() is net
+    assert type(net) is type(fused) is FusedAetherNet
     assert net.training
-    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    torch.testing.assert_close(net(x), fused(x))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -143,12 +131,6 @@ def test_fusing_keeps_precision_mode_layout_and_random_numbers(dtype: torch.dtyp
     assert {value.dtype for value in fused[0].state_dict().values()} == {dtype}
     assert fused[0].body_conv.weight.is_contiguous()
     assert fused[1].body_conv.weight.is_contiguous(**last)
-
-
-def test_the_fused_form_ignores_train_mode() -> None:
-    fused = small_net(2, drop=0.5, drop_path_rate=0.5).fused()
-    x = torch.rand(1, 3, 8, 8, dtype=torch.float64)
-    torch.testing.assert_close(fused.eval()(x), fused.train()(x))
 
 
 @pytest.mark.parametrize("weight", [0.0, 1e-30, 1e-4], ids=str)
@@ -175,6 +157,8 @@ def test_the_collapsed_tail_is_exact_at_every_pixel_and_so_is_its_gradient(scale
     upsample = aether_arch.AdaptiveUpsample(6, scale)
     tail = nn.Sequential(upsample, nn.Conv2d(upsample.out_channels, 2, 3, padding=1)).double()
     collapsed: Any = CollapsedTail(6, 2, scale).double()
+    lines = 1 if scale < 4 else 2  # in files that are released
+    assert collapsed.top_left_weight.shape == (2 * scale**2, 6, lines, lines)
     with torch.no_grad():
         collapsed.load_state_dict(CollapsedTail.collapse(tail, scale))
         if traced:
@@ -184,17 +168,6 @@ def test_the_collapsed_tail_is_exact_at_every_pixel_and_so_is_its_gradient(scale
             assert float((collapsed(x) - tail(x)).abs().max()) <= 1e-13
     x = torch.randn(1, 6, 2, 1, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(collapsed, x)
-
-
-@pytest.mark.parametrize("scale", [2, 4])
-def test_a_traced_network_takes_slices_that_no_size_enters(scale: int) -> None:
-    """Converters stumble over slices whose ends are computed, and over writing in place."""
-    net = small_net(scale, **TINY).fused()
-    with torch.no_grad():
-        traced = torch.jit.trace(net, torch.rand(1, 3, 9, 11, dtype=torch.float64))
-    kinds = {node.kind() for node in traced.inlined_graph.nodes()}
-    assert "aten::pixel_shuffle" in kinds
-    assert not kinds & {"aten::size", "aten::narrow", "aten::select", "aten::copy_"}
 
 
 def test_fusing_under_inference_mode_gives_a_network_that_can_be_trained_and_saved(tmp_path: Path) -> None:
@@ -209,16 +182,6 @@ def test_fusing_under_inference_mode_gives_a_network_that_can_be_trained_and_sav
         torch.save(net.state_dict(), tmp_path / "net.pth")
 
 
-@pytest.mark.skipif(not hasattr(torch, "export"), reason="this PyTorch has no torch.export")
-def test_the_fused_form_exports_with_a_dynamic_batch_and_size() -> None:
-    fused = small_net(2, **TINY).float().fused()
-    dims = {0: torch.export.Dim("batch"), 2: torch.export.Dim("height"), 3: torch.export.Dim("width")}
-    program = torch.export.export(fused, (torch.rand(3, 3, 8, 9),), dynamic_shapes=({**dims},))
-    for batch, height, width in ((1, 5, 7), (2, 8, 9), (4, 12, 3)):
-        x = torch.rand(batch, 3, height, width)
-        assert float((program.module()(x) - fused(x)).detach().abs().max()) <= 1e-4
-
-
 @pytest.mark.slow
 def test_the_largest_network_fuses_at_x8_in_seconds_and_two_gigabytes() -> None:
     code = (
@@ -231,32 +194,17 @@ def test_the_largest_network_fuses_at_x8_in_seconds_and_two_gigabytes() -> None:
     assert float(seconds) < 30
 
 
-@pytest.mark.parametrize(("scale", "depth"), [(1, 1), (2, 1), (3, 1), (4, 2), (8, 2)])
-def test_the_tail_has_the_shapes_of_files_that_are_released(scale: int, depth: int) -> None:
-    tail = FusedAetherNet(scale=scale, in_chans=2, embed_dim=24, depths=[1]).tail
-    expected = {"weight": (5, 5), "top_left_weight": (depth, depth), "bottom_right_weight": (depth, depth)}
-    expected.update({f"{side}_weight": (depth, 5) for side in ("top", "bottom")})
-    expected.update({f"{side}_weight": (5, depth) for side in ("left", "right")})
-    shapes = {name: tuple(value.shape) for name, value in tail.state_dict().items()}
-    assert len(shapes) == 18
-    assert {name: shapes[name] for name in expected} == {
-        name: (2 * scale**2, 24, *kernel) for name, kernel in expected.items()
-    }
-
-
 # ------------------------------------------------------------------------------------------- a change of form
 
 
 def test_training_the_fused_form_is_said_once() -> None:
-    net = small_net(2).float()
-    other = AetherNet(**net.options)
-    other.load_state_dict(net.fused().state_dict())
+    net = in_form("fused")
     with pytest.warns(UserWarning, match="fused form"):
-        other.train()(X).sum().backward()
+        net.train()(X).sum().backward()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        other(X).sum().backward()
-        net.fused()(X)
+        net(X).sum().backward()
+        in_form("fused")(X)
 
 
 def test_hooks_and_foreign_attributes_survive_a_change_of_form_and_lost_ones_are_named(caplog: Any) -> None:

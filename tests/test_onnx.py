@@ -89,16 +89,12 @@ def test_a_network_with_every_option_exports_under_inference_mode(tmp_path: Path
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_the_model_and_the_random_generator_are_left_as_they_were(tmp_path: Path, precision: str) -> None:
-    nets: List[Any] = [small_net(2, **TINY).train(), network().train()]
-    for net in [network("int8").train()] if precision == "int8" else nets:
-        kind, seed = type(net), torch.get_rng_state()
-        before = {name: value.clone() for name, value in net.state_dict().items()}
-        export_onnx(net, 2, precision, str(tmp_path / "net.onnx"))
-        assert (type(net), net.training) == (kind, True)
-        assert torch.equal(torch.get_rng_state(), seed)
-        for name, value in net.state_dict().items():
-            assert before[name].dtype == value.dtype
-            assert torch.equal(before[name], value)
+    net: Any = (small_net(2, **TINY) if precision == "fp32" else network(precision)).train()
+    kind, seed, before = type(net), torch.get_rng_state(), copy.deepcopy(net.state_dict())
+    export_onnx(net, 2, precision, str(tmp_path / "net.onnx"))
+    assert (type(net), net.training) == (kind, True)
+    assert torch.equal(torch.get_rng_state(), seed)
+    torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
 
 
 def test_the_file_says_what_it_is_and_its_bytes_are_always_the_same(tmp_path: Path, monkeypatch: Any) -> None:
@@ -128,6 +124,8 @@ def test_other_programs_own_export_works(tmp_path: Path, form: str, dynamo: bool
         torch.onnx.export(net, (torch.rand(1, 3, 16, 16),), path, verbose=False, **names, **arguments)
     for shape in ((1, 3, 1, 1), (1, 3, 7, 5), (2, 3, 32, 48)):
         assert_agrees(path, net, torch.rand(shape).numpy())
+    operators = {node.op_type for node in onnx.load(path).graph.node}
+    assert dynamo or not operators & {"ScatterND", "Shape", "Loop", "If"}, "few runtimes take these"
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -150,18 +148,11 @@ def test_upscalers_find_what_they_look_for(
         with pytest.raises(Exception, match="invalid dimensions"):
             run_onnx(model, np.zeros((1, 3, 16, 25), DTYPES[precision]))
         return
+    # DirectML is told of sizes by their names, so input and output must not share one.
     assert shapes == [["batch", 3, "height", "width"], ["batch", 3, "out_height", "out_width"]]
     # vs-mlrt fixes the input's batch and size and the output's batch, and drops all shapes in between.
     ends[1].shape.dim[0].dim_value = 1
     assert inferred(model, 48, 64) == [1, 3, 96, 128]
-    # DirectML is told of sizes by their names. Input and output must not share one then.
-    options = onnxruntime.SessionOptions()
-    for name, size in (("batch", 1), ("height", 12), ("width", 20)):
-        options.add_free_dimension_override_by_name(name, size)
-    content = exported(tmp_path, precision).SerializeToString()
-    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    image = np.zeros((1, 3, 12, 20), DTYPES[precision])
-    assert session.run(None, {"input": image})[0].shape == (1, 3, 24, 40)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -176,11 +167,6 @@ def test_opsets_from_first_to_last_work_with_allowed_operators(tmp_path: Path, p
     assert {node.op_type for node in plain.graph.node} <= ALLOWED[precision] | NOT_SIMPLIFIED
     assert len(simple.graph.node) < len(plain.graph.node)
     assert simple.ByteSize() < 1.1 * plain.ByteSize()
-    image = np.random.default_rng(0).random((2, 3, 9, 14)).astype(DTYPES[precision])
-    outputs = [run_onnx(model, image) for model in (plain, simple)]
-    # ONNX Runtime computes parts of an fp16 graph in float32 on a CPU, and not the same parts of both.
-    allowed = (1e-2 if precision == "fp16" else 1e-6) * np.abs(outputs[0]).max()
-    assert np.abs(outputs[0] - outputs[1]).max() <= allowed
 
 
 REFUSED: List[Tuple[Dict[str, Any], str]] = [

@@ -23,6 +23,7 @@ from aethersr.identify import aether_from_state_dict
 from aethersr.onnx import export_onnx
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+IMAGE = torch.rand(1, 3, 31, 18, generator=torch.Generator().manual_seed(5))
 BLOCKS, INTEGER = 3, 3  # and how many of a block's convolutions are integer ones
 
 
@@ -32,16 +33,11 @@ def quantised(**options: Any) -> QuantAetherNet:
     return net.prepare_qat(calibration=images).eval()  # type: ignore[return-value]
 
 
-@pytest.fixture
-def image() -> torch.Tensor:
-    return torch.rand(1, 3, 31, 18, generator=torch.Generator().manual_seed(5))
-
-
 def exported(folder: Path, net: QuantAetherNet, target: str, **options: Any) -> onnx.ModelProto:
     return onnx.load(export_onnx(net, net.scale, "int8", str(folder / "net.onnx"), target, **options))
 
 
-def run(model: onnx.ModelProto, image: torch.Tensor) -> torch.Tensor:
+def run(model: onnx.ModelProto, image: torch.Tensor = IMAGE) -> torch.Tensor:
     return torch.from_numpy(run_onnx(model, image.numpy()))
 
 
@@ -75,7 +71,7 @@ def test_onnx_runtime_computes_the_quantised_convolutions_in_integers(simplify: 
 @pytest.mark.parametrize(("dead", "bound"), [(None, None), (1e-6, 0.5)])
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_file_computes_what_the_stored_network_does(
-    target: str, dead: Any, bound: Any, tmp_path: Path, image: torch.Tensor
+    target: str, dead: Any, bound: Any, tmp_path: Path
 ) -> None:
     net: Any = quantised(bound=bound)
     if dead is not None:  # a channel that died keeps its bias
@@ -83,9 +79,9 @@ def test_the_file_computes_what_the_stored_network_does(
         weight.copy_(torch.linspace(-dead, dead, weight.numel()).view_as(weight))
         net.body_conv.bias[5] = 0.3
     stored: Any = net.convert_to_quantized().for_target(target)
-    model, expected = exported(tmp_path, net, target), stored(image)
+    model, expected = exported(tmp_path, net, target), stored(IMAGE)
     # Random weights: it must be the same function. Some values round to the other side.
-    assert float((run(model, image) - expected).abs().mean()) < 0.02 * float(expected.std())
+    assert float((run(model) - expected).abs().mean()) < 0.02 * float(expected.std())
     assert len(integer_weights(model)) == BLOCKS * INTEGER + (target != "onnxruntime")  # body_conv
     assert dead is None or float(stored.body_conv.bias[5]) == pytest.approx(0.3, rel=1e-5)
     assert bound is None or float(stored.stages[1][1].reparam_conv.quant_out.largest) <= bound
@@ -107,14 +103,14 @@ def test_tensorrt_gets_what_it_allows(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_weights_of_seven_bits_overflow_no_pair_of_products(tmp_path: Path, image: torch.Tensor) -> None:
+def test_weights_of_seven_bits_overflow_no_pair_of_products(tmp_path: Path) -> None:
     stored = quantised().convert_to_quantized()
     model = exported(tmp_path, stored, "onnxruntime", reduce_range=True)
     largest = max(int(np.abs(weight.astype(int)).max()) for weight in integer_weights(model))
     assert 2 * 255 * largest < 2**15, "two products of u8 and s8 fit in 16 bits"
-    reduced = stored.for_target("onnxruntime", reduce_range=True)(image)
-    assert float((run(model, image) - reduced).abs().mean()) < 0.02 * float(reduced.std())
-    assert 0 < float((reduced - stored(image)).abs().mean()) < 0.1 * float(reduced.std())
+    reduced = stored.for_target("onnxruntime", reduce_range=True)(IMAGE)
+    assert float((run(model) - reduced).abs().mean()) < 0.02 * float(reduced.std())
+    assert 0 < float((reduced - stored(IMAGE)).abs().mean()) < 0.1 * float(reduced.std())
 
 
 @torch.no_grad()

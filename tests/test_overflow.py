@@ -6,12 +6,10 @@ import copy
 from pathlib import Path
 from typing import Any, List
 
-import numpy as np
 import pytest
 import torch
 from aether_arch import AetherNet
-from frameworks import DELETED, TINY, framework_named, load
-from PIL import Image
+from frameworks import DELETED, TINY, framework_named, load, write_pairs
 from torch import Tensor, nn
 
 from aethersr.commands.fuse import main
@@ -40,13 +38,13 @@ def tiny(**options: Any) -> AetherNet:
     return AetherNet(scale=2, embed_dim=8, depths=(1, 1), lk_kernel=5, **options)
 
 
-def trained(net: nn.Module, steps: int = 16, loss: Any = None) -> List[float]:
+def trained(net: nn.Module) -> List[float]:
     """Train under fp16 autocast with a real scaler; its scale after each step."""
-    loss = loss or Overflowing()
+    loss = Overflowing()
     optimizer = torch.optim.AdamW([value for value in net.parameters() if value.requires_grad], 1e-3)
     scaler = torch.amp.GradScaler("cpu", init_scale=SCALE, growth_interval=1000)
     x, scales = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0)), []
-    for _ in range(steps):
+    for _ in range(16):
         optimizer.zero_grad()
         with torch.autocast("cpu", torch.float16):
             output = net(x)
@@ -101,11 +99,7 @@ class BreaksLate(nn.Module):
 def test_basicsr_trains_on_through_a_nan_and_its_last_finite_checkpoint_survives(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for kind, side in (("hr", 48), ("lr", 24), ("val_hr", 48), ("val_lr", 24)):
-        (tmp_path / kind).mkdir()
-        noise = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
-        Image.fromarray(noise).save(tmp_path / kind / "0.png")
-    framework = framework_named("BasicSR", tmp_path)
+    framework = framework_named("BasicSR", write_pairs(tmp_path, 2))
     (framework.root / "basicsr" / "losses" / "breaks_late_loss.py").write_text(BREAKS_LATE, encoding="utf-8")
     options = framework.unedited(
         "late", framework.template_text(), tmp_path, 1, 24, 2, 8, network_g=TINY,

@@ -68,11 +68,3 @@ def test_it_builds_the_integer_files(tmp_path: Path) -> None:
     network, errors, engine = build(path, *ANY_SIZE)
     assert engine is not None, errors
     assert integer_convolutions(network) == 3 * 3 + 1  # gate, main and out of three blocks; body_conv
-
-
-def test_it_refuses_the_flavour_of_onnx_runtime(tmp_path: Path) -> None:
-    """That is why there is --target tensorrt. Were this file taken, the tests above would prove little."""
-    path = export_onnx(quantised(), 2, "int8", str(tmp_path / "net.onnx"), "onnxruntime")
-    _, errors, engine = build(path, *ANY_SIZE)
-    assert engine is None
-    assert any("zero point" in error for error in errors)
