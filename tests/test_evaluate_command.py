@@ -128,29 +128,13 @@ def test_jpeg_compresses_the_low_resolution_pictures_first(hr: Path, tmp_path: P
 
 
 def test_pictures_are_read_as_aether_upscale_reads_them(tmp_path: Path, capsys: Any) -> None:
-    """Turned upright, in front of white, with all 16 bits, grey as colours."""
-    picture, exif = photographs.astronaut()[:60, 200:260].copy(), Image.Exif()
-    picture[20:30], exif[0x0112] = 255, 6
-    alpha = np.where((picture == 255).all(2), 0, 255).astype(np.uint8)
-    bgr = picture[..., ::-1].astype(np.uint16)
-    found = {}
-    for name, save in {
-        "shown": lambda path: Image.fromarray(picture).save(path),
-        "clear": lambda path: Image.fromarray(np.dstack([picture, alpha])).save(path),
-        "turned": lambda path: Image.fromarray(np.rot90(picture)).save(path, exif=exif),
-        "deep": lambda path: cv2.imwrite(str(path), bgr * 257),
-        "dim": lambda path: cv2.imwrite(str(path), bgr),
-    }.items():
-        save(tmp_path / f"{name}.png")
-        rows = table(capsys, "--scale", 2, "--hr", tmp_path / f"{name}.png")
-        found[name] = float(rows[1][1].split(" /")[0])
-    assert found["shown"] == found["clear"] == found["turned"]
-    assert found["deep"] == pytest.approx(found["shown"], abs=0.02)
-    # What 8 bits would round to black differs by 257 times as much, in dB:
-    assert found["dim"] == pytest.approx(48.2 + found["shown"], abs=0.3)
-    network(tmp_path / "grey.pth", in_chans=1)
-    Image.fromarray(photographs.camera()[:40, :44]).save(tmp_path / "grey.png")
-    assert decibels(capsys, tmp_path / "grey.pth", "--hr", tmp_path / "grey.png")[0] > 5
+    """Such as all 16 bits: what 8 would round to black differs by 257 times as much, in dB."""
+    picture = photographs.astronaut()[:60, 200:260]
+    found = []
+    for dtype in (np.uint8, np.uint16):
+        cv2.imwrite(str(tmp_path / "a.png"), picture[..., ::-1].astype(dtype))
+        found.append(float(table(capsys, "--scale", 2, "--hr", tmp_path / "a.png")[1][1].split(" /")[0]))
+    assert found[1] == pytest.approx(48.2 + found[0], abs=0.3)
 
 
 def test_two_folders_and_two_files_of_one_name_stay_apart(hr: Path, tmp_path: Path, capsys: Any) -> None:
