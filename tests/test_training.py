@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -81,32 +80,6 @@ def test_a_folder_of_the_user_inside_the_target_stays_as_it_is(place: str, tmp_p
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert prepare(tmp_path, "--pictures", tmp_path / place, "--reductions", 1) == 0
     assert all(path.read_bytes() == content for path, content in before.items())
-
-
-@pytest.mark.parametrize("name", ["gt", "lq", "sources.csv", "copyright"])
-def test_what_exists_is_not_completed(name: str, mine: Path, tmp_path: Path, capsys: Any) -> None:
-    (tmp_path / "pairs" / name).mkdir(parents=True)
-    assert prepare(tmp_path / "pairs", "--pictures", mine, "--reductions", 1) == 2
-    assert f"{name} exists; name another folder" in capsys.readouterr().err
-    assert [path.name for path in (tmp_path / "pairs").iterdir()] == [name]
-
-
-@pytest.mark.parametrize(("source", "words"), [
-    ("mine", "no crop of mine is sharp enough"),
-    ("none", "--pictures none is not a folder"),
-    ("empty", "empty holds no picture"),
-    ("broken", "broken holds no pictures of 192 pixels or more a side that can be read"),
-])  # fmt: skip
-def test_what_cannot_be_cut_ends_in_one_line_and_leaves_nothing(
-    source: str, words: str, mine: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name in ("empty", "broken"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "broken" / "text.png").write_text("text")
-    assert prepare(Path("pairs"), "--pictures", source, "--reductions", 4) == 2
-    assert words in capsys.readouterr().err.splitlines()[-1]
-    assert not list(Path("pairs").glob("*"))
 
 
 @pytest.mark.skipif(not shutil.which("dpkg-deb"), reason="needs dpkg-deb, of Debian and Ubuntu")
@@ -262,14 +235,6 @@ def test_a_test_picture_among_the_cuts_is_found(
     assert re.search(r"face.jpg shows \S+astronaut.png;", printed.err)
 
 
-@pytest.mark.parametrize(("name", "words"), [("none", "is not a folder"), ("flat.png", "with details")])
-def test_a_folder_without_pictures_or_details_ends_in_one_line(
-    name: str, words: str, folders: Tuple[Path, Path], capsys: Any
-) -> None:
-    assert overlap.main([str(folders[0]), str(folders[0] / name)]) == 2
-    assert words in capsys.readouterr().err
-
-
 CARD = ["--author", "my-id", "--date", "2026-11-22", "--tags", "photo,restoration"]
 
 
@@ -331,14 +296,37 @@ def test_every_released_file_has_a_card_that_lacks_its_address_alone() -> None:
     assert not released
 
 
-@pytest.mark.parametrize("words", [
-    "absent.pth", "2x_damaged.pth", "2x_My_Model_fp16.onnx", "2x_My_Model_fp16.safetensors notes.txt",
-    "2x_My_Model_fp16.safetensors 2x_other_weights.pth", "2x_My_Model_fp16.safetensors 3x_other_scale.pth",
-    "2x_My_Model_fp16.safetensors --name 写真",
+HELD = ("gt", "lq", "sources.csv", "copyright")
+NET, CUT = "{release}/2x_My_Model_fp16.safetensors", "pairs --reductions 4 --pictures"
+
+
+@pytest.mark.parametrize(("script", "words", "said"), [
+    (prepare_pictures, f"{CUT} mine", "no crop of mine is sharp enough"),
+    (prepare_pictures, f"{CUT} none", "--pictures none is not a folder"),
+    (prepare_pictures, f"{CUT} empty", "empty holds no picture"),
+    (prepare_pictures, f"{CUT} broken", "holds no pictures of 192 pixels or more a side that can be read"),
+    *((prepare_pictures, f"has_{name} --pictures mine", f"{name} exists; name another") for name in HELD),
+    (overlap, "cuts none", "is not a folder"),
+    (overlap, "cuts cuts/flat.png", "with details"),
+    (model_card, "absent.pth", "is no file in .pth"),
+    (model_card, "{release}/2x_damaged.pth", "(FILE)"),
+    (model_card, "{release}/2x_My_Model_fp16.onnx", "holds no weights, which come first"),
+    (model_card, f"{NET} {{release}}/2x_other_weights.pth", "holds other weights than"),
+    (model_card, f"{NET} {{release}}/3x_other_scale.pth", "holds other weights than"),
+    (model_card, f"{NET} --name 写真", "has no letter or digit that an id"),
 ])  # fmt: skip
-def test_what_makes_no_card_is_one_line(release: Path, words: str, monkeypatch: Any, capsys: Any) -> None:
-    monkeypatch.chdir(release)
-    before = sorted(os.listdir())
-    assert make_card(*words.split()) == 2
-    assert re.fullmatch(r"model_card.py: error: .*(FILE|--name).*\n", capsys.readouterr().err)
-    assert sorted(os.listdir()) == before
+def test_what_cannot_be_done_ends_in_one_line_and_leaves_nothing(
+    script: Any, words: str, said: str, mine: Path, folders: Any, release: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    monkeypatch.chdir(mine.parent)
+    for name in ("empty", "broken", *(f"has_{name}/{name}" for name in HELD)):
+        Path(name).mkdir(parents=True)
+    Path("broken", "text.png").write_text("text")
+    places = (Path(), release)
+    before = [path for place in places for path in place.rglob("*")]
+    more = CARD if script is model_card else []
+    assert script.main([*words.format(release=release).split(), *more]) == 2
+    assert re.match(
+        rf"{script.__name__}.py: error: .*{re.escape(said)}", capsys.readouterr().err.splitlines()[-1]
+    )
+    assert [path for place in places for path in place.rglob("*") if path.name != "pairs"] == before
