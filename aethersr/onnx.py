@@ -6,7 +6,7 @@ import inspect
 import io
 import warnings
 from pathlib import Path
-from typing import Any, Dict, Mapping, Optional, Sequence, Tuple
+from typing import Any, Dict, Mapping, Optional, Sequence
 
 import torch
 from aether_arch import AetherBase
@@ -19,22 +19,9 @@ from aethersr.identify import variant_name
 from aethersr.onnx_int8 import integer_convolutions
 
 PRECISIONS = ("fp32", "fp16", "int8")
-# First and last opset. 11 is the first with this pixel shuffle, 13 the first with a scale per channel. The
-# last is what PyTorch's exporter can write and, for int8, what ONNX Runtime 1.31 can open.
-OPSETS = {
-    "fp32": (11, 23),
-    "fp16": (11, 23),
-    "int8": (13, 23),
-    "int8 tensorrt": (13, 20),
-    "int8 openvino": (13, 20),
-}
+OPSETS = range(11, 24)  # from the first with this pixel shuffle to the last that PyTorch writes
 # How far ONNX Runtime's output may be from the network's, relative to the largest value.
 TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "int8": 1e-2}  # on noise, where one code of a product goes far
-
-
-def opsets(precision: str, target: str) -> Tuple[int, int]:
-    """The first and last opset for a precision and, for int8, a target."""
-    return OPSETS.get(f"{precision} {target}", OPSETS[precision])
 
 
 def export_onnx(
@@ -64,7 +51,7 @@ def export_onnx(
             convolutions), "tensorrt" or "openvino" (int8 about zero, only at the input of convolutions).
         reduce_range: for "int8", 7-bit weights: integer kernels of CPUs without VNNI overflow with 8.
         static: (in_chans, height, width) for a file that takes one picture of this size.
-        opset: see OPSETS. ONNX Runtime, TensorRT 10 and 11, OpenVINO and most versions of DirectML take 17.
+        opset: 11 to 23, for int8 from 13 and what ONNX Runtime opens. Every runtime takes 17.
         simplify: remove duplicates and constants with the package onnxslim. The function stays the same.
         metadata: to write beside architecture, variant, scale and precision, for instance license.
 
@@ -113,7 +100,7 @@ def export_onnx(
 def _check_arguments(
     model: AetherBase, scale: int, precision: str, target: str, static: Optional[Sequence[int]], opset: int
 ) -> None:
-    problem, (first, last) = "", opsets(precision, target) if precision in PRECISIONS else (0, 0)
+    problem = ""
     if scale != model.scale:
         problem = f"scale={scale} was asked for, the model has scale={model.scale}"
     elif precision not in PRECISIONS:
@@ -122,8 +109,8 @@ def _check_arguments(
         problem = "precision='int8' needs a quantised network: prepare_qat(), train, convert_to_quantized()"
     elif target not in TARGETS:
         problem = f"target={target!r} is not known; allowed: {', '.join(TARGETS)}"
-    elif opset not in range(first, last + 1):
-        problem = f"opset={opset!r} is not possible for {precision}; allowed: {first} to {last}"
+    elif opset not in OPSETS:
+        problem = f"opset={opset!r} is not possible; allowed: {OPSETS[0]} to {OPSETS[-1]}"
     elif static is not None:
         chans = model.options["in_chans"]
         if len(static) != 3 or static[0] != chans or not all(type(n) is int and n > 0 for n in static):

@@ -105,8 +105,7 @@ OPTIONS = [
     ("--static 1,8,8 --onnx fp32", "--static 1,8,8 does not fit; expected 3,H,W"),
     ("--calibration x", "--calibration needs --onnx int8"),
     ("--reduce_range --onnx fp16", "--reduce_range needs --onnx int8"),
-    ("--opset 9 --onnx fp32", "--opset 9 is not possible for fp32; pass 11 to"),
-    ("--opset 21 --onnx int8 --target tensorrt", "is not possible for int8; pass 13 to 20"),
+    ("--opset 9 --onnx fp32", "argument --opset: invalid choice: 9 (choose from 11, 12, "),
     ("--model_type aether_medium", "embed_dim=8"),
     ("--output_path o.onnx", "pass --output_path o.safetensors, and --onnx fp32 for files beside it"),
     ("--output_path o.param", "pass --output_path o.safetensors, and --ncnn for files beside it"),
@@ -177,21 +176,17 @@ def test_weights_that_are_not_fused_end_in_one_line_that_names_the_file(tmp_path
         assert str(tmp_path / "a.pth") in line
 
 
-@pytest.mark.parametrize("cut", [False, True])
-def test_a_written_file_that_is_not_the_network_is_not_kept(
-    checkpoint: Path, refused: Any, monkeypatch: Any, cut: bool
+def test_a_written_file_that_is_not_whole_is_not_kept(
+    checkpoint: Path, refused: Any, monkeypatch: Any
 ) -> None:
     written = fuse.write_state
 
-    def wrong(state: Dict[str, Tensor], path: Path, metadata: Dict[str, str]) -> None:
-        written({**state, "head.bias": state["head.bias"] + 1e-5}, path, metadata)
-        if cut:
-            path.write_bytes(path.read_bytes()[:-50])
+    def cut(state: Dict[str, Tensor], path: Path, metadata: Dict[str, str]) -> None:
+        written(state, path, metadata)
+        path.write_bytes(path.read_bytes()[:-50])
 
-    monkeypatch.setattr(fuse, "write_state", wrong)
-    line = refused(checkpoint, checkpoint.with_name("b.pth"))
-    assert ("b.pth was not written: reading it back failed, it " if cut else "'head.bias' has other") in line
-    assert ".part" not in line, "the name of a file that is gone"
+    monkeypatch.setattr(fuse, "write_state", cut)
+    assert "is not a readable checkpoint" in refused(checkpoint, checkpoint.with_name("b.pth"))
 
 
 def test_the_script_without_its_folders_says_in_one_line_what_is_missing(tmp_path: Path) -> None:

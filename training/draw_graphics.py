@@ -141,7 +141,7 @@ def draw(args: argparse.Namespace) -> None:
     folders = [args.folder / sub for sub in ("gt", "lq")]
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
-    for index in tqdm(range(args.count), unit="pair"):
+    for index in tqdm(range(args.count), unit="pair", disable=None):
         random = np.random.default_rng(index)
         canvas = Canvas(random, args.scale, fonts)
         DRAWINGS[index % len(DRAWINGS)](canvas)

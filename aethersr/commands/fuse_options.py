@@ -19,7 +19,7 @@ from aethersr.checkpoint import ENDINGS
 from aethersr.commands import Parser, check_device, local_path, program_name
 from aethersr.errors import UserError, need
 from aethersr.identify import add_img_range
-from aethersr.onnx import PRECISIONS, opsets
+from aethersr.onnx import OPSETS, PRECISIONS
 
 PROGRAM = program_name("aether-fuse", "fuse_aether.py")
 LARGEST_STATIC = 16384  # largest side of a picture in pixels
@@ -57,7 +57,8 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     add("--reduce_range", action="store_true", help="7-bit weights in the int8 file, for CPUs without VNNI")
     add("--ncnn", action="store_true", help="NCNN files beside it, for Upscayl, chaiNNer and others")
     add("--static", metavar="C,H,W", help="ONNX files for pictures of one size only, for instance 3,256,256")
-    add("--opset", type=int, default=17, help="ONNX opset; 17 works in every runtime (default: %(default)s)")
+    opset: Any = {"type": int, "choices": OPSETS, "default": 17, "metavar": "N"}
+    add("--opset", help="ONNX opset, 11 to 23; 17 works in every runtime (default: %(default)s)", **opset)
     add("--license", metavar="NAME", help="licence to write into the ONNX files, for instance CC-BY-4.0")
     add("--author", metavar="NAME", help="author to write into the ONNX files")
     add("--measure", action="store_true", help="also measure how much faster the fused network is")
@@ -84,9 +85,6 @@ def check_options(args: argparse.Namespace) -> None:
     for name in args.onnx:
         if name not in PRECISIONS:
             raise UserError(f"--onnx {name!r} is not known; allowed: {', '.join(PRECISIONS)}.")
-        first, last = opsets(name, args.target)
-        if not first <= args.opset <= last:
-            raise UserError(f"--opset {args.opset} is not possible for {name}; pass {first} to {last}.")
     need("ncnn pnnx" if args.ncnn else "", "--ncnn", "ncnn")
     need("onnx onnxruntime onnxslim" if args.onnx else "", "--onnx", "onnx")
 
