@@ -296,20 +296,17 @@ def test_what_cannot_be_used_is_one_line_and_the_page_goes_on(page: Any, tiny: P
     says(page, "Done: 20x20 became 40x40.")
 
 
-@pytest.mark.parametrize("event", [
-    "new DragEvent('drop', { dataTransfer: given, cancelable: true })",
-    "new ClipboardEvent('paste', { clipboardData: given })",
-])  # fmt: skip
-def test_pictures_are_dropped_and_pasted(page: Any, tiny: Path, event: str) -> None:
-    load(page, tiny)
-    page.evaluate("""async () => {
-        const canvas = new OffscreenCanvas(7, 5);
-        canvas.getContext("2d");
-        const given = new DataTransfer();
-        given.items.add(new File([await canvas.convertToBlob()], "image.png", { type: "image/png" }));
-        document.dispatchEvent(%s);
-    }""" % event)  # noqa: UP031  # fmt: skip
-    says(page, "Done: 7x5 became 14x10.")
+def test_pictures_are_dropped_and_pasted(page: Any, tiny: Path) -> None:
+    for event, field in (("DragEvent('drop'", "dataTransfer"), ("ClipboardEvent('paste'", "clipboardData")):
+        load(page, tiny)
+        page.evaluate(f"""async () => {{
+            const canvas = new OffscreenCanvas(7, 5);
+            canvas.getContext("2d");
+            const given = new DataTransfer();
+            given.items.add(new File([await canvas.convertToBlob()], "image.png", {{ type: "image/png" }}));
+            document.dispatchEvent(new {event}, {{ {field}: given, cancelable: true }}));
+        }}""")
+        says(page, "Done: 7x5 became 14x10.")
 
 
 @pytest.mark.parametrize("width", [390, 1280])
