@@ -31,17 +31,10 @@ def test_a_network_that_loses_to_bicubic_is_named() -> None:
 
 def test_what_cannot_be_used_is_named_in_one_line_and_stays_as_it_is(tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
+    output = ["--quick", "--output"]
     for main, words, said in (
-        (
-            demo.main,
-            ["--quick", "--output", str(tmp_path)],
-            "is not an empty folder; name another (--output)",
-        ),
-        (
-            demo.main,
-            ["--quick", "--output", str(tmp_path / "thesis.txt" / "demo")],
-            "; pass another folder (--output).",
-        ),
+        (demo.main, [*output, str(tmp_path)], "is not an empty folder; name another (--output)"),
+        (demo.main, [*output, str(tmp_path / "thesis.txt" / "demo")], "; pass another folder (--output)."),
         (basicsr_train.main, ["-opt", "nowhere.yml"], "error: there is no options file nowhere.yml"),
     ):
         assert main(words) == 2
