@@ -17,7 +17,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / name) for name in ("archs", "", "benchmarks", "demo", "training")]
+sys.path[:0] = [str(ROOT / name) for name in ("archs", "", "benchmarks", "demo", "options", "training")]
 
 import aether_arch  # noqa: E402
 

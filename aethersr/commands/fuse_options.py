@@ -26,7 +26,7 @@ LARGEST_STATIC = 16384  # largest side of a picture in pixels
 # What people type who know another command, or version 0.2 of this one.
 HINTS = {
     "--scale": "the scale is read from the weights, and --upscale fails if it is another",
-    **dict.fromkeys(("--input", "-i"), "pass --model_path"),
+    **dict.fromkeys(("--input", "-i", "--model"), "pass --model_path"),
     "--int8": "it is --onnx int8",
     "--placement": "there is one placement, so leave it out",
     "--fp16": "--half writes the weights in half precision, --onnx fp16 an ONNX file",
