@@ -12,11 +12,12 @@ import tempfile
 from pathlib import Path
 from typing import Any, Iterator
 
+import numpy as np
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "archs"), str(ROOT)]
+sys.path[:0] = [str(ROOT / name) for name in ("archs", "", "benchmarks", "demo", "options", "training")]
 
 import aether_arch  # noqa: E402
 
@@ -50,6 +51,24 @@ def small_net(scale: int = 2, **options: Any) -> aether_arch.AetherNet:
     """A small network of every part, with random statistics and no bound, in float64 and evaluation mode."""
     options = {"embed_dim": 24, "depths": (1, 2), "bound": None, **options}
     return randomize(aether_arch.AetherNet(scale=scale, **options)).double().eval()
+
+
+TINY: Any = {"embed_dim": 8, "depths": (1,), "lk_kernel": 3, "use_channel_attn": False}
+
+
+def tiny_net(scale: int = 2, **options: Any) -> aether_arch.AetherNet:
+    """The smallest, without attention."""
+    return small_net(scale, **{**TINY, "use_spatial_attn": False, **options})
+
+
+def noise(path: Path, *shape: int, **options: Any) -> Path:
+    """A picture of these (height, width, channels), by default small; its folder is made."""
+    from PIL import Image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(0).integers(0, 256, shape or (9, 11, 3), np.uint8)
+    Image.fromarray(pixels).save(path, **options)
+    return path
 
 
 X = torch.rand(1, 3, 9, 13, generator=torch.Generator().manual_seed(1))

@@ -10,20 +10,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import cases
+import networks
 import pytest
+import quality
+import speed
 import torch
 from conftest import PLAIN, ROOT, small_net
 from PIL import Image
 from safetensors.torch import save_file
 from skimage import data as photographs
-from torch import nn
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import cases
-import networks
-import quality
-import speed
 
 from aethersr.quality import resize
 
@@ -71,17 +67,14 @@ def test_every_case_of_the_cpu_is_in_the_table(folder: Path, capsys: Any) -> Non
     printed = capsys.readouterr().out
     assert printed == output.read_text()
     assert f"PyTorch {torch.__version__}" in printed.splitlines()[0]
-    assert printed.splitlines()[2].startswith("`python benchmarks/speed.py --quick")
-    assert "--traiNNer-redux CHECKOUT" in printed
-    assert str(folder / "checkout") not in printed
+    assert re.search("^`python benchmarks/speed.py --quick .*--traiNNer-redux CHECKOUT", printed, re.M)
     rows = rows_of(printed)
     whats = list(dict.fromkeys(re.split(r"[ ,]", row[0])[0] for row in rows))
     assert whats == ["aether_small", "x2", "net.safetensors", "training", "the", "depthwise"]
     for what in {row[0] for row in rows}:
-        measured = [row for row in rows if row[0] == what and row[2] != "-"]
-        assert measured, what
-        assert all(float(row[2]) > 0 for row in measured)
-        assert [row[3] for row in measured].count("1") == 1
+        measured = {row[3]: float(row[2]) for row in rows if row[0] == what and row[2] != "-"}
+        assert min(measured.values()) > 0
+        assert "1" in measured, what
     for row in rows:
         missing = row[1] == "NCNN" or row[1].startswith("OpenVINO")
         assert speed.IMPOSSIBLE not in row[4] or (missing and "No module named" in row[4]), row
@@ -109,32 +102,24 @@ def test_the_published_fusion_computes_the_same() -> None:
     assert float((found - expected).abs().max() / expected.abs().max()) < 1e-12
 
 
-def test_what_is_not_possible_is_said_and_the_rest_goes_on(monkeypatch: Any) -> None:
+def test_what_is_not_possible_is_said_and_a_short_step_has_the_time_of_one(monkeypatch: Any) -> None:
     def impossible(bench: Any) -> cases.Case:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried\nto allocate more")
-
-    made = bench()
-    made.group("what", {"no": (impossible,), "yes": (lambda bench: (lambda: None, lambda ms: "told"),)})
-    assert made.lines[0] == "| what | no | - | - | not possible here: CUDA out of memory. Tried |"
-    assert re.fullmatch(r"\| what \| yes \| \S+ \| 1 \| told \|", made.lines[1])
-    made.cuda = True
-    monkeypatch.setattr(made, "wait", lambda: None)
-    monkeypatch.setattr(made, "tidy", lambda: None)
-    monkeypatch.setattr(speed, "SLOWEST", -1.0)
-    made.group("slow", {"it": (lambda bench: (lambda: None, lambda ms: ""),)})
-    assert "too slow to compare" in made.lines[2]
-
-
-def test_a_short_step_has_the_time_of_one() -> None:
-    made, now = bench(), [0.0]
-    made.clock = lambda: now[0]
 
     def step(seconds: float) -> Any:
         return lambda bench: (lambda: now.__setitem__(0, now[0] + seconds), lambda ms: f"{ms:.3f}")
 
-    made.group("what", {"short": (step(1e-3),), "long": (step(4e-3),)})
-    short, long = (row.strip("| ").split(" | ")[2:] for row in made.lines)
-    assert (short, long) == (["1.00", "1", "1.000"], ["4.00", "0.25 (0.25 to 0.25)", "4.000"])
+    made, now = bench(), [0.0]
+    made.clock = lambda: now[0]
+    made.group("what", {"no": (impossible,), "short": (step(1e-3),), "long": (step(4e-3),)})
+    assert made.lines == ["| what | no | - | - | not possible here: CUDA out of memory. Tried |",
+                          "| what | short | 1.00 | 1 | 1.000 |",
+                          "| what | long | 4.00 | 0.25 (0.25 to 0.25) | 4.000 |"]  # fmt: skip
+    made.cuda = True
+    for name in ("wait", "tidy"):
+        monkeypatch.setattr(made, name, lambda: None)
+    made.group("slow", {"it": (step(1.5),)})
+    assert "too slow to compare" in made.lines[3]
 
 
 def test_it_stops_when_its_minutes_are_over(monkeypatch: Any, capsys: Any) -> None:
@@ -180,15 +165,6 @@ def test_training_learns_and_a_budget_in_seconds_ends(folder: Path, tmp_path: Pa
     assert row["points"][-1][1] >= 0.5 > row["points"][-2][1]
 
 
-def test_a_crop_and_its_reduction_show_the_same_place_turned_the_same_way(folder: Path) -> None:
-    low, high = quality.Cuts(folder).batch(16, 16, np.random.default_rng(0))
-    assert (low.shape, high.shape) == ((16, 3, 16, 16), (16, 3, 32, 32))
-    means = nn.functional.avg_pool2d(high, 2)
-    views = (low, low.flip(2), low.flip(3), low.mT, low.rot90(1, (2, 3)), low.roll(1, 3))
-    errors = torch.stack([(means - view).abs().mean((1, 2, 3)) for view in views])  # of each crop
-    assert (errors[0] < errors[1:]).all()
-
-
 def test_the_picture_shows_weights_and_runs_with_times(folder: Path, tmp_path: Path, capsys: Any) -> None:
     train(folder, tmp_path / "runs.json", "--iterations", "6", "--traiNNer-redux", str(folder / "checkout"),
           "--run", f"{TINY},embed_dim=96,optimizer=SOAP", "--run", "peer,patch=16")  # fmt: skip
@@ -220,7 +196,6 @@ QUALITY = ["train", "{tmp}/x.json", "--data", "{folder}", "--validation", "{fold
         (speed, ["--cases", "runtimes", "--weights", "{tmp}/no.pth"], "does not exist"),
         (speed, ["--cases", "peers", "--traiNNer-redux", "{tmp}"], r"can't be imported .*--traiNNer-redux"),
         (quality, ["train", "{folder}/two.json", *QUALITY[2:], "--run", TINY], r"another comparison \(x4"),
-        (quality, ["table", "{tmp}/no.json"], "no.json holds no runs; quality.py train writes"),
         (quality, ["table", "{folder}/net.safetensors"], "net.safetensors holds no runs"),
         (quality, [*QUALITY, "--data", "{tmp}", "--run", "AetherNet"], "holds no .png; .*prepare_pict"),
         (quality, [*QUALITY, "--validation", "{tmp}", "--run", TINY], r"holds no picture.*--validation"),
@@ -250,23 +225,18 @@ def test_bad_input_ends_with_2_and_one_line(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_the_script_starts_by_itself(tmp_path: Path) -> None:
-    """The test run's own paths would hide an import that only they can resolve; speed.py: test_package.py."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    command = [sys.executable, str(ROOT / "benchmarks" / "quality.py"), "--help"]
-    printed = subprocess.check_output(command, cwd=tmp_path, env=environment, text=True)
-    assert "quality.py" in printed
-
-
-def test_every_result_is_what_todays_scripts_print_and_a_page_names_it() -> None:
+def test_every_result_is_what_todays_scripts_print_and_a_page_names_it(tmp_path: Path) -> None:
     results = sorted((ROOT / "benchmarks" / "results").iterdir())
     assert len(results) <= 8
     pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
     text = "".join(page.read_text(encoding="utf-8") for page in pages)
+    # By itself: the test run's own paths would hide an import that only they can resolve.
+    table = [sys.executable, ROOT / "benchmarks" / "quality.py", "table"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     for path in results:
         assert f"benchmarks/results/{path.name}" in text, f"no page names {path.name}"
         if path.suffix == ".json":
-            assert quality.main(["table", str(path)]) == 0
+            subprocess.run([*table, path], check=True, cwd=tmp_path, env=environment)
         if path.suffix == ".md":
             machine, _, command, *_ = path.read_text(encoding="utf-8").splitlines()
             assert "PyTorch" in machine

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Dict
 
 import numpy as np
 import pytest
 import torch
-from conftest import small_net
+from conftest import tiny_net
 from PIL import Image
 from skimage import data as photographs
 
 from aethersr import calibration
 from aethersr.calibration import calibrated, calibration_pairs, psnr
 from aethersr.errors import UserError
-
-SMALL: Dict[str, Any] = {"embed_dim": 8, "depths": (1,), "lk_kernel": 5}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -27,7 +24,7 @@ def test_the_whole_folder_is_sampled_evenly(tmp_path: Path, count: int, others: 
         Image.new("L", (16, 16), level).save(tmp_path / f"{level:03d}.png")
     for k in range(others):  # captions
         (tmp_path / f"{k:03d}.txt").write_text("a picture")
-    pairs = calibration_pairs(tmp_path, small_net(2, **SMALL))
+    pairs = calibration_pairs(tmp_path, tiny_net())
     levels = [round(float(high.mean()) * 255) for _, high in pairs]
     assert len(levels) == min(count, calibration.PICTURES)
     steps = {after - before for before, after in zip(levels, levels[1:])}
@@ -38,7 +35,7 @@ def test_the_whole_folder_is_sampled_evenly(tmp_path: Path, count: int, others: 
 def test_broken_and_small_pictures_are_passed_over_and_a_folder_without_others_is_refused(
     tmp_path: Path,
 ) -> None:
-    net = small_net(2, **SMALL)
+    net = tiny_net()
     Image.new("RGB", (16, 16)).save(tmp_path / "z.png")
     content = (tmp_path / "z.png").read_bytes().replace(b"IDAT", b"\0\0\0\0")
     for k in range(calibration.PICTURES):
@@ -60,7 +57,7 @@ def test_16_bits_are_not_cut_off_and_transparent_pixels_are_white(tmp_path: Path
     hidden = np.dstack([photographs.coffee()[:96, :96], np.full((96, 96), 255, np.uint8)])
     hidden[:48, :, 3] = 0
     Image.fromarray(hidden).save(tmp_path / "b.png")
-    (_, deep), (_, white) = calibration_pairs(tmp_path, small_net(2, **SMALL))
+    (_, deep), (_, white) = calibration_pairs(tmp_path, tiny_net())
     assert np.array_equal((deep[0, 0] * 255).round().numpy(), grey // 257)
     assert bool((white[:, :, :48] == 1).all())
     assert np.array_equal((white[0, :, 48:] * 255).round().permute(1, 2, 0).numpy(), hidden[48:, :, :3])
@@ -72,7 +69,7 @@ def test_a_pair_is_the_middle_of_a_picture_and_its_bicubic_reduction(
 ) -> None:
     picture = Image.fromarray(photographs.coffee())
     picture.save(tmp_path / "a.png")
-    ((low, high),) = calibration_pairs(tmp_path, small_net(scale, in_chans=channels, **SMALL))
+    ((low, high),) = calibration_pairs(tmp_path, tiny_net(scale, in_chans=channels))
     side = min(calibration.SIDE, picture.height // scale)
     assert low.shape == (1, channels, side, calibration.SIDE)
     left, top = (picture.width - calibration.SIDE * scale) // 2, (picture.height - side * scale) // 2
@@ -87,7 +84,7 @@ def test_a_pair_is_the_middle_of_a_picture_and_its_bicubic_reduction(
 def test_the_loss_is_that_of_the_file_which_is_written(tmp_path: Path) -> None:
     for name in ("coffee", "chelsea"):
         Image.fromarray(getattr(photographs, name)()[:96, :96]).save(tmp_path / f"{name}.png")
-    net = small_net(2, **SMALL).fused()
+    net = tiny_net().fused()
     pairs = calibration_pairs(tmp_path, net)
     state = {name: value.clone() for name, value in net.state_dict().items()}
     wild = (torch.full_like(pairs[0][0], 3e38), pairs[0][1])

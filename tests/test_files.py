@@ -1,18 +1,17 @@
-"""Outputs appear together or not at all, and a path that can't be written is refused before anything is
-computed."""
+"""What each picture becomes; outputs appear together or not at all, and are refused before the work."""
 
 from __future__ import annotations
 
-import errno
 import os
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any, Dict, List
 
 import pytest
 from conftest import AsNobody
 
 from aethersr.errors import UserError
-from aethersr.files import Together, check_output, unwritable
+from aethersr.files import Together, check_output
+from aethersr.jobs import find_jobs
 
 
 def contents(folder: Path) -> Dict[str, str]:
@@ -26,8 +25,12 @@ def write(folder: Path, *names: str) -> None:
             part = files.part(folder / name)
             assert (part.parent, part.suffix) == (folder, Path(name).suffix or ".part")
             part.write_text(f"new {name}")
+            part.chmod(0o600)  # as safetensors writes it
         assert not any(contents(folder).get(name) == f"new {name}" for name in names)
         files.commit()
+        (folder / "ordinary").touch()
+        modes = {(folder / name).stat().st_mode for name in (*names, "ordinary")}
+        assert len(modes) == 1, "others may not read it"
 
 
 @pytest.mark.parametrize("links", [True, False], ids=["links", "a disk without links"])
@@ -60,35 +63,20 @@ def test_a_move_that_fails_takes_the_earlier_ones_back(
     with pytest.raises(type(error)):
         write(tmp_path, "a", "b", "c")
     assert contents(tmp_path) == old
+    monkeypatch.undo()
+    write(tmp_path, "a", "b", "c")
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no such permissions")
-def test_a_file_may_be_read_by_whoever_may_read_an_ordinary_one(tmp_path: Path) -> None:
-    (tmp_path / "ordinary").write_bytes(b"")
-    with Together() as files:
-        part = files.part(tmp_path / "a.safetensors")
-        part.write_bytes(b"")
-        part.chmod(0o600)  # as safetensors writes it
-        files.commit()
-    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "ordinary").stat().st_mode
-
-
-def test_an_output_that_cannot_be_written_is_refused_with_the_reason_and_the_option(
-    open_folder: Path,
-) -> None:
+def test_an_output_that_cannot_be_written_is_refused_with_the_reason(open_folder: Path) -> None:
     source = open_folder / "in.pth"
-    source.write_text("in")
+    for name, rights in (("in.pth", 0o644), ("taken.pth", 0o644), ("read-only.pth", 0o444)):
+        (open_folder / name).touch(rights)
     os.link(source, open_folder / "second.pth")
-    (open_folder / "link.pth").symlink_to(source)
-    (open_folder / "dangling.pth").symlink_to(open_folder / "nothing")
+    for name, target in (("link", source), ("dangling", open_folder / "nothing"), ("device", os.devnull)):
+        (open_folder / f"{name}.pth").symlink_to(target)
     (open_folder / "folder.pth").mkdir()
-    (open_folder / "device.pth").symlink_to(os.devnull)
-    (open_folder / "taken.pth").write_text("mine")
     (open_folder / "locked").mkdir(0o555)
-    (open_folder / "read-only.pth").touch(0o444)
     for name, words, overwrite in (
-        ("no/out.pth", "does not exist", True),
-        ("in.pth", "is the input itself", True),
         ("second.pth", "is the input itself", True),
         ("link.pth", "is the input itself", True),
         ("folder.pth", "is a folder", True),
@@ -104,5 +92,60 @@ def test_an_output_that_cannot_be_written_is_refused_with_the_reason_and_the_opt
         assert "--out" in str(error.value)
     for name in ("taken.pth", "dangling.pth", "new.pth"):
         check_output(open_folder / name, [source], True, "--out")
-    full = OSError(errno.ENOSPC, "No space left on device")
-    assert "left on device; free space or pass another --out." in str(unwritable(source, full, "--out"))
+
+
+def make(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("content does not matter")
+    return folder
+
+
+def names(jobs: List[Any], folder: Path) -> List[str]:
+    return [job.target.relative_to(folder).as_posix() for job in jobs]
+
+
+def test_no_input_is_replaced_by_what_another_becomes(tmp_path: Path) -> None:
+    make(tmp_path, "pics/a.png", "pics/pics/a.png")
+    with pytest.raises(UserError, match="an input too"):
+        find_jobs(tmp_path / "pics", str(tmp_path / "pics" / ".."), True, overwrite=True)
+    jobs, *_ = find_jobs(tmp_path / "pics", str(tmp_path), True, skip_existing=True)
+    assert names(jobs, tmp_path) == ["a.png"]
+
+
+@pytest.mark.parametrize(
+    ("output", "ending", "target"),
+    [("folder", "", "folder/a.jpg"), ("folder", ".png", "folder/a.png"), ("new/", "", "new/a.jpg"),
+     ("new/", ".webp", "new/a.webp"), ("b.JPEG", ".jpg", "b.JPEG"), ("b.tif", "", "b.tif"),
+     ("new/inner/", "", "new/inner/a.jpg")],
+)  # fmt: skip
+def test_one_picture_goes_to_a_file_or_into_a_folder(
+    tmp_path: Path, output: str, ending: str, target: str
+) -> None:
+    make(tmp_path, "a.jpg", "folder/other.png")
+    (job,) = find_jobs(tmp_path / "a.jpg", f"{tmp_path}/{output}", ending=ending)[0]
+    assert job.target == tmp_path / target
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "ending", "said"),
+    [("nothing.png", "out.png", "", "does not exist"), ("empty", "out", "", "holds no picture"),
+     ("a.png", "out.xyz", "", "'.xyz'"), ("a.png", "no/out.png", "", "does not exist"),
+     ("a.png", "out", "", "'nothing'; expected one of .png, .* or a folder: .*out/"),
+     ("a.png", "b.png/", "", "b.png is a file, where a folder is needed"),
+     ("a.png", "b.png", "", "pass --overwrite"), ("two", "b.png/new", "", "b.png is a file, where"),
+     ("a.png", "out.jpg", ".png", "contradicts --format png"), ("a.png", "pipe.png", "", "pipe or a device"),
+     ("pipe.png", "out.png", "", "neither a file nor a folder"), (".", "b.png", "", "is a file"),
+     (".", "x.png", "", "is a picture's name"),
+     ("two", "out", ".png", r"a\.jpg and .*a\.png would both become .*out/a\.png"),
+     ("a.png", "a.png", "", "input itself"), ("a.png", "./", "", "input itself"),
+     ("two", "two", "", "input itself"), ("two", "link", "", "input itself")],
+)  # fmt: skip
+def test_what_can_not_be_is_said(tmp_path: Path, source: str, target: str, ending: str, said: str) -> None:
+    make(tmp_path, "a.png", "b.png", "two/a.jpg", "two/a.png")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("two")
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(UserError, match=said) as caught:
+        find_jobs(tmp_path / source, f"{tmp_path}/{target}", ending=ending)
+    assert "--" in str(caught.value), "no remedy"

@@ -14,11 +14,9 @@ import threading
 from pathlib import Path
 from typing import Any, Callable, List
 
-import numpy as np
 import pytest
 import torch
-from conftest import ROOT, small_net
-from PIL import Image
+from conftest import ROOT, noise, small_net
 
 from aethersr import checkpoint, files, upscaling
 from aethersr.picture import Picture
@@ -29,10 +27,7 @@ COMMANDS = {
     "upscale": ("upscale --model in.pth --input pictures --output out --overwrite --device cpu", 3),
     "onnx": (f"{FUSE} --onnx fp32,fp16,int8 --calibration pictures", 4),
     "ncnn": (f"{FUSE} --ncnn", 3),
-    "shrink": (
-        "shrink --model_path in.pth --output_path out/a.pth --overwrite --pictures pictures --hidden 8",
-        1,
-    ),
+    "shrink": (f"{FUSE.replace('fuse', 'shrink')[:-13]} --pictures pictures --hidden 8", 1),
 }
 WRITERS: List[Any] = [files.Together.commit, files.Together._tidy, files.Together.part]
 WRITERS += [checkpoint.write_state, upscaling._write, Picture.write]
@@ -41,10 +36,9 @@ WRITERS += [checkpoint.write_state, upscaling._write, Picture.write]
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     torch.save(small_net(2, embed_dim=8, depths=(1,), lk_kernel=3).float().state_dict(), tmp_path / "in.pth")
-    for name in ("out", "pictures"):
-        (tmp_path / name).mkdir()
-    for k, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (3, 48, 48, 3), np.uint8)):
-        Image.fromarray(pixels).save(tmp_path / "pictures" / f"{k}.png")
+    (tmp_path / "out").mkdir()
+    for k in range(3):
+        noise(tmp_path / "pictures" / f"{k}.png", 48, 48, 3)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -104,13 +98,11 @@ def test_at_any_line_each_output_is_old_or_whole_and_an_interruption_leaves_no_o
                 raise KeyboardInterrupt
 
         attempt(stop, 130)
-        assert name == "upscale" or len({now == b"old" for now in states[-1]}) == 1, (
-            "some of what comes together"
-        )
+        together = len({now == b"old" for now in states[-1]}) == 1
+        assert together or name == "upscale", "some of what comes together"
     assert all(now in (b"old", new) for state in states for now, new in zip(state, whole.values()))
-    assert all(path.read_bytes() == before[path] for path in before if path not in whole), (
-        "an input has changed"
-    )
+    inputs = before.keys() - whole.keys()
+    assert all(path.read_bytes() == before[path] for path in inputs), "an input has changed"
 
 
 @pytest.mark.parametrize(("how", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

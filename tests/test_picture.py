@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -127,8 +128,7 @@ def test_a_tiff_means_what_its_tags_say(tmp_path: Path) -> None:
 
 def test_a_gif_keeps_what_is_transparent(tmp_path: Path) -> None:
     pixels = waves(4)
-    pixels[..., 3] = 255
-    pixels[:6, :, 3] = 0
+    pixels[:6, :, 3], pixels[6:, :, 3] = 0, 255
     back = read(tmp_path, written(tmp_path, Picture(pixels, True), "GIF"), "in.gif")
     assert np.array_equal(back.pixels[..., 3], pixels[..., 3])
     assert np.abs(back.pixels[6:, :, :3].astype(int) - pixels[6:, :, :3]).mean() < 6
@@ -173,10 +173,8 @@ def test_what_is_no_still_picture_is_refused_by_name(
     if content is None:
         other = Image.fromarray(waves(3)[::-1])
         content = saved(IMAGE, FORMATS[Path(name).suffix], save_all=True, append_images=[other])
-    with pytest.raises(UserError, match=words) as caught:
+    with pytest.raises(UserError, match=rf"{name}.*{words}.*--input"):
         read(tmp_path, content, name)
-    assert name in str(caught.value)
-    assert "--input" in str(caught.value)
 
 
 def test_a_format_that_cannot_hold_the_picture_is_refused(tmp_path: Path) -> None:
@@ -226,8 +224,7 @@ def test_a_damaged_picture_is_refused_or_read(tmp_path: Path, ending: str, deep:
         try:
             picture = read(tmp_path, damaged(whole, damage), f"in{ending}")
         except UserError as error:
-            assert f"in{ending}" in str(error)  # noqa: PT017
-            assert "--input" in str(error), f"no remedy: {error}"  # noqa: PT017
+            assert re.search(rf"in{ending}.*--input", str(error))  # noqa: PT017
         else:
             picture.write(tmp_path / "out.tif", "TIFF")
             assert np.array_equal(Picture.read(tmp_path / "out.tif").pixels, picture.pixels)

@@ -10,6 +10,7 @@ import sys
 import sysconfig
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT
@@ -91,26 +92,17 @@ def test_every_command_of_the_readme_runs_as_typed_on_a_fresh_clone(tmp_path: Pa
     for each in Path(sys.prefix).glob("*"):
         (clone / ".venv" / each.name).symlink_to(each)
     (clone / ".venv" / ".installed").touch()
-    path = os.pathsep.join([str(venv / "bin"), os.environ["PATH"]])
-    environment = {**os.environ, "PATH": path}
+    environment = {**os.environ, "PATH": os.pathsep.join([str(venv / "bin"), os.environ["PATH"]])}
     readme = PAGES["README.md"]
-    commands = [
-        line for block in re.findall(r"```sh\n(.*?)```", readme, re.DOTALL) for line in block.splitlines()
-    ]
+    commands = "".join(re.findall(r"```sh\n(.*?)```", readme, re.DOTALL)).splitlines()
     commands += re.findall(r"`((?:make|python (?:tests|docs)/)[^`]*)`", readme)
     assert len(commands) >= 12
     for command in commands:
         if command == "make test":
             continue
-        process = subprocess.Popen(
-            ["bash", "-c", f"exec {command}"],
-            cwd=clone,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
+        shell = ["bash", "-c", f"exec {command} 2>&1"]
+        pipes: Any = {"stdout": subprocess.PIPE, "text": True, "start_new_session": True}
+        process = subprocess.Popen(shell, cwd=clone, env=environment, **pipes)
         said, start = "", time.monotonic()
         for line in process.stdout or ():
             said += line

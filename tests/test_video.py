@@ -43,14 +43,11 @@ def pictures(folder: str) -> np.ndarray:
 
 def clip(folder: Path, matrix: str) -> None:
     """video.mkv of COLOURS, and net.pth, a new network, which interpolates."""
-    for number, halves in enumerate(COLOURS):
-        Image.fromarray(halves.repeat(32, 0)[None].repeat(48, 0).astype(np.uint8)).save(
-            folder / f"{number}.png"
-        )
+    for number, halves in enumerate(COLOURS.astype(np.uint8)):
+        Image.fromarray(halves.repeat(32, 0)[None].repeat(48, 0)).save(folder / f"{number}.png")
     sound = "-f lavfi -i sine=duration=0.4 -c:a flac"
-    video = (
-        f"-c:v ffv1 -pix_fmt yuv444p10le -vf scale=out_color_matrix={matrix}:out_range=tv:flags=accurate_rnd"
-    )
+    scale = f"scale=out_color_matrix={matrix}:out_range=tv:flags=accurate_rnd"
+    video = f"-c:v ffv1 -pix_fmt yuv444p10le -vf {scale}"
     run(f"ffmpeg -framerate 25 -i %d.png {sound} {video} video.mkv", folder)
     torch.save(AetherNet(2, embed_dim=8, depths=(1,)).state_dict(), folder / "net.pth")
 
