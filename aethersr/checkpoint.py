@@ -78,6 +78,8 @@ def unwrap(content: Mapping[Any, Any]) -> Checkpoint:
         chosen = f"{where}, not averaged" if where else "the only ones in the file"
     if others and others[0].rank() == best.rank():
         chosen += f"; the file holds others too, {others[0].where}"
+    for name in [name for name, value in state.items() if value.is_meta]:
+        raise ValueError(f"{name[:80]!r} is on the meta device, without values.")
     return Checkpoint(state, chosen)
 
 

@@ -52,6 +52,8 @@ def aether_from_state_dict(state_dict: Mapping[str, Any], img_range: Optional[fl
     form: Any = aether_arch.form_of(state)
     options.update(form.options_from_names(state))
     if img_range is not None:
+        if form is not AetherNet:
+            raise ValueError(f"its weights hold img_range; leave --img_range {img_range:g} out.")
         if not 1e-6 <= img_range < 1e6:
             expected = "expected a number from 1e-6 to 1e6, the training option of this name"
             raise ValueError(f"--img_range {img_range:g} is not possible; {expected}.")

@@ -37,6 +37,7 @@ _JPEG, _APP0, _COM, _SOS = b"\xff\xd8", b"\xff\xe0", b"\xff\xfe", b"\xff\xda"
 _PHOTOSHOP, _EXIF = b"Photoshop 3.0\0", b"Exif\0\0"  # a JPEG's IPTC and EXIF begin with them, others' don't
 _SUB_IFDS, _INTEROP = (0x8769, 0x8825), 0xA005
 _DESCRIPTION, _DPI, _UNIT = 270, (282, 283), 296  # tags
+_UNDEFINED = {27, 28, 0x8828, 0x9000, 0x9101, 0x927C, 0x9286, 0xA000, 0xA20C, *range(0xA300, 0xA303), 0xA40B}
 # In a TIFF, EXIF tags are mixed with those about its pixels: size, bits, strips, resolution, XMP, profile.
 _OF_PIXELS = {*range(254, 260), 262, 266, *range(273, 280), *_DPI, 284, _UNIT, 317,
               *range(318, 348), *range(512, 533), 700, 33723, 34377, 34675}  # fmt: skip
@@ -183,7 +184,9 @@ class _Text(str):
         return super().encode("latin-1")
 
 
-def _raw(value: Any) -> Any:
+def _raw(tag: int, value: Any) -> Any:
+    if tag in _UNDEFINED and isinstance(value, bytes):  # of bytes Pillow makes the type BYTE
+        return (bytearray(value),)
     return _Text(value) if isinstance(value, str) else value
 
 
@@ -196,9 +199,9 @@ def _clean(tags: Image.Exif) -> bytes:
         for tag, value in some.items():
             with contextlib.suppress(Exception):
                 directory = ImageFileDirectory_v2()
-                directory[tag] = _raw(value)
+                directory[tag] = _raw(tag, value)
                 directory.tobytes()
-                found[tag] = _raw(value)
+                found[tag] = _raw(tag, value)
         return found
 
     kept = Image.Exif()
@@ -227,7 +230,7 @@ def add_to_tiff(file: BinaryIO, notes: Notes) -> None:
     source, tags = _tags(notes.get("EXIF", b"")), ImageFileDirectory_v2()
     for tag, value in source.items():
         inner = source.get_ifd(tag).items() if tag in _SUB_IFDS else ()
-        tags[tag] = {key: _raw(each) for key, each in inner} or _raw(value)
+        tags[tag] = {key: _raw(key, each) for key, each in inner} or _raw(tag, value)
     if notes.get("IPTC", b"").startswith(_PHOTOSHOP):
         tags[34377] = notes["IPTC"][len(_PHOTOSHOP) :]
     if "comment" in notes and _DESCRIPTION not in tags:

@@ -285,7 +285,14 @@ class AetherBase(nn.Module):
 
     def fuse_model(self) -> FusedAetherNet:
         """Turn this network into a FusedAetherNet in place. An earlier optimizer keeps the old parameters."""
-        return self  # type: ignore[return-value]  # it is one; the other forms have their own
+        other = self.as_fused()
+        if other is not self:
+            self.become(other)
+        return self  # type: ignore[return-value]
+
+    def as_fused(self) -> FusedAetherNet:
+        """A new FusedAetherNet that computes the same, or this network itself if it is one."""
+        return self  # type: ignore[return-value]
 
     def prepare_qat(self, *args: Any, **options: Any) -> AetherBase:
         """Turn this network into a QuantAetherNet in place: see aether_quant.prepare_qat."""
@@ -307,7 +314,7 @@ class AetherBase(nn.Module):
         if hooked:
             log.warning("AetherNet: hooks on these are gone with the old form: %s.", ", ".join(hooked))
         self.__class__ = type(other)  # as torch.nn.utils.parametrize does: forward belongs to the class
-        for name in ("_parameters", "_buffers", "_modules", "options", "keep_norm", "is_int8"):
+        for name in ("_parameters", "_buffers", "_modules", "options", "keep_norm", "is_int8", "idle"):
             self.__dict__.pop(name, None)
             if name in vars(other):  # some forms have it, others don't
                 self.__dict__[name] = vars(other)[name]
@@ -400,12 +407,11 @@ class AetherNet(AetherBase):
     @torch.inference_mode(False)
     @torch.no_grad()
     @torch.random.fork_rng(devices=[])
-    def fuse_model(self) -> FusedAetherNet:
+    def as_fused(self) -> FusedAetherNet:
         state = copy.deepcopy(self).cpu().double().reparameterize()
         other = FusedAetherNet(**self.options, **FusedAetherNet.options_from_names(state))
         other.double().load_state_dict({name: state[name] for name in other.state_dict()})
-        self.become(other)
-        return self  # type: ignore[return-value]
+        return other
 
     def reparameterize(self) -> Dict[str, Tensor]:
         """The equivalent FusedAetherNet's tensors, and others that it doesn't have; in this precision."""
@@ -679,7 +685,9 @@ def described(state: Mapping[str, Any]) -> str:
     names = [variant.__name__ for variant in VARIANTS if variant.body == (width, depths)]
     name = names[0] if names else f"AetherNet of depths {list(depths)}"
     kind = {AetherNet: "", FusedAetherNet: "fused "}.get(form, "quantised ")
-    return f"{kind}{name} x{scale_of(state)} ({width} wide)"
+    details = [f"{width} wide"] + [f"in_chans {first.shape[1]}"] * (first.shape[1] != 3)
+    details += [f"{part} attention" for part in ("channel", "spatial") if f".{part}_attn." in " ".join(state)]
+    return f"{kind}{name} x{scale_of(state)} ({', '.join(details)})"
 
 
 @torch.inference_mode(False)
@@ -691,6 +699,9 @@ def _take_form_of(net: AetherBase, state_dict: Dict[str, Any], prefix: str) -> N
     weights of another scale give their body.
     """
     file = {name[len(prefix) :]: value for name, value in state_dict.items() if name.startswith(prefix)}
+    empty = [name for name, value in file.items() if getattr(value, "is_meta", False)]
+    if empty and not net.mean.is_meta:
+        raise RuntimeError(f"{type(net).__name__} stays as it was: {empty[0]!r} is on the meta device.")
     # Without strict, BasicSR and traiNNer-redux append ".ignore" to names of tensors with other shapes.
     named = {name.split(".ignore")[0]: value for name, value in file.items() if getattr(value, "dim", int)()}
     form, scale, other, strict = form_of(named), scale_of(named), net, _strict_of_caller()

@@ -55,8 +55,8 @@ def insert_quantizers(
         raise ValueError(f"AetherNet: qat={placement!r} is not possible; {remedy}.")
     made = net
     if not isinstance(made, QuantAetherNet) or made.is_int8:
-        fused = net.fused()
-        made = QuantAetherNet(keep_norm=fused.keep_norm, **fused.options).to(fused.mean)
+        fused = net.as_fused()
+        made = QuantAetherNet(keep_norm=fused.keep_norm, **fused.options).to(net.mean)
         ranges = {name: value for name, value in net.state_dict().items() if name.endswith(RANGES)}
         made.load_state_dict({**made.state_dict(), **fused.state_dict(), **ranges})
     if calibration is not None:
@@ -232,6 +232,7 @@ class QuantAetherNet(arch.FusedAetherNet):
 
     block = QuantAetherBlock
     warns_in_training = False
+    idle = 0  # training batches since all ranges were fixed but those of tensors that were always zero
 
     def __init__(self, *, is_int8: bool = False, **options: Any) -> None:
         super().__init__(**options)
@@ -310,6 +311,10 @@ class QuantAetherNet(arch.FusedAetherNet):
         self._settle(False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.training and self.idle:
+            self.idle += 1
+            for each in self.quantizers().values() if self.idle > Quantizer.WATCH else ():
+                each.settled = bool(each.watched > 0)  # may no longer be zero; not asked in every batch
         out = super().forward(x)
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         if self.training and distributed and not all(each.settled for each in self.quantizers().values()):
@@ -326,26 +331,26 @@ class QuantAetherNet(arch.FusedAetherNet):
         mean /= torch.distributed.get_world_size()
         for value, new in zip(values, mean):
             value.copy_(new)
-        fixed = mean[1::2] >= Quantizer.WATCH  # or zero all the time: else this would go on for ever
-        self._settle(bool((fixed | (mean[1::2] == 0)).all() and fixed.any()))
+        fixed, zero = mean[1::2] >= Quantizer.WATCH, mean[1::2] == 0
+        self._settle(bool((fixed | zero).all() and fixed.any()), bool(zero.any()))
 
-    def _settle(self, settled: bool) -> None:
+    def _settle(self, settled: bool, some_are_zero: bool = False) -> None:
         for each in self.quantizers().values():
             each.settled = settled
+        self.idle = int(settled and some_are_zero)
 
     @torch.inference_mode(False)
     @torch.no_grad()
     @torch.random.fork_rng(devices=[])
-    def fuse_model(self) -> arch.FusedAetherNet:
-        """Remove the quantisers: turn into a FusedAetherNet with these weights, in place."""
+    def as_fused(self) -> arch.FusedAetherNet:
+        """A new FusedAetherNet with these weights, without the quantisers."""
         state = self.state_dict()
         weights = {name: value.float() for name, value in state.items() if not name.endswith(RANGES)}
         for name in [name for name in weights if name.endswith("weight_scale")]:
             weights[name[: -len("_scale")]] *= weights.pop(name)
         other = arch.FusedAetherNet(**self.options, keep_norm=self.keep_norm)
         other.load_state_dict(weights)
-        self.become(other)
-        return self
+        return other
 
     def for_target(self, target: str, reduce_range: bool = False) -> QuantAetherNet:
         """A copy of a network with int8 weights, optimised for one of TARGETS.

@@ -33,16 +33,15 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from aethersr.commands import Parser, exit_code  # noqa: I001
 import numpy as np
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import networks
 from networks import OURS, positive, table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from aethersr.commands import Parser, exit_code
 from aethersr.errors import UserError, first_line, need
 from aethersr.files import Together
 from aethersr.folders import find_pictures

@@ -21,13 +21,12 @@ import time
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from aethersr.commands import Parser, check_device, exit_code  # noqa: I001
+import torch
 import cases
 from networks import OURS, PEERS, SHIPPED, aether_arch, as_trained, machine, positive, short, table, typed
 
-from aethersr.commands import Parser, check_device, exit_code
 from aethersr.errors import UserError, first_line
 from aethersr.timing import Comparison, interleaved
 

@@ -19,10 +19,10 @@ from typing import List, Optional
 ROOT = Path(__file__).resolve().parents[1]
 sys.path += [str(ROOT), str(ROOT / "training")]
 
+from aethersr.commands import Parser, exit_code  # noqa: E402, I001
 from cpu_speed import speed_up_on_cpu  # noqa: E402
 from trainner_redux_cpu import import_torchvision  # noqa: E402
 
-from aethersr.commands import Parser, exit_code  # noqa: E402
 from aethersr.errors import UserError  # noqa: E402
 
 

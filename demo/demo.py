@@ -21,6 +21,7 @@ from typing import Any, List, Optional
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / name) for name in ("", "archs", "benchmarks", "docs", "training")]
 
+from aethersr.commands import Parser, evaluate, exit_code, fuse  # noqa: E402, I001
 import numpy as np  # noqa: E402
 import prepare_pictures  # noqa: E402
 import quality  # noqa: E402
@@ -28,7 +29,6 @@ import torch  # noqa: E402
 from cpu_speed import speed_up_on_cpu  # noqa: E402
 from pictures import SIZE, photograph, resized, sheet, upscaled  # noqa: E402
 
-from aethersr.commands import Parser, evaluate, exit_code, fuse  # noqa: E402 (first: Ctrl-C from here on ends in one line)  # noqa: E402
 from aethersr.errors import UserError  # noqa: E402
 from aethersr.files import unwritable  # noqa: E402
 from aethersr.network import load_network  # noqa: E402

@@ -8,13 +8,17 @@ template.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-from typing import Any, Dict, Iterator
+from typing import Any, Dict, Iterator, List, Optional
 
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from aethersr.commands import Parser, exit_code  # noqa: E402
 
 
 def cases(values: Dict[str, Any]) -> Iterator[Dict[str, Any]]:
@@ -50,7 +54,8 @@ def templates() -> Dict[Path, str]:
     return texts
 
 
-def main() -> None:
+def main(argv: Optional[List[str]] = None) -> None:
+    Parser("generate_options.py", __doc__).parse(argv)
     texts = templates()
     for path, text in texts.items():
         (HERE / path).parent.mkdir(parents=True, exist_ok=True)
@@ -59,4 +64,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code("generate_options.py", main, "not all are written."))

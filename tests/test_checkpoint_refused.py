@@ -78,7 +78,7 @@ OTHERS: Dict[str, Callable[[], bytes]] = {
     "missing: 1 (mean)": lambda: with_mean(3),
     "'mean', which is sparse; expected dense": lambda: with_mean(MEAN.to_sparse()),
     "'mean', which is quantised": lambda: with_mean(torch.quantize_per_tensor(MEAN, 1, 0, torch.qint8)),
-    "'mean', which is on the meta device, without values": lambda: with_mean(MEAN.to("meta")),
+    "'mean' is on the meta device, without values": lambda: with_mean(MEAN.to("meta")),
     "'mean', which is nested": lambda: with_mean(
         torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])
     ),

@@ -6,8 +6,10 @@ import datetime
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import aether_arch
@@ -18,9 +20,10 @@ from conftest import ROOT
 from aethersr.commands import Parser, exit_code
 from aethersr.errors import UserError, is_out_of_memory, missing_package
 
-sys.path[:0] = [str(ROOT / name) for name in ("training", "demo")]
+sys.path[:0] = [str(ROOT / name) for name in ("training", "demo", "options")]
 SCRIPTS = ["prepare_pictures", "draw_graphics", "overlap", "photographs", "basicsr_train", "serve_web"]
-SCRIPTS += ["model_card", *(f"aethersr.commands.{name}" for name in ("evaluate", "fuse", "upscale"))]
+SCRIPTS += ["model_card", "generate_options", "trainner_redux_cpu"]
+SCRIPTS += [*(f"aethersr.commands.{name}" for name in ("evaluate", "fuse", "upscale"))]
 ALLOCATORS = [
     MemoryError(),
     torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
@@ -67,12 +70,22 @@ def test_what_the_user_can_mend_is_one_printable_line_for_each_problem(capsys: A
     assert capsys.readouterr().err == "x.py: stopped; nothing was written.\n"
 
 
-def test_ctrl_c_while_a_command_is_loaded_ends_in_one_line() -> None:
-    """Through the command's own package, which is loaded before PyTorch."""
-    code = "import sys; sys.path.insert(0, '.'); import aethersr.commands; raise KeyboardInterrupt"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stderr == "stopped; nothing was written.\n"
-    assert done.returncode != 0
+LOADED = ["fuse_aether.py", "demo/demo.py", "demo/basicsr_train.py", "benchmarks/quality.py"]
+LOADED += [f"training/{name}.py" for name in ("trainner_redux_cpu", "overlap", "draw_graphics")]
+
+
+@pytest.mark.parametrize("program", ["other", "aether-fuse", *LOADED])
+def test_ctrl_c_while_a_program_of_ours_is_loaded_ends_in_one_line(program: str, tmp_path: Path) -> None:
+    for name in ("torch", "numpy", "cv2"):  # what takes seconds
+        (tmp_path / f"{name}.py").write_text("raise KeyboardInterrupt")
+    if program not in LOADED:
+        hook = "import sys; sys.excepthook = lambda *_: None; " * (program == "other")
+        (tmp_path / program).write_text(f"{hook}from aethersr.commands.fuse import main")  # as pip writes it
+    path = program if program in LOADED else str(tmp_path / program)
+    env = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    done = subprocess.run([sys.executable, path], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGINT
+    assert (done.stderr == "stopped; nothing was written.\n") == (program != "other")
 
 
 def test_a_missing_package_is_named_as_the_index_names_it() -> None:

@@ -116,6 +116,8 @@ OPTIONS = [
     ("--upscale 5", "choose from"),
     ("--int8", "it is --onnx int8"),
     ("--input a.pth", "--input is not an option: pass --model_path"),
+    ("--model a.pth", "--model is not an option: pass --model_path"),
+    ("--denoise 1", "unrecognized arguments: --denoise 1"),
     ("--model_path https://a.b/c.pth", "https://a.b/c.pth is a web address"),
     ("--check-fp16", "what half precision costs is always printed"),
 ]

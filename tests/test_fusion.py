@@ -235,7 +235,9 @@ FROZEN: Dict[str, Any] = {
     "the last norm": ("norm", "body_norm.", "body_conv.bias, body_conv.weight"),
     "temperature": ("stages.0.0.ffn.temp", "none", "stages.0.0.gate_conv.weight"),
 }
-CHANGES = [(kind, change) for kind in FROZEN for change in ("fuse", "load")] + [("one to one", "prepare_qat")]
+CHANGES = [(kind, change) for kind in FROZEN for change in ("fuse", "load")] + [
+    (kind, "prepare_qat") for kind in ("one to one", "temperature")
+]
 
 
 @pytest.mark.parametrize("keep_norm", [False, True])

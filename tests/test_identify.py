@@ -85,6 +85,7 @@ def test_img_range_is_read_where_it_is_recorded_and_given_for_older_training_fil
     assert not torch.allclose(aether_from_state_dict(older)(X), net(X), atol=0.01)
     for state, value, words in (
         (recorded, 1.0, "trained with img_range 255, which it records; leave --img_range 1 out"),
+        (fused.state_dict(), 255.0, "its weights hold img_range; leave --img_range 255 out"),
         (older, 0.0, "--img_range 0 is not possible"),
         (older, float("nan"), "--img_range nan is not possible"),
         ({**older, "img_range": torch.zeros(1)}, None, "'img_range' is not one number from 1e-06 to 1e6"),
@@ -93,7 +94,9 @@ def test_img_range_is_read_where_it_is_recorded_and_given_for_older_training_fil
             aether_from_state_dict(state, value)
 
 
-WIDE = "the file is AetherNet of depths [1, 2] x2 (24 wide), but not whole; tensors "
+WIDE = (
+    "AetherNet of depths [1, 2] x2 (24 wide, channel attention, spatial attention), but not whole; tensors "
+)
 NO_SCALE = "the upsampling tensors fit none of the scales"
 ONE, UPSAMPLE = torch.zeros(1), "upsample.blocks.0.weight"
 NAN = float("nan")

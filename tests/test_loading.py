@@ -9,7 +9,7 @@ import pytest
 import torch
 from aether_arch import AetherNet, DeploymentNorm, aether_medium
 from aether_quant import QuantAetherNet
-from conftest import X, in_form, randomize, small_net
+from conftest import PLAIN, X, in_form, randomize, small_net
 from torch import Tensor, nn
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -145,24 +145,31 @@ OPTIONS = "Build the network with the options that the file was trained with."
 STRICT = "To take only the body, pass strict=False; in a template, set strict_load_g: false"
 
 
-ELEVEN = (1, 1, 2, 1, 1, 1, 1, 1, 1, 1, 3)
-SHAPES: Dict[str, Any] = {"small": (96, (4,) * 4), "medium": (128, (6,) * 4), "own": (99, ELEVEN)}
+MEDIUM = "128 wide, channel attention, spatial attention"
+ELEVEN: Any = {**PLAIN, "embed_dim": 99, "depths": (1, 1, 2, 1, 1, 1, 1, 1, 1, 1, 3)}
+SMALL: Any = {**PLAIN, "embed_dim": 96, "depths": (4, 4, 4, 4)}
 
 
 @pytest.mark.parametrize(
-    ("scale", "shape", "words", "remedy"),
+    ("options", "words", "remedy"),
     [
-        (2, "small", "aether_small x2 (96 wide)", OPTIONS),
-        (4, "medium", "aether_medium x4 (128 wide)", STRICT),
-        (2, "own", "AetherNet of depths [1, 1, 2, 1, 1, 1, 1, 1, 1, 1, 3] x2 (99 wide)", OPTIONS),
+        (SMALL, "aether_small x2 (96 wide)", OPTIONS),
+        ({"scale": 4}, f"aether_medium x4 ({MEDIUM})", STRICT),
+        (ELEVEN, "AetherNet of depths [1, 1, 2, 1, 1, 1, 1, 1, 1, 1, 3] x2 (99 wide)", OPTIONS),
+        (
+            {"in_chans": 1},
+            "aether_medium x2 (128 wide, in_chans 1, channel attention, spatial attention)",
+            OPTIONS,
+        ),
+        ({"use_spatial_attn": False}, "aether_medium x2 (128 wide, channel attention)", OPTIONS),
     ],
 )
 def test_a_refusal_says_what_the_file_is_what_the_network_is_and_what_mends_it(
-    scale: int, shape: str, words: str, remedy: str
+    options: Dict[str, Any], words: str, remedy: str
 ) -> None:
-    (width, depths), network = SHAPES[shape], "aether_medium x2 (128 wide)"
+    network = f"aether_medium x2 ({MEDIUM})"
     with torch.device("meta"):
-        state = AetherNet(scale=scale, lk_kernel=3, embed_dim=width, depths=depths).state_dict()
+        state = AetherNet(**{"scale": 2, "lk_kernel": 3, **options}).state_dict()
         net = aether_medium(scale=2, lk_kernel=3)
     with pytest.raises(RuntimeError) as error:
         net.load_state_dict({**state, "bound": torch.ones(1)})
@@ -183,6 +190,8 @@ DAMAGED: Dict[str, Any] = {
     "a tensor without dimensions": ("head.weight", torch.tensor(3.0), False),
     "two bounds": ("bound", torch.ones(2), False),
     "no number": ("bound", "one", False),
+    "a weight on the meta device": (WEIGHT, torch.zeros(8, 16, 1, 1, device="meta"), False),
+    "a number on the meta device": ("bound", torch.ones(1, device="meta"), False),
 }
 
 
@@ -195,15 +204,16 @@ def test_a_damaged_file_of_either_form_changes_nothing_and_is_named(damage: str,
     if value is None:
         del state[name]
     prefixed = {f"0.{key}": value for key, value in state.items()}
+    words = f"{name}' is on the meta device" if "meta" in damage else name
     for net in (AetherNet(**source.options), in_form(form)):
-        assert_refused(net, lambda net=net: net.load_state_dict(dict(state)), name)
-        assert_refused(net, lambda net=net: nn.Sequential(net).load_state_dict(prefixed), name)
+        assert_refused(net, lambda net=net: net.load_state_dict(dict(state)), words)
+        assert_refused(net, lambda net=net: nn.Sequential(net).load_state_dict(prefixed), words)
     if takes:
         del state["mean"]  # which makes it a part of a file
         left = net.load_state_dict(dict(state), strict=False)
         assert [*left.missing_keys, *left.unexpected_keys] == ["mean", name]
     else:
-        assert_refused(net, lambda: net.load_state_dict(dict(state), strict=False), name)
+        assert_refused(net, lambda: net.load_state_dict(dict(state), strict=False), words)
 
 
 def test_weights_of_another_network_are_refused_without_a_change() -> None:

@@ -23,7 +23,7 @@ PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><d tiff:Orientation="6" title="Bild"/></x:xmpmeta>'
 PROMPT = b"UNICODE\0" + "eine Katze, Schritte: 20 \u5199".encode("utf-16-be")
 EXIF = Image.Exif()
-EXPOSURE = {0x829A: 0.01, 0x9003: "2020:01:01 10:11:12", 0x9286: PROMPT}
+EXPOSURE = {0x829A: 0.01, 0x9003: "2020:01:01 10:11:12", 0x9101: b"\1\2\3\0", 0x9286: PROMPT}
 for tag, value in ((0x010E, "Bild"), (0x8769, {**EXPOSURE, 0xA005: 26}), (0x8825, {1: "N"})):
     EXIF[tag] = value
 IPTC = b"Photoshop 3.0\x008BIM\x04\x04\0\0\0\0\0\x09\x1c\x02\x19\0\x04eins\0"
@@ -60,12 +60,15 @@ def test_notes_are_kept_or_named(tmp_path: Path, kind: str, dtype: Any) -> None:
             "BMP": {"dpi"}, "GIF": set()}.get(kind, most)  # fmt: skip
     assert everything - lost == kept
     if "EXIF" in kept:
-        exif = Image.Exif()
-        exif.load(back.pop("EXIF"))
+        exif, block = Image.Exif(), back.pop("EXIF")
+        exif.load(block)
         assert (exif[0x010E], exif.get_ifd(0x8825)[1]) == ("Bild", "N")
         inner = exif.get_ifd(0x8769)
         assert {tag: inner.get(tag) for tag in EXPOSURE} == EXPOSURE, "text as text: else no date is read"
         assert 0xA005 not in inner, "a place in the old file"
+        undefined = b"\x01\x91\x07\0", b"\x86\x92\x07\0", b"\x91\x01\0\x07", b"\x92\x86\0\x07"  # tag, type
+        for content in (block, (tmp_path / "in.png").read_bytes() if kind == "TIFF" else block):
+            assert sum(entry in content for entry in undefined) == 2
         assert b'title="Bild"' in back.pop("XMP")
     assert back.pop("dpi", None) == (pytest.approx((300, 150), abs=0.05) if "dpi" in kept else None)
     if kind == "PNG":

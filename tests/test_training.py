@@ -20,7 +20,6 @@ from skimage import data as photographs
 
 sys.path.insert(0, str(ROOT / "training"))
 import prepare_pictures
-import trainner_redux_cpu
 
 PICTURE = photographs.astronaut()
 
@@ -137,12 +136,13 @@ def test_textures_come_from_the_archives_in_their_packages(
     assert "wallpaper_1.deb is damaged" in capsys.readouterr().err
 
 
-def test_the_launcher_says_where_and_how_it_starts(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.chdir(tmp_path)
-    for task, words in (("train", "is no traiNNer-redux"), ("-opt", "expected train or test")):
-        monkeypatch.setattr(sys, "argv", ["trainner_redux_cpu.py", task])
-        with pytest.raises(SystemExit, match=words):
-            trainner_redux_cpu.main()
+@pytest.mark.parametrize(("task", "said"), [("train", "is no traiNNer-redux"), ("-opt", "train or test")])
+def test_the_launcher_says_where_and_how_it_starts(tmp_path: Path, task: str, said: str) -> None:
+    words = [sys.executable, str(ROOT / "training" / "trainner_redux_cpu.py"), task]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def started_by_the_page(language: str) -> List[str]:

@@ -77,8 +77,7 @@ def test_what_a_folder_holds_besides_pictures_is_counted_or_named(folder: Path, 
         (source / name).write_text("no picture")
     assert run("net.pth", source, "out") == 0
     said = capfd.readouterr()
-    assert said.err == ""
-    assert said.out.splitlines() == [
+    assert (said.err + said.out).splitlines() == [
         "Left out: files that are no pictures: 3, folders, without --recursive: 1.",
         "net.pth upscales 1 picture x2 on the CPU.",
         f"Wrote {Path('out') / 'good.PNG'} (22x18)",
@@ -95,6 +94,8 @@ def test_what_a_folder_holds_besides_pictures_is_counted_or_named(folder: Path, 
     for line, words in zip(lines, ("empty.png is empty", "of an animation", "2 of 3 pictures were skipped")):
         assert words in line
     assert files(folder / "out") == ["deep/b.jpg", "good.PNG"]
+    assert run("net.pth", source, "out", "--skip-existing") == 2
+    assert "2 of 2 pictures were skipped. Mend them" in capfd.readouterr().err
 
 
 def test_a_folder_of_jpegs_becomes_pngs(folder: Path, capfd: Any) -> None:
@@ -103,8 +104,8 @@ def test_a_folder_of_jpegs_becomes_pngs(folder: Path, capfd: Any) -> None:
     assert run("net.pth", "in", "out", "--format", "PNG") == 0
     assert files(folder / "out") == ["a.png", "b.png"]
     assert Image.open(folder / "out" / "a.png").text == {"Comment": "hello"}
-    for ending, kind in {"webp": "WEBP", "avif": "AVIF", "tif": "TIFF", "bmp": "BMP", "gif": "GIF"}.items():
-        assert run("net.pth", folder / "in" / "a.jpg", "new/", "--format", ending) == 0
+    for kind, ending in {"WEBP": "webp", "AVIF": "avif", "TIFF": "tif", "BMP": "bmp", "GIF": "gif"}.items():
+        assert run("net.pth", folder / "in" / "a.jpg", "new/", "--format", kind) == 0
         assert Image.open(f"new/a.{ending}").format == kind
         without = f" without comment, not written into .{ending}\n" if ending != "tif" else ")\n"
         assert capfd.readouterr().out.endswith(without)
@@ -161,6 +162,8 @@ def test_an_onnx_file_gives_the_same_picture_and_runs_on_the_cpu_if_only_pytorch
         (["--overlap", "abc"], "--overlap: abc is not possible; expected 0 or more pixels, or 'exact'"),
         (["--overlap=-1"], "-1 is not possible"),
         (["--scale", "2"], "--scale is not an option: the scale comes from the model"),
+        (["--half"], "--half is not an option: pass --fp16"),
+        (["-dn", "0.5"], "-d is not an option: there is none"),
         (["--tile=0"], "--tile 0"),
         (["--fp16"], "--fp16"),
         (["--overwrite", "--skip-existing"], "exclude each other"),
@@ -390,9 +393,7 @@ def test_runs_at_once_with_closed_streams_leave_one_whole_output_and_no_warning(
     (folder / "out.png").unlink()
     words = "--model net.pth --input in.jpg --output out.png --overwrite --device cpu <&- >&-"
     line = f"{shlex.join([sys.executable, str(ROOT / 'upscale.py')])} {words}"
-    processes = [
-        subprocess.Popen(["sh", "-c", f"{line} {error}"], cwd=folder) for error in ("2>&-", "2>said")
-    ]
+    processes = [subprocess.Popen(["sh", "-c", f"{line} {end}"], cwd=folder) for end in ("2>&-", "2>said")]
     assert [process.wait() for process in processes] == [0, 0]
     assert (folder / "out.png").read_bytes() == whole
     assert (folder / "said").read_text() == ""

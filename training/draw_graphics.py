@@ -15,12 +15,11 @@ import sys
 from pathlib import Path
 from typing import Any, List, Optional, Tuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from aethersr.commands import Parser, exit_code  # noqa: I001
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from aethersr.commands import Parser, exit_code
 from aethersr.errors import UserError
 
 SIZE, FINE = 192, 8  # pixels of a large picture's side, and canvas pixels of each

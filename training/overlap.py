@@ -16,14 +16,14 @@ import sys
 from pathlib import Path
 from typing import Any, List, Optional, Tuple
 
-import cv2
-import numpy as np
-from tqdm import tqdm
-
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "archs")]
 
-from aethersr.commands import Parser, exit_code  # noqa: E402
+from aethersr.commands import Parser, exit_code  # noqa: E402, I001
+import cv2  # noqa: E402
+import numpy as np  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
 from aethersr.errors import UserError  # noqa: E402
 from aethersr.folders import find_pictures  # noqa: E402
 from aethersr.quality import read_rgb  # noqa: E402

@@ -10,10 +10,9 @@ import sys
 from pathlib import Path
 from typing import List, Optional
 
-from PIL import Image
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from aethersr.commands import Parser, exit_code
+from aethersr.commands import Parser, exit_code  # noqa: I001
+from PIL import Image
 from aethersr.errors import UserError, need
 
 # All are public domain or CC0, see skimage/data/README.txt.

@@ -26,12 +26,11 @@ import tempfile
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from aethersr.commands import Parser, exit_code  # noqa: I001
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from aethersr.commands import Parser, exit_code
 from aethersr.errors import UserError
 from aethersr.folders import KINDS, pictures_in
 from aethersr.quality import read_rgb

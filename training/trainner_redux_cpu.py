@@ -13,11 +13,15 @@ import os
 import sys
 import types
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import Any, List, Optional
 
 HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parent))
+
+from aethersr.commands import Parser, exit_code  # noqa: E402, I001
+import torch  # noqa: E402
+from aethersr.errors import UserError  # noqa: E402
+
 _declared: list = []  # a torch.library.Library removes its operators when it is garbage-collected
 
 
@@ -103,16 +107,18 @@ def load(task: str) -> Any:
     return script
 
 
-def main() -> None:
-    task = sys.argv.pop(1) if len(sys.argv) > 1 else ""
-    if task not in ("train", "test"):
-        sys.exit(f"trainner_redux_cpu.py: error: expected train or test before -opt, found {task!r}.")
+def main(argv: Optional[List[str]] = None) -> None:
+    words = sys.argv[1:] if argv is None else argv
+    parser = Parser("trainner_redux_cpu.py", __doc__)
+    parser.add_argument("task", choices=("train", "test"), metavar="train or test", help="its options follow")
+    task = parser.parse_args(words[:1]).task
     if not os.path.isdir("traiNNer"):
-        sys.exit(f"trainner_redux_cpu.py: error: {os.getcwd()} is no traiNNer-redux; run this in its folder.")
+        raise UserError(f"{os.getcwd()} is no traiNNer-redux; run this in its folder.")
+    sys.argv[1:] = words[1:]  # where traiNNer-redux reads its arguments
     getattr(load(task), f"{task}_pipeline")(os.getcwd())
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code("trainner_redux_cpu.py", main, "pass --auto_resume to go on."))
 elif __name__ == "__mp_main__":  # a data worker on Windows or macOS, which begins from nothing
     import_torchvision()

@@ -32,7 +32,8 @@ def _one_line(kind: Type[BaseException], error: BaseException, trace: Optional[T
         sys.__excepthook__(kind, error, trace)
 
 
-sys.excepthook = _one_line
+if sys.excepthook is sys.__excepthook__:  # another program's own stays
+    sys.excepthook = _one_line
 
 
 def program_name(installed: str, script: str) -> str:
@@ -63,12 +64,13 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--version", action="version", version=f"{program} {__version__}")
 
     def parse(self, argv: Optional[List[str]] = None) -> argparse.Namespace:
-        known = {name.replace("_", "-"): name for name in self._option_string_actions}
+        known = {name.strip("-").replace("_", "-"): name for name in self._option_string_actions}
         for word in itertools.takewhile("--".__ne__, sys.argv[1:] if argv is None else argv):
             option = word.split("=")[0] if word.startswith("--") else word[:2]
-            if not re.match("--?[a-zA-Z]", word) or any(name.startswith(option) for name in known.values()):
+            begins = any(name.startswith(option) for name in known.values()) and option not in self.hints
+            if not re.match("--?[a-zA-Z]", word) or begins:
                 continue
-            near = difflib.get_close_matches(option.replace("_", "-"), known, 1, 0.7)
+            near = difflib.get_close_matches(option.strip("-").replace("_", "-"), known, 1, 0.65)
             if near or option in self.hints:
                 hint = self.hints.get(option) or f"the nearest one is {known[near[0]]}"
                 self.error(f"{option} is not an option: {hint}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import hashlib
-import os
 import re
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
@@ -26,7 +25,7 @@ LARGEST_STATIC = 16384  # largest side of a picture in pixels
 # What people type who know another command, or version 0.2 of this one.
 HINTS = {
     "--scale": "the scale is read from the weights, and --upscale fails if it is another",
-    **dict.fromkeys(("--input", "-i"), "pass --model_path"),
+    **dict.fromkeys(("--input", "-i", "--model"), "pass --model_path"),
     "--int8": "it is --onnx int8",
     "--placement": "there is one placement, so leave it out",
     "--fp16": "--half writes the weights in half precision, --onnx fp16 an ONNX file",
@@ -129,12 +128,7 @@ def onnx_and_ncnn_paths(
 
 def onnx_metadata(source: Path, args: argparse.Namespace) -> Dict[str, str]:
     """An ONNX file's metadata. The date is the checkpoint's, so that the same input gives the same bytes."""
-    try:
-        seconds = int(os.environ.get("SOURCE_DATE_EPOCH") or source.stat().st_mtime)
-        date = datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc).date().isoformat()
-    except (ValueError, OverflowError, OSError):
-        found = "the environment's SOURCE_DATE_EPOCH is not a time in seconds since 1970"
-        raise UserError(f"{found}; correct it, or unset it.") from None
+    date = datetime.datetime.fromtimestamp(source.stat().st_mtime, datetime.timezone.utc).date().isoformat()
     digest = hashlib.sha256(source.read_bytes()).hexdigest()
     given = {"license": args.license, "author": args.author, "date": date, "source_sha256": digest}
     return {key: value for key, value in given.items() if value}

@@ -26,7 +26,9 @@ ENDINGS = ("png", "jpg", "webp", "tif", "bmp", "gif", "avif")
 _SCALE = "the scale comes from the model, so pass another --model"
 HINTS = {**dict.fromkeys(("--scale", "--upscale", "--outscale", "-s"), _SCALE), "-n": "pass --model",
          "-m": "pass --model", "-i": "pass --input", "-o": "pass --output", "-t": "pass --tile",
-         "-f": "pass --format"}  # fmt: skip
+         **dict.fromkeys(("-f", "--ext"), "pass --format"), "--half": "pass --fp16",
+         **dict.fromkeys(("-g", "--gpu", "--gpu-id"), "pass --device cuda"), "--fp32": "leave --fp16 out",
+         **dict.fromkeys(("--tta", "--denoise", "--denoise_strength", "-d"), "there is none")}  # fmt: skip
 
 
 class Progress:
@@ -125,7 +127,8 @@ def upscale(args: argparse.Namespace) -> None:
     if problems:
         if os.path.isdir(args.input):
             count = f"{len(problems)} of {len(problems) + written} pictures were skipped"
-            problems.append(f"{count}; the others are written. Mend them and pass --skip-existing.")
+            count += "; the others are written" * (written > 0)
+            problems.append(f"{count}. Mend them and pass --skip-existing.")
         raise UserError(f"\n{PROGRAM}: error: ".join(problems))
 
 
@@ -144,7 +147,8 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     text = "the picture to write, or a folder (names stay the same)"
     add("--output", type=lambda path: local_path(path) and path, required=True, help=text)
     text = "to write (default: as --output ends, in a folder as each is)"
-    add("--format", type=str.lower, choices=ENDINGS, help=text)
+    kind = {"jpeg": "jpg", "tiff": "tif"}
+    add("--format", type=lambda word: kind.get(word.lower(), word.lower()), choices=ENDINGS, help=text)
     add("--recursive", **flag, help="also upscale the pictures in subfolders")
     add("--skip-existing", **flag, help="skip pictures whose output exists, to continue a folder")
     add("--overwrite", **flag, help="replace existing files")
