@@ -59,6 +59,14 @@ def test_weights_that_half_precision_does_not_hold_are_fine_once_rescaled(name: 
 
 
 @torch.no_grad()
+def test_a_quantised_network_is_rescaled_with_its_ranges() -> None:
+    """By powers of two, so every rounding happens at the same place."""
+    trained, picture = small_net(2).float().prepare_qat().eval(), hard_pictures(3)["noise"]
+    other = half_precision.rescaled(trained, dict.fromkeys(groups(trained), -5))
+    torch.testing.assert_close(other(picture), trained(picture), atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
 def test_the_rounding_is_that_of_half_precision_itself() -> None:
     """Compared with PyTorch's own half precision on a CPU, which is slow."""
     net, picture = small_net(2).fused().float(), hard_pictures(3)["noise"]

@@ -94,8 +94,9 @@ def test_img_range_is_read_where_it_is_recorded_and_given_for_older_training_fil
             aether_from_state_dict(state, value)
 
 
-BOTH = "channel attention, spatial attention"
-WIDE = f"the file is AetherNet of depths [1, 2] x2 (24 wide, {BOTH}), but not whole; tensors "
+WIDE = (
+    "AetherNet of depths [1, 2] x2 (24 wide, channel attention, spatial attention), but not whole; tensors "
+)
 NO_SCALE = "the upsampling tensors fit none of the scales"
 ONE, UPSAMPLE = torch.zeros(1), "upsample.blocks.0.weight"
 NAN = float("nan")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from aether_arch import AetherNet, DeploymentNorm, aether_medium
 from aether_quant import QuantAetherNet
-from conftest import X, in_form, randomize, small_net
+from conftest import PLAIN, X, in_form, randomize, small_net
 from torch import Tensor, nn
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -146,19 +146,21 @@ STRICT = "To take only the body, pass strict=False; in a template, set strict_lo
 
 
 MEDIUM = "128 wide, channel attention, spatial attention"
-ELEVEN = [1, 1, 2, 1, 1, 1, 1, 1, 1, 1, 3]
-PLAIN = {"use_channel_attn": False, "use_spatial_attn": False}
+ELEVEN: Any = {**PLAIN, "embed_dim": 99, "depths": (1, 1, 2, 1, 1, 1, 1, 1, 1, 1, 3)}
 SMALL: Any = {**PLAIN, "embed_dim": 96, "depths": (4, 4, 4, 4)}
-OWN: Any = {**PLAIN, "embed_dim": 99, "depths": ELEVEN}
 
 
 @pytest.mark.parametrize(
     ("options", "words", "remedy"),
     [
         (SMALL, "aether_small x2 (96 wide)", OPTIONS),
-        (OWN, f"AetherNet of depths {ELEVEN} x2 (99 wide)", OPTIONS),
         ({"scale": 4}, f"aether_medium x4 ({MEDIUM})", STRICT),
-        ({"in_chans": 1}, f"aether_medium x2 ({MEDIUM.replace(',', ', in_chans 1,', 1)})", OPTIONS),
+        (ELEVEN, "AetherNet of depths [1, 1, 2, 1, 1, 1, 1, 1, 1, 1, 3] x2 (99 wide)", OPTIONS),
+        (
+            {"in_chans": 1},
+            "aether_medium x2 (128 wide, in_chans 1, channel attention, spatial attention)",
+            OPTIONS,
+        ),
         ({"use_spatial_attn": False}, "aether_medium x2 (128 wide, channel attention)", OPTIONS),
     ],
 )

@@ -31,39 +31,14 @@ HINTS = {**dict.fromkeys(("--scale", "--upscale", "--outscale", "-s"), _SCALE), 
          **dict.fromkeys(("--tta", "--denoise", "--denoise_strength", "-d"), "there is none")}  # fmt: skip
 
 
-class Progress:
+def progress_bar(count: int) -> Any:
     """On a terminal, what is done and the time left: of one picture its tiles, of several the pictures."""
+    from tqdm import tqdm
 
-    def __init__(self, count: int) -> None:
-        from tqdm import tqdm
-
-        self.count, self.done, self.tiles = count, 0, 0
-        form = "{percentage:3.0f}% |{bar}| {desc}{remaining} left"
-        quiet = None if sys.stderr else True  # None: unless it is a terminal
-        self.bar: Any = tqdm(total=count, bar_format=form, disable=quiet, miniters=0, leave=False)
-
-    def tick(self, tiles: int, count: int) -> None:
-        """``tiles`` more of a picture's tiles are done, of ``count``."""
-        self.tiles += tiles
-        one = self.count == 1
-        words = f"{self.tiles} of {count} tiles, " if one else f"{self.done} of {self.count} pictures, "
-        self.bar.set_description_str(words, refresh=False)
-        self.bar.update(tiles / count)
-
-    def finish(self, line: str) -> None:
-        """A picture is written or skipped; ``line`` says so, or is empty."""
-        self.done += 1
-        if self.done == self.count:
-            self.bar.close()  # else it would be drawn again below the line
-        else:
-            self.bar.n = max(self.bar.n, self.done)  # skipped pictures had no tiles
-            self.tick(0, 1)
-        self.say(line)
-
-    def say(self, line: str) -> None:
-        """Print a line to the standard output without breaking the bar."""
-        if line:
-            print(line) if self.bar.disable or self.done == self.count else self.bar.write(line)
+    form = "{percentage:3.0f}% |{bar}| {n_fmt} of {total_fmt} {unit}, {remaining} left"
+    quiet = None if sys.stderr else True  # None: unless it is a terminal
+    kind: Any = {"total": None, "unit": "tiles"} if count == 1 else {"total": count, "unit": "pictures"}
+    return tqdm(bar_format=form, disable=quiet, leave=False, **kind)
 
 
 def choose_overlap(network: Any, wanted: Union[int, str, None]) -> int:
@@ -113,17 +88,30 @@ def upscale(args: argparse.Namespace) -> None:
         return
     count = f"{len(jobs)} picture{'s' * (len(jobs) != 1)}"
     print(f"{args.model.name} upscales {count} x{network.scale} on the {device_of(network)}.", flush=True)
-    written = 0
-    progress = Progress(len(jobs))
-    work = Upscaler(network, args.tile, overlap, args.wrap, args.overwrite, progress.say)
+    written, bar = 0, progress_bar(len(jobs))
+
+    def tick(tiles: int, count: int) -> None:
+        if len(jobs) == 1:
+            bar.total = count
+            bar.update(tiles)
+
+    def say(line: str) -> None:
+        print(line) if bar.disable else bar.write(line)
+
+    work = Upscaler(network, args.tile, overlap, args.wrap, args.overwrite, say)
     try:
-        for job, (width, height), lost, problem in work.run(jobs, progress.tick):
+        for number, (job, (width, height), lost, problem) in enumerate(work.run(jobs, tick), 1):
+            bar.update(len(jobs) > 1)
+            if number == len(jobs):
+                bar.close()  # else it would be drawn again below the line
             without = f" without {', '.join(lost)}, not written into {job.target.suffix}" if lost else ""
-            progress.finish("" if problem else f"Wrote {job.target} ({width}x{height}){without}")
-            problems += [problem] if problem else []
-            written += not problem
+            if problem:
+                problems.append(problem)
+            else:
+                say(f"Wrote {job.target} ({width}x{height}){without}")
+                written += 1
     finally:
-        progress.bar.close()
+        bar.close()
     if problems:
         if os.path.isdir(args.input):
             count = f"{len(problems)} of {len(problems) + written} pictures were skipped"
