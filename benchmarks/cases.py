@@ -8,7 +8,7 @@ from typing import Any, Callable, Iterator, Sequence, Tuple
 
 import networks as others
 import torch
-from networks import Runner, as_trained, deployed, opened, peer, published_fusion, short
+from networks import Runner, as_trained, deployed, opened, peer, short
 from torch import nn
 from torch.nn import functional as F
 
@@ -57,9 +57,9 @@ def in_onnx_runtime(bench: Any, net: Any, any_size: bool) -> Case:
 
 
 def sizes(bench: Any) -> None:
-    """Our sizes on the CPU, beside the published fusion."""
+    """Our sizes on the CPU."""
     for what, net in every_size(bench):
-        forms = {"published fusion": published_fusion(net), "unfused": net, "fused": net.fused()}
+        forms = {"unfused": net, "fused": net.fused()}
         named = {name: (in_torch, form, "fp32", "channels_last") for name, form in forms.items()}
         bench.group(f"{what}, PyTorch", named)
         bench.group(f"{what}, ONNX Runtime", {name: (in_onnx_runtime, forms[name], True) for name in forms})

@@ -1,4 +1,4 @@
-"""What is compared: AetherNet, its published fusion, networks of traiNNer-redux; and what runs them."""
+"""What is compared: AetherNet, networks of traiNNer-redux; and what runs them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "archs"), str(ROOT / "training")]
@@ -30,39 +29,6 @@ Runner = Callable[[Any], Any]  # pictures (N, C, H, W) as numpy arrays
 OURS = ("aether_small", "aether_medium", "aether_large", "AetherNet")
 PEERS = ("compact", "span", "safmn", "artcnn_r8f64", "plksr_tiny", "swinir_s", "realplksr")
 SHIPPED = ROOT / "weights" / "2x_AetherNet_small_training_fp16.safetensors"
-
-
-class _Affine(nn.Module):
-    def __init__(self, norm: Any) -> None:
-        super().__init__()
-        scale, shift = norm.scale_and_shift()
-        self.weight, self.bias = (nn.Parameter(value.view(1, -1, 1, 1).clone()) for value in (scale, shift))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.weight + self.bias
-
-
-class _FeedForward(nn.Module):
-    def __init__(self, ffn: Any) -> None:
-        super().__init__()
-        self.ffn = ffn
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.ffn.conv_out(F.silu(self.ffn.conv_gate(x) * self.ffn.temperature) * self.ffn.conv_main(x))
-
-
-@torch.no_grad()
-def published_fusion(net: aether_arch.AetherNet) -> nn.Module:
-    """A copy as first published: only the two depthwise kernels are merged, and norms know no bound."""
-    net = copy.deepcopy(net).eval()
-    for block in [module for module in net.modules() if isinstance(module, aether_arch.AetherBlock)]:
-        weight, bias = block.conv.reparameterize()
-        channels, _, size, _ = weight.shape
-        merged = nn.Conv2d(channels, channels, size, padding=size // 2, groups=channels, dtype=weight.dtype)
-        merged.load_state_dict({"weight": weight, "bias": bias})
-        block.conv, block.norm, block.ffn = merged, _Affine(block.norm), _FeedForward(block.ffn)
-    net.norm = _Affine(net.norm)
-    return net.eval()
 
 
 @torch.no_grad()

@@ -94,14 +94,6 @@ def test_what_a_gpu_is_asked_runs_here_too(monkeypatch: Any) -> None:
     assert not [line for line in made.lines if speed.IMPOSSIBLE in line]
 
 
-def test_the_published_fusion_computes_the_same() -> None:
-    net = small_net(4, use_spatial_attn=True)
-    x = torch.rand(1, 3, 13, 17, dtype=torch.float64)
-    with torch.no_grad():
-        expected, found = net(x), networks.published_fusion(net)(x)
-    assert float((found - expected).abs().max() / expected.abs().max()) < 1e-12
-
-
 def test_what_is_not_possible_is_said_and_a_short_step_has_the_time_of_one(monkeypatch: Any) -> None:
     def impossible(bench: Any) -> cases.Case:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried\nto allocate more")
