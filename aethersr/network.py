@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Dict, Optional, Protocol, Tuple
+from typing import Any, Dict, Optional, Tuple, Union
 
 import numpy as np
 import torch
@@ -14,20 +14,6 @@ from aethersr.errors import Refused, UserError, first_line, naming, need
 from aethersr.identify import read_network
 from aethersr.tiling import receptive_field
 from aethersr.untrusted import check_kind
-
-
-class Network(Protocol):
-    """Takes (N, in_chans, H, W) on any device and returns (N, in_chans, scale * H, scale * W).
-
-    ``reach`` is the overlap that leaves no seams, ``size`` the only (height, width) that it takes, if fixed.
-    """
-
-    in_chans: int
-    scale: int
-    reach: int
-    size: Optional[Tuple[int, int]]
-
-    def __call__(self, image: Tensor) -> Tensor: ...
 
 
 class TorchNetwork:
@@ -136,6 +122,11 @@ def _scale(net: Any) -> int:
     return int(scale)
 
 
+# Takes (N, in_chans, H, W) on any device and returns (N, in_chans, scale * H, scale * W). ``reach`` is the
+# overlap that leaves no seams, ``size`` the only (height, width) that it takes, if fixed.
+Network = Union[TorchNetwork, OnnxNetwork, NcnnNetwork]
+
+
 def load_network(
     path: Path,
     device: Optional[str] = None,
@@ -159,8 +150,7 @@ def load_network(
         with naming(path, flag):
             with path.open("rb") as file:
                 check_kind(file.read(512), weights=False)
-            exported: Network = NcnnNetwork(path) if ending == ".param" else OnnxNetwork(path, device)
-        return exported
+            return NcnnNetwork(path) if ending == ".param" else OnnxNetwork(path, device)
     net = read_network(path, flag, img_range)
     if not getattr(net, "is_int8", False):
         net = net.fused()

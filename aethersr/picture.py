@@ -96,7 +96,8 @@ class Picture:
             raise UserError(f"{path} holds {found} numbers, {expected}.")
         said = {name: _get(image, field) for name, field in notes.FIELDS.items()}
         if image.interpretation == "cmyk":
-            image, said["colour profile"] = _cmyk_to_srgb(image), None
+            ways = {"embedded": True, "input_profile": "cmyk", "depth": 16 if image.format == "ushort" else 8}
+            image, said["colour profile"] = image.icc_transform("srgb", **ways), None  # its own profile first
         if image.bands > 4:
             raise ValueError(f"it has {image.bands} channels")
         upright = 1 if kind == "heif" else None  # libheif turns by itself
@@ -196,12 +197,3 @@ def _reason(error: Exception) -> str:
     """What went wrong: libvips' first line only says in which function."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return first_line(Exception(lines[1]) if isinstance(error, pyvips.Error) and lines[1:] else error)
-
-
-def _cmyk_to_srgb(image: Any) -> Any:
-    """Printing colours as sRGB: by their profile, or as ink on white paper if they have none."""
-    depth, deep = (16, 65535) if image.format == "ushort" else (8, 255)
-    if image.get_typeof("icc-profile-data"):
-        return image.icc_transform("srgb", embedded=True, depth=depth)
-    light = ((deep - image[:3]) * (deep - image[3]) / deep).rint().cast(image.format)
-    return light.copy(interpretation="rgb16" if depth == 16 else "srgb")

@@ -106,11 +106,11 @@ def test_palettes_and_bits_and_transparent_colours_become_channels(
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "TIFF"])
-@pytest.mark.parametrize(("profile", "most"), [(b"", 6), (b"broken", 25)])
-def test_printing_colours_become_rgb(tmp_path: Path, kind: str, profile: bytes, most: int) -> None:
+@pytest.mark.parametrize("profile", [b"", b"broken"])
+def test_printing_colours_become_rgb(tmp_path: Path, kind: str, profile: bytes) -> None:
     options = {"quality": 95} if kind == "JPEG" else {}
     back = read(tmp_path, saved(IMAGE.convert("CMYK"), kind, icc_profile=profile, **options))
-    assert np.abs(back.pixels.astype(int) - waves(3)).mean() < most
+    assert np.abs(back.pixels.astype(int) - waves(3)).mean() < 25
     assert back.notes == {}
 
 

@@ -44,20 +44,11 @@ def import_torchvision() -> types.ModuleType:
     return importlib.import_module("torchvision")
 
 
-class Instead:
-    """A module as a training script sees it: with some names of its own."""
-
-    def __init__(self, module: Any, **names: Any) -> None:
-        self.__dict__.update(names, module=module)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.module, name)
-
-
-def torch_with_cuda() -> Instead:
+def torch_with_cuda() -> Any:
     """torch for scripts that refuse to start without a card."""
     cuda = {"is_available": lambda: True, "set_per_process_memory_fraction": lambda *_, **__: None}
-    return Instead(torch, cuda=Instead(torch.cuda, **cuda))
+    as_if = types.SimpleNamespace(**{**vars(torch.cuda), **cuda})
+    return types.SimpleNamespace(**{**vars(torch), "cuda": as_if})
 
 
 def no_cuda() -> None:
