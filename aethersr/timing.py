@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple
 
 
 class Ratio(NamedTuple):
@@ -45,7 +45,7 @@ def interleaved(
     candidates: Mapping[str, Callable[[], Any]],
     rounds: int = 15,
     seconds: float = 10.0,
-    wait: Optional[Callable[[], Any]] = None,
+    wait: Callable[[], Any] = lambda: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Comparison:
     """Time every candidate once a round.
@@ -57,7 +57,6 @@ def interleaved(
         wait: called before the clock is read, such as torch.cuda.synchronize, so that queued work counts.
         clock: returns seconds.
     """
-    wait = wait or (lambda: None)
     times: Dict[str, List[float]] = {name: [] for name in candidates}
     begin = clock()
     for number in range(-1, rounds):  # the first only warms up

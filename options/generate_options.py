@@ -8,17 +8,13 @@ template.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any, Dict, Iterator
 
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-
-from aethersr.commands import Parser, exit_code  # noqa: E402
 
 
 def cases(values: Dict[str, Any]) -> Iterator[Dict[str, Any]]:
@@ -54,8 +50,7 @@ def templates() -> Dict[Path, str]:
     return texts
 
 
-def main(argv: Optional[List[str]] = None) -> None:
-    Parser("generate_options.py", __doc__).parse(argv)
+def main() -> None:
     texts = templates()
     for path, text in texts.items():
         (HERE / path).parent.mkdir(parents=True, exist_ok=True)
@@ -64,4 +59,4 @@ def main(argv: Optional[List[str]] = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code("generate_options.py", main, "not all are written."))
+    main()

@@ -21,7 +21,7 @@ from aethersr.commands import Parser, exit_code
 from aethersr.errors import UserError, missing_package
 
 SCRIPTS = ["prepare_pictures", "draw_graphics", "overlap", "photographs", "basicsr_train", "serve_web"]
-SCRIPTS += ["model_card", "generate_options", "trainner_redux_cpu"]
+SCRIPTS += ["model_card", "trainner_redux_cpu"]
 SCRIPTS += [*(f"aethersr.commands.{name}" for name in ("evaluate", "fuse", "upscale"))]
 
 
@@ -117,7 +117,7 @@ def test_every_script_tells_its_version(name: str, capsys: Any) -> None:
         ("--other", "unrecognized arguments: --other"),
         ("--tile abc", "--tile abc is not possible; expected a whole number"),
         ("--share a", "--share a is not possible; expected a number"),
-        ("--date 2026", "--date 2026 is not possible; expected a day as YYYY-MM-DD"),
+        ("--date 2026", "--date 2026 is not possible; expected YYYY-MM-DD"),
         ("--more {a", "--more {a is not possible; expected JSON"),
     ],
 )

@@ -53,7 +53,7 @@ def test_the_templates_on_disk_are_those_that_the_generator_writes(tmp_path: Pat
     monkeypatch.setattr(generate_options, "HERE", copied)
     shutil.rmtree(copied / "neosr")
     (copied / "basicsr/test/AetherNet/test_aether_small_x2.yml").write_text("# mine")
-    generate_options.main([])
+    generate_options.main()
     assert {path: (copied / path.relative_to(OPTIONS)).read_bytes() for path in written} == written
 
 

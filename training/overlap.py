@@ -31,8 +31,6 @@ from aethersr.quality import read_rgb  # noqa: E402
 LEAST = 12  # of 3855 cuts and 95 test pictures, chance gave none more than 4
 DISTINCT = 0.8  # Lowe's ratio: the nearest keypoint must be so much nearer than the second
 KEYPOINTS = 2000  # of a picture at most
-
-
 Pair = Tuple[int, Path, Path]  # keypoints in common, cut, picture
 
 

@@ -42,12 +42,7 @@ def program_name(installed: str, script: str) -> str:
 
 
 # What an argument of a type should have been.
-_EXPECTED = {
-    "int": "a whole number",
-    "float": "a number",
-    "fromisoformat": "a day as YYYY-MM-DD",
-    "loads": "JSON",
-}
+_EXPECTED = {"int": "a whole number", "float": "a number", "fromisoformat": "YYYY-MM-DD", "loads": "JSON"}
 
 
 class Parser(argparse.ArgumentParser):

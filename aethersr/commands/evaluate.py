@@ -9,8 +9,9 @@ Takes weights of every form, ONNX and NCNN (.param).
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, List, Optional, Tuple
+from typing import Any, Dict, Iterable, List, Optional, Tuple
 
 from aethersr.commands import DEVICES, Parser, check_device, exit_code, local_path
 from aethersr.errors import UserError, need
@@ -42,24 +43,21 @@ def find_pairs(folder: Path, low: Optional[Path], scale: int) -> List[Pair]:
     return pairs
 
 
-def upscaler(network: Any) -> Callable[[Any], Any]:
-    """A function from pixels (H, W, 3) to upscaled ones, as aether-upscale computes them."""
-    from aethersr.picture import Picture
-    from aethersr.upscaling import upscale_picture
-
-    overlap = network.reach if network.size is None else min(network.reach, min(network.size) // 4)
-    return lambda pixels: upscale_picture(Picture(pixels), network, TILE, overlap).pixels
-
-
 def measure(
     networks: Dict[str, Any], pairs: List[Pair], scale: int, jpeg: Optional[int]
 ) -> Dict[str, Figures]:
     """The figures by row of the table; bicubic comes first."""
     from aethersr.picture import Picture
     from aethersr.quality import compressed, crop_to_multiple, quality, resize
+    from aethersr.upscaling import upscale_picture
 
-    rows = {"bicubic": lambda x: resize(x, x.shape[0] * scale, x.shape[1] * scale)}
-    rows.update({name: upscaler(network) for name, network in networks.items()})
+    def upscaled(pixels: Any, network: Any) -> Any:
+        """(H, W, 3), as aether-upscale computes it."""
+        overlap = network.reach if network.size is None else min(network.reach, min(network.size) // 4)
+        return upscale_picture(Picture(pixels), network, TILE, overlap).pixels
+
+    rows: Any = {"bicubic": lambda x: resize(x, x.shape[0] * scale, x.shape[1] * scale)}
+    rows.update({name: partial(upscaled, network=network) for name, network in networks.items()})
     found: Dict[str, Figures] = {name: [] for name in rows}
     for hr, lr in pairs:
         truth = crop_to_multiple(Picture.read(hr, "--hr").rgb_on_white(), scale)

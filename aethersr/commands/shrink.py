@@ -30,8 +30,7 @@ KERNEL = 7  # with --time: the borders of larger ones take time and hardly help
 
 HINTS = {
     "--input": "pass the checkpoint as --model_path FILE",
-    "--calibration": "pass the pictures as --pictures FOLDER",
-    "--hr": "pass the pictures as --pictures FOLDER",
+    **dict.fromkeys(("--calibration", "--hr"), "pass the pictures as --pictures FOLDER"),
     "--scale": "the scale comes from the checkpoint",
 }
 
