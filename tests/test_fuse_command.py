@@ -106,6 +106,7 @@ OPTIONS = [
     ("--calibration x", "--calibration needs --onnx int8"),
     ("--reduce_range --onnx fp16", "--reduce_range needs --onnx int8"),
     ("--opset 9 --onnx fp32", "argument --opset: invalid choice: 9 (choose from 11, 12, "),
+    ("--opset 12 --onnx int8 --calibration x", "--opset 12 can't hold int8; pass 13 to 23"),
     ("--model_type aether_medium", "embed_dim=8"),
     ("--output_path o.onnx", "pass --output_path o.safetensors, and --onnx fp32 for files beside it"),
     ("--output_path o.param", "pass --output_path o.safetensors, and --ncnn for files beside it"),

@@ -11,6 +11,7 @@ from conftest import small_net
 
 from aethersr.errors import UserError
 from aethersr.network import load_network
+from aethersr.onnx import export_onnx
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 X = torch.rand(2, 3, 9, 13, generator=torch.Generator().manual_seed(1))
@@ -43,6 +44,14 @@ def test_what_is_no_network_is_named_with_the_option(
         load_network(tmp_path / name, "cpu", flag="FILE", **options)
     assert words in str(error.value)
     assert "FILE" in str(error.value)
+
+
+def test_an_onnx_file_sees_as_far_as_its_weights(tmp_path: Path) -> None:
+    net = small_net(2, embed_dim=8, depths=(1, 1), lk_kernel=5).float()
+    torch.save(net.state_dict(), tmp_path / "a.pth")
+    export_onnx(net, 2, "fp32", str(tmp_path / "a.onnx"))
+    found, like = (load_network(tmp_path / name, "cpu").reach for name in ("a.onnx", "a.pth"))
+    assert like <= found <= like + 4, "less leaves seams between tiles"
 
 
 def test_an_ncnn_file_is_a_network_like_others(tmp_path: Path) -> None:

@@ -38,9 +38,9 @@ def test_an_orientation_in_xmp_turns_nothing_and_is_reset_where_that_of_exif_tur
     assert alone.notes == {"XMP": XMP}
     exif = Image.Exif()
     exif[0x0112] = 6
-    both = read(tmp_path, saved(IMAGE, "JPEG", exif=exif, xmp=XMP))
+    both = read(tmp_path, saved(IMAGE, "JPEG", exif=exif, xmp=XMP, dpi=(300, 150)))
     assert both.pixels.shape == (20, 12, 3)
-    assert both.notes == {"XMP": XMP.replace(b"6", b"1")}
+    assert both.notes == {"XMP": XMP.replace(b"6", b"1"), "dpi": (150, 300)}
 
 
 DEEP = [(kind, np.uint16) for kind in ("PNG", "TIFF", "AVIF")]

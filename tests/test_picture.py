@@ -14,6 +14,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+import pyvips
 from conftest import ROOT
 from damage import DAMAGE, FUZZ, damaged
 from hypothesis import given, settings
@@ -114,6 +115,24 @@ def test_printing_colours_become_rgb(tmp_path: Path, kind: str, profile: bytes) 
     assert back.notes == {}
 
 
+@pytest.mark.parametrize("bits", [8, 16])
+def test_printing_colours_keep_their_bits_and_mean_what_their_own_profile_says(
+    tmp_path: Path, bits: int
+) -> None:
+    pixels = waves(3, np.dtype(f"uint{bits}")) // 2 + 2 ** (bits - 2)  # no colours that ink lacks
+    image = pyvips.Image.new_from_array(pixels, interpretation="rgb16" if bits == 16 else "srgb")
+    inks, found = image.icc_transform("cmyk", input_profile="srgb", depth=bits), []
+    for table in (None, bytes(40000)):  # the same inks by a profile in which they are other colours
+        profile = bytearray(inks.get("icc-profile-data"))
+        profile[10000:50000] = table or profile[10000:50000]
+        inks = inks.copy()
+        inks.set_type(pyvips.GValue.blob_type, "icc-profile-data", bytes(profile))
+        found.append(read(tmp_path, inks.tiffsave_buffer()).pixels)
+    assert found[0].dtype == pixels.dtype
+    assert np.abs(found[0].astype(float) - pixels).max() < 0.05 * 2**bits
+    assert np.abs(found[0].astype(float) - found[1]).max() > 0.1 * 2**bits
+
+
 def test_a_tiff_means_what_its_tags_say(tmp_path: Path) -> None:
     grey, colours = waves(1, np.uint16), waves(4, np.uint16)
     assert np.array_equal(read(tmp_path, tiff(grey)).pixels, grey)
@@ -186,6 +205,7 @@ def test_a_format_that_cannot_hold_the_picture_is_refused(tmp_path: Path) -> Non
         (Picture(waves(2), True), "out.bmp", "transparency"),
         (Picture(waves(4), True), "out.gif", "half transparency"),
         (Picture(waves(3, np.uint16)), "out.webp", "16 bits"),
+        (Picture(waves(3, np.uint16)), "out.jpg", "16 bits"),
     ):
         with pytest.raises(UserError, match=words):
             picture.check_fits(Path("in.png"), Path(target))

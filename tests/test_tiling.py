@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, List
 
@@ -82,7 +83,8 @@ def test_the_fewest_tiles_cover_any_size_once(height: int, width: int, size: Any
     [({"tile": 0}, "tile=0"), ({"overlap": -1}, "overlap=-1"), ({"wrap": "yx"}, "wrap='yx'"),
      ({"image": torch.rand(3, 8, 8)}, r"\(N, C, H, W\)"), ({"net": lambda x: x}, "overlap"),
      ({"image": torch.ones(1, 3, 8, 8, dtype=torch.int64)}, "int64"),
-     ({"net": lambda x: x / 0, "overlap": 0}, "not finite"),
+     *[({"net": lambda x, bad=bad: torch.where(x == x.max(), bad, x), "overlap": 0}, "not finite")
+       for bad in (math.inf, -math.inf, math.nan)],
      ({"size": (16, 16), "overlap": 8, "wrap": "x"}, "nothing of tiles of 16x16; expected 7 or less"),
      ({"net": torch.nn.Sequential(tiny_net().fused().train()), "overlap": 4}, r"net\.eval\(\)")],
 )  # fmt: skip

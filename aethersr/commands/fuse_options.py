@@ -84,6 +84,8 @@ def check_options(args: argparse.Namespace) -> None:
     for name in args.onnx:
         if name not in PRECISIONS:
             raise UserError(f"--onnx {name!r} is not known; allowed: {', '.join(PRECISIONS)}.")
+    if "int8" in args.onnx and args.opset < 13:  # the first with a scale for each channel
+        raise UserError(f"--opset {args.opset} can't hold int8; pass 13 to {OPSETS[-1]}.")
     need("ncnn pnnx" if args.ncnn else "", "--ncnn", "ncnn")
     need("onnx onnxruntime onnxslim" if args.onnx else "", "--onnx", "onnx")
 
