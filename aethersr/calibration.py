@@ -65,9 +65,8 @@ def calibration_pairs(folder: Path, net: AetherBase, flag: str = "--calibration"
     parts = [paths[start:end] for start, end in zip(limits, limits[1:])]
     found = [next((each for each in map(pair, part) if each), None) for part in parts]
     if not any(found):
-        raise UserError(
-            f"{flag} {folder} holds no picture of {SMALLEST * scale} pixels or more; pass another."
-        )
+        none = f"holds no picture of {SMALLEST * scale} pixels or more; pass another."
+        raise UserError(f"{flag} {folder} {none}")
     return [each for each in found if each]
 
 

@@ -158,9 +158,7 @@ def groups(net: FusedAetherNet) -> Dict[str, Group]:
     def add(title: str, made_by: List[str], used_by: List[str]) -> None:
         values = [f"{name}.out" for name in made_by] + [f"{name}.in" for name in used_by]
         quantizers = [known.get(re.sub(r"\.(in|out)$", r".quant_\1", value)) for value in values]
-        made: List[Tensor] = [
-            quantizer.range_sum for quantizer in quantizers if isinstance(quantizer, Quantizer)
-        ]
+        made: List[Tensor] = [each.range_sum for each in quantizers if isinstance(each, Quantizer)]
         made += [value for name in made_by for value in known[name].parameters(recurse=False)]
         used = [item for name in used_by for item in known[name].named_parameters(recurse=False)]
         found[title] = Group(values, made, [value for name, value in used if name.endswith("weight")])

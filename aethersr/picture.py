@@ -97,7 +97,8 @@ class Picture:
         said = {name: _get(image, field) for name, field in notes.FIELDS.items()}
         if image.interpretation == "cmyk":
             ways = {"embedded": True, "input_profile": "cmyk", "depth": 16 if image.format == "ushort" else 8}
-            image, said["colour profile"] = image.icc_transform("srgb", **ways), None  # its own profile first
+            alpha, image = image[4:] if image.bands > 4 else None, image[:4].icc_transform("srgb", **ways)
+            image, said["colour profile"] = image.bandjoin(alpha) if alpha else image, None
         if image.bands > 4:
             raise ValueError(f"it has {image.bands} channels")
         upright = 1 if kind == "heif" else None  # libheif turns by itself
