@@ -138,6 +138,15 @@ def test_a_network_for_grey_takes_colours_too() -> None:
         assert np.array_equal(out[..., channel], upscaled(colours[..., channel : channel + 1], net)[..., 0])
 
 
+def test_a_network_for_colours_takes_grey_too() -> None:
+    net = TorchNetwork(tiny_net().float().fused())
+    grey = np.random.default_rng(0).integers(0, 2**16, (9, 11, 1), np.uint16)
+    three = upscaled(np.repeat(grey, 3, 2), net)
+    sound = ((three > 0) & (three < 65535)).all(2)
+    assert sound.any()
+    assert np.abs(upscaled(grey, net)[..., 0] - three.mean(2))[sound].max() <= 1
+
+
 def test_the_tile_is_halved_when_memory_runs_out_and_other_faults_are_raised(tmp_path: Path) -> None:
     errors: List[Exception] = []
     most = 70
