@@ -31,10 +31,13 @@ class Calibrated(NamedTuple):
     worst: float
 
 
-def calibration_pairs(folder: Path, net: AetherBase, flag: str = "--calibration") -> Pairs:
+def calibration_pairs(
+    folder: Path, net: AetherBase, flag: str = "--calibration", most: int = PICTURES, side: int = SIDE
+) -> Pairs:
     """(low resolution, high resolution) of pictures' centres: (1, in_chans, H, W) in [0, 1].
 
-    The first readable one of each of PICTURES equal parts of the folder, reduced by Pillow's bicubic.
+    The first readable one of each of ``most`` equal parts of the folder, reduced by Pillow's bicubic to
+    ``side`` pixels or less.
     """
     need("numpy PIL aethersr.quality", flag, "upscale")
     import numpy as np
@@ -50,7 +53,7 @@ def calibration_pairs(folder: Path, net: AetherBase, flag: str = "--calibration"
             image = Image.fromarray(read_rgb(path, flag)).convert(mode)
         except UserError:
             return None
-        width, height = (min(SIDE, size // scale) for size in image.size)
+        width, height = (min(side, size // scale) for size in image.size)
         if min(width, height) < SMALLEST:
             return None
         left, top = ((size - part * scale) // 2 for size, part in zip(image.size, (width, height)))
@@ -61,7 +64,7 @@ def calibration_pairs(folder: Path, net: AetherBase, flag: str = "--calibration"
         array = np.atleast_3d(np.asarray(image, dtype=np.float32)) / 255
         return torch.from_numpy(array).permute(2, 0, 1)[None].contiguous()
 
-    limits = [len(paths) * k // PICTURES for k in range(PICTURES + 1)]
+    limits = [len(paths) * k // most for k in range(most + 1)]
     parts = [paths[start:end] for start, end in zip(limits, limits[1:])]
     found = [next((each for each in map(pair, part) if each), None) for part in parts]
     if not any(found):

@@ -13,19 +13,17 @@ import statistics
 from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Tuple
 
 import torch
-from aether_arch import VARIANTS, AetherBase, FusedAetherNet
+from aether_arch import VARIANTS, FusedAetherNet
 from torch import Tensor, nn
 
 from aethersr.calibration import Pairs, psnr
 from aethersr.identify import aether_from_state_dict
-from aethersr.timing import Comparison
 from aethersr.verify import compare_times
 
 State = Dict[str, Tensor]
 BLOCK = re.compile(r"stages\.(\d+)\.(\d+)\.")
 OPTIONS = ["embed_dim", "depths", "mlp_ratio", "lk_kernel", "sk_kernel", "in_chans", "img_range"]
 OPTIONS += ["use_channel_attn", "use_spatial_attn"]
-SIDE = 96  # of the picture that is timed
 
 
 class Step(NamedTuple):
@@ -91,11 +89,6 @@ def with_hidden(state: Mapping[str, Tensor], channels: Mapping[str, Tensor]) -> 
     return kept
 
 
-def fused(state: Mapping[str, Tensor]) -> FusedAetherNet:
-    """The network to measure, in float32."""
-    return aether_from_state_dict(state).fused()
-
-
 @torch.no_grad()
 def decibels(net: nn.Module, pairs: Pairs) -> float:
     """The mean PSNR over pairs of a small and a large picture."""
@@ -140,27 +133,22 @@ def steps(state: State, pairs: Pairs, left: Size) -> Iterator[Step]:
         pairs: small and large pictures, (1, in_chans, H, W) in [0, 1].
         left: the size to reach. A stage keeps one block.
     """
-    net = fused(state)
+    net = aether_from_state_dict(state).fused()
     size = Size.of(net.options)
     yield Step("nothing", state, decibels(net, pairs))
     for _ in range(size.blocks - left.blocks):
         stage, block = least_missed(net, pairs)
         state = without_block(state, stage, block)
-        net = fused(state)
+        net = aether_from_state_dict(state).fused()
         yield Step(f"block {stage}.{block}", state, decibels(net, pairs))
     if left.kernel < size.kernel:
         state = with_kernel(state, left.kernel)
-        net = fused(state)
+        net = aether_from_state_dict(state).fused()
         yield Step(f"kernels outside {left.kernel}x{left.kernel}", state, decibels(net, pairs))
     if left.hidden < size.hidden:
         state = with_hidden(state, strongest_channels(net, pairs, left.hidden))
         what = f"{size.hidden - left.hidden} of {size.hidden} channels"
-        yield Step(what, state, decibels(fused(state), pairs))
-
-
-def times(nets: Mapping[str, AetherBase]) -> Comparison:
-    """Times of fused networks for a picture of SIDE x SIDE: computing time of one thread, in turns."""
-    return compare_times(nets, size=SIDE)
+        yield Step(what, state, decibels(aether_from_state_dict(state).fused(), pairs))
 
 
 def size_within(share: float, options: Mapping[str, Any], most: Size, least: Size) -> Size:
@@ -171,7 +159,7 @@ def size_within(share: float, options: Mapping[str, Any], most: Size, least: Siz
     middle = most._replace(hidden=least.hidden)
     sizes = {"most": most, "middle": middle, "least": least}
     nets = {name: FusedAetherNet(**size.within(options)) for name, size in sizes.items()}
-    measured = times({"all": FusedAetherNet(**options), **nets})
+    measured = compare_times({"all": FusedAetherNet(**options), **nets})
     high, mid, low = (measured.ratio(name, "all").value for name in sizes)
 
     def between(first: int, last: int, start: float, end: float) -> int:

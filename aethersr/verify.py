@@ -13,6 +13,7 @@ from aether_arch import AetherBase
 from aethersr.timing import Comparison, interleaved
 
 ALLOWED_DIFFERENCE = 1e-3  # of one step of 1/255
+TIMED = 96  # pixels of a side of the picture that is timed
 
 
 @torch.no_grad()
@@ -40,12 +41,12 @@ def largest_difference(net: AetherBase, other: AetherBase, device: str = "cpu") 
 
 
 @torch.no_grad()
-def compare_times(nets: Mapping[str, AetherBase], device: str = "cpu", size: int = 64) -> Comparison:
-    """Times for one float32 picture of size x size; on a CPU the computing time of one thread.
+def compare_times(nets: Mapping[str, AetherBase], device: str = "cpu") -> Comparison:
+    """Times for one float32 picture of TIMED x TIMED pixels; on a CPU the computing time of one thread.
 
     Afterwards the networks are in float32 and channels_last on ``device``.
     """
-    image = torch.rand(1, next(iter(nets.values())).options["in_chans"], size, size, device=device)
+    image = torch.rand(1, next(iter(nets.values())).options["in_chans"], TIMED, TIMED, device=device)
     for net in nets.values():
         net.float().eval().to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     calls = {name: functools.partial(net, image) for name, net in nets.items()}

@@ -17,7 +17,6 @@ LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channel
 TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}  # else float32
 ON_A_GPU = [("fp32", "contiguous"), ("TF32", "channels_last"), ("bf16", "channels_last")]
 ON_A_GPU += [(precision, layout) for precision in ("AMP", "fp16") for layout in LAYOUTS]
-COMPILED = [("fp16", "channels_last"), ("fp16", "channels_last", "compiled")]
 
 
 def tensor_float(allowed: bool) -> None:
@@ -156,7 +155,7 @@ def training(bench: Any, ways: Sequence[Tuple[str, ...]] = ()) -> None:
 def compiled(bench: Any) -> None:
     """torch.compile beside eager."""
     training(bench, [("AMP", "channels_last"), ("AMP", "channels_last", "compiled")])
-    networks(bench, COMPILED)
+    networks(bench, [("fp16", "channels_last"), ("fp16", "channels_last", "compiled")])
 
 
 def memory(bench: Any) -> None:

@@ -9,11 +9,13 @@
     python benchmarks/quality.py draw benchmarks/results/peers.json --output benchmarks/results/quality \\
         --validation datasets/photographs --traiNNer-redux CHECKOUT --weights weights/2x*training*.safetensors
 
-A run is a network of this project or of traiNNer-redux, NAME[,OPTION=VALUE]... Options of the training are
-rate=1e-3 (a short warm-up, then cosine down to a fiftieth), optimizer=AdamW (or one of pytorch-optimizer),
-batch=8, patch=32 (low-resolution pixels) and skip=1 (adds a bicubic enlargement of the input); the others go
-to the network. The loss is Charbonnier's. PSNR-Y is that of the weights' moving average, the mean over the
-pictures' centres. Seconds are those that a CPU core computed in the training steps. A run is never repeated.
+A run is a network of this project or of traiNNer-redux, NAME[,OPTION=VALUE]..., or a training checkpoint of
+this project, FILE[,OPTION=VALUE]... Options of the training are rate=1e-3 (a short warm-up, then cosine down
+to a fiftieth), optimizer=AdamW (or one of pytorch-optimizer), batch=8, patch=32 (low-resolution pixels),
+skip=1 (adds a bicubic enlargement of the input), iterations=N (its own budget) and teacher=FILE (a network
+whose output is the target in half of the loss); the others go to the network. The loss is Charbonnier's.
+PSNR-Y is that of the weights' moving average, the mean over the pictures' centres. Seconds are those that a
+CPU core computed in the training steps. A run is never repeated.
 
 ``draw`` writes OUTPUT.md and OUTPUT.png: the runs and finished weights with their times in ONNX Runtime.
 """
@@ -22,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import copy
 import json
 import math
 import re
@@ -41,7 +42,9 @@ import networks
 from networks import OURS, positive, table
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel
 
+from aethersr.checkpoint import ENDINGS
 from aethersr.errors import UserError, first_line, need
 from aethersr.files import Together
 from aethersr.folders import find_pictures
@@ -51,6 +54,7 @@ from aethersr.timing import interleaved
 POINTS = 6  # measurements of a run
 SIDE = 192  # pixels of a validation picture's centre
 DEFAULTS: Dict[str, Any] = {"rate": 1e-3, "optimizer": "AdamW", "batch": 8, "patch": 32, "skip": 0}
+DEFAULTS.update(iterations=0, teacher="")
 KINDS = ("AetherNet, all from one training", "AetherNet, from scratch", "others, from scratch")
 
 
@@ -137,9 +141,18 @@ class WithSkip(nn.Module):
         return self.net(x) + F.interpolate(x, scale_factor=self.scale, mode="bicubic")
 
 
+def opened(path: Path, flag: str, scale: int) -> Any:
+    net = networks.opened(path, flag)
+    if net.scale != scale:
+        raise UserError(f"{path} is x{net.scale}; expected x{scale}, as the others ({flag}).")
+    return net
+
+
 def build(run: Run, scale: int, checkout: Optional[Path]) -> nn.Module:
-    ours = run.network in OURS
-    builder = getattr(networks.aether_arch, run.network) if ours else networks.peer(run.network, checkout)
+    builder: Any = partial(opened, Path(run.network), "--run")
+    if not run.network.endswith(ENDINGS):
+        ours = run.network in OURS
+        builder = getattr(networks.aether_arch, run.network) if ours else networks.peer(run.network, checkout)
     try:
         net = builder(scale=scale, **run.options)
     except (TypeError, ValueError) as error:
@@ -158,22 +171,20 @@ def build_optimizer(net: nn.Module, name: str, rate: float) -> torch.optim.Optim
     return made(net.parameters(), lr=rate, weight_decay=0)  # type: ignore[no-any-return]
 
 
-@torch.no_grad()
-def average(averaged: nn.Module, net: nn.Module, iteration: int) -> None:
+def moving(average: Tensor, new: Tensor, count: Any) -> Tensor:
     """Exponential moving average of 0.999, shorter at the start, as in traiNNer-redux."""
-    kept = min(0.999, 1 - (1 + iteration) ** -0.75)
-    for value, new in zip(averaged.state_dict().values(), net.state_dict().values()):
-        if value.is_floating_point():
-            value.lerp_(new, 1 - kept)
+    return average.lerp(new, max(0.001, (1 + float(count)) ** -0.75)) if new.is_floating_point() else new
 
 
-def train_one(run: Run, seed: int, cuts: Cuts, validation: Validation, args: Any) -> Tuple[Any, Any]:
-    """A row of the results, and the averaged network."""
+def train_one(run: Run, seed: int, cuts: Cuts, validation: Validation, args: Any) -> Dict[str, Any]:
+    """A row of the results."""
     torch.manual_seed(seed)
     random, options = np.random.default_rng(seed), run.training
     net: Any = build(run, cuts.scale, args.checkout).train().to(memory_format=torch.channels_last)
-    averaged = copy.deepcopy(net).eval()
+    averaged = AveragedModel(net, avg_fn=moving, use_buffers=True).eval()
+    teacher = opened(Path(options["teacher"]), "--run", cuts.scale).fused() if options["teacher"] else None
     optimizer = build_optimizer(net, options["optimizer"], options["rate"])
+    iterations = options["iterations"] or args.iterations
     points: List[List[float]] = []
     iteration, seconds, done = 0, 0.0, 0.0  # done: of the budget
     while done < 1:
@@ -184,19 +195,22 @@ def train_one(run: Run, seed: int, cuts: Cuts, validation: Validation, args: Any
         low, high = cuts.batch(options["batch"], options["patch"], random)
         with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
             out = net(low.contiguous(memory_format=torch.channels_last))
-        loss = ((out.float() - high).square() + 1e-12).sqrt().mean()  # Charbonnier's
+            with torch.no_grad():
+                targets = [high] if teacher is None else [high, teacher(low).float()]
+        # Charbonnier's
+        loss = sum(((out.float() - each).square() + 1e-12).sqrt().mean() for each in targets) / len(targets)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        average(averaged, net, iteration)
+        averaged.update_parameters(net)
         seconds += time.process_time() - begin
         iteration += 1
-        done = seconds / args.seconds if args.seconds else iteration / args.iterations
+        done = iteration / iterations if iterations else seconds / args.seconds
         if done >= (len(points) + 1) / POINTS:
             points.append([iteration, round(seconds, 1), round(validation.measure(averaged), 5)])
             told = f"{iteration} iterations, {seconds:.0f} s of computing, {points[-1][2]:.2f} dB"
             print(f"{run.text}, seed {seed}: {told}", flush=True)
-    return {"run": run.text, "seed": seed, "machine": networks.machine(), "points": points}, averaged
+    return {"run": run.text, "seed": seed, "machine": networks.machine(), "points": points}
 
 
 def train(args: argparse.Namespace) -> None:
@@ -221,7 +235,7 @@ def train(args: argparse.Namespace) -> None:
     print(f"{args.file} holds {len(result['rows'])} runs, which are not repeated")
     for run, seed in [(run, seed) for seed in args.seeds for run in runs]:
         if not any((row["run"], row["seed"]) == (run.text, seed) for row in result["rows"]):
-            result["rows"].append(train_one(run, seed, cuts, validation, args)[0])
+            result["rows"].append(train_one(run, seed, cuts, validation, args))
             with Together() as files:
                 files.part(args.file).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
                 files.commit()
@@ -266,14 +280,12 @@ def points_of(result: Dict[str, Any], args: argparse.Namespace) -> List[Point]:
     scale = int(result["title"].split(",")[0].lstrip("x"))
     validation, found = Validation(args.validation, scale), []
     for path in args.weights:
-        net = networks.opened(path, "--weights")
-        if net.scale != scale:
-            raise UserError(f"{path} is x{net.scale}; expected x{scale}, as in {args.file} (--weights).")
+        net = opened(path, "--weights", scale)
         found.append((path.stem, KINDS[0], validation.measure(net), net))
     for text in dict.fromkeys(row["run"] for row in result["rows"]):
         run = parse_run(text)
         decibels = mean(row["points"][-1][2] for row in result["rows"] if row["run"] == text)
-        kind = KINDS[1] if run.network in OURS else KINDS[2]
+        kind = KINDS[0 if run.network.endswith(ENDINGS) else 1 if run.network in OURS else 2]
         found.append((text, kind, decibels, build(run, scale, args.checkout).eval()))
     return found
 

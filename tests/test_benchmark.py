@@ -157,6 +157,19 @@ def test_training_learns_and_a_budget_in_seconds_ends(folder: Path, tmp_path: Pa
     assert row["points"][-1][1] >= 0.5 > row["points"][-2][1]
 
 
+def test_a_file_is_trained_further_alone_or_with_a_teacher(folder: Path, tmp_path: Path) -> None:
+    file, net = tmp_path / "net.pth", networks.aether_arch.AetherNet(scale=2, embed_dim=8, depths=(1,))
+    torch.save(net.state_dict(), file)
+    before = quality.Validation(folder / "val", 2).measure(net.eval())
+    runs = [f"{file},rate=1e-9,iterations=12", f"{file},rate=1e-2", f"{file},rate=1e-2,teacher={file}"]
+    words = [word for run in runs for word in ("--run", run)]
+    rows = train(folder, tmp_path / "e.json", "--iterations", "30", *words)
+    still, alone, taught = (row["points"][-1] for row in rows)
+    assert still[0] == 12
+    assert abs(still[2] - before) < 1e-3
+    assert abs(taught[2] - before) < abs(alone[2] - before)
+
+
 def test_the_picture_shows_weights_and_runs_with_times(folder: Path, tmp_path: Path, capsys: Any) -> None:
     train(folder, tmp_path / "runs.json", "--iterations", "6", "--traiNNer-redux", str(folder / "checkout"),
           "--run", f"{TINY},embed_dim=96,optimizer=SOAP", "--run", "peer,patch=16")  # fmt: skip
@@ -194,11 +207,13 @@ QUALITY = ["train", "{tmp}/x.json", "--data", "{folder}", "--validation", "{fold
         (quality, [*QUALITY, "--run", "span"], "needs a checkout of traiNNer-redux"),
         (quality, [*QUALITY, "--run", f"{TINY},patch=33"], "a cut has 32 pixels a side"),
         (quality, [*QUALITY, "--run", f"{TINY},rat=1"], "unexpected keyword argument 'rat'"),
+        (quality, [*QUALITY, "--run", "{folder}/net.safetensors,depths=(1,)"], "argument 'depths'"),
+        (quality, [*QUALITY, "--run", f"{TINY},teacher={{folder}}/no.pth"], "no.pth does not exist.*--run"),
         (quality, [*QUALITY, "--run", f"{TINY},rate"], "expected NAME,OPTION=VALUE"),
         (quality, [*QUALITY, "--run", f"{TINY},rate=fast"], "rate can't be 'fast'"),
         (quality, [*QUALITY, "--run", f"{TINY},optimizer=load_optimizer"], "has no load_optimizer"),
         (quality, ["draw", "{folder}/two.json", "--validation", "{folder}/val", "--output", "{tmp}/x",
-                   "--weights", "{folder}/net.safetensors"], r"is x2; expected x4, as in .*--weights"),
+                   "--weights", "{folder}/net.safetensors"], r"is x2; expected x4, as the others .--weights"),
     ],
 )  # fmt: skip
 def test_bad_input_ends_with_2_and_one_line(

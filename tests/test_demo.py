@@ -48,7 +48,7 @@ def test_a_quick_run_goes_from_photographs_to_a_picture(tmp_path: Path, capsys: 
     table = printed.split("| PSNR-Y, dB / SSIM | astronaut |")[1]
     names = ["bicubic", "aether_small_x2.pth", "aether_small_x2_fp32.onnx"]
     assert re.findall(r"^\| (\S+) \|", table, re.MULTILINE) == names
-    assert "ms, 64x64, cpu" in printed
+    assert "ms, 96x96, cpu" in printed
     assert "seed 0: 6 iterations" in printed
     with Image.open(tmp_path / "comparison.png") as picture:
         assert picture.width > 3 * 3 * demo.SIZE

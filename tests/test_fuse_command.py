@@ -81,10 +81,10 @@ def test_type_and_scale_may_be_left_out_and_times_are_told_on_request(
     assert "Weights: 'params', not averaged\n" in plain
     for words in ("parameters ", "file, MiB ", "Fused: within ", "Half precision: ", f"Wrote {target}\n"):
         assert words in plain
-    assert "ms, 64x64" not in plain
+    assert "ms, 96x96" not in plain
     assert run(checkpoint, target, "--measure", "--overwrite", "--bound", 0.5) == 0
     measured = capsys.readouterr().out
-    assert "ms, 64x64, cpu " in measured
+    assert "ms, 96x96, cpu " in measured
     assert re.search(r"times as fast: \d", measured)
     assert float(read_checkpoint(target).state["bound"]) == 0.5
 

@@ -109,7 +109,7 @@ BROKEN: List[Tuple[str, Dict[str, Any]]] = [  # what is said, and what is change
     (f"{WIDE}missing: 1 (mean)", {"mean": None}),
     (f"{WIDE}unexpected: 4 ({'a' * 80}, b, c, ...)", {"a" * 99: ONE, "b": ONE, "c": ONE, "d": ONE}),
     (f"{WIDE}of another shape: 1 (conv_last.bias)", {"conv_last.bias": torch.zeros(5)}),
-    ("has 1 dimensions, expected 4", {"conv_first.weight": torch.zeros(24)}),
+    ("has 5 dimensions, expected 4", {"conv_first.weight": torch.zeros(24, 3, 3, 3, 1)}),
     ("has 1 dimensions, expected 4", {UPSAMPLE: torch.zeros(24)}),
     ("AetherNet v3 or v4 (", {"norm.num_batches_tracked": ONE}),
     ("AetherNet 1.1.0 (", {"conv_first.scale": ONE}),
@@ -120,6 +120,8 @@ BROKEN: List[Tuple[str, Dict[str, Any]]] = [  # what is said, and what is change
     ("tensors for 202 blocks", {f"stages.0.{k}.norm.weight": ONE for k in range(200)}),
     *(("'bound' is not one number", {"bound": torch.tensor(x)}) for x in ([1e6], [5e-4], [NAN], [1.0, 1.0])),
 ]
+if hasattr(torch.device, "__enter__"):  # a network of this width would take terabytes
+    BROKEN.append(("(1048576 wide", {"conv_first.weight": torch.zeros(1).expand(2**20, 3, 3, 3)}))
 
 
 @pytest.mark.parametrize(("words", "changes"), BROKEN, ids=[words[:40] for words, _ in BROKEN])

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from aethersr import shrink
-from aethersr.commands.shrink import main
+from aethersr.commands import shrink as shrink_command
 from aethersr.identify import aether_from_state_dict, read_options
 from aethersr.timing import Comparison
 
@@ -39,7 +39,9 @@ def network(**options: Any) -> Any:
 
 def run(tmp_path: Path, *options: Any, source: str = "net.pth", target: str = "small.pth") -> int:
     given = ("--model_path", tmp_path / source, "--output_path", tmp_path / target)
-    return main([str(each) for each in (*given, "--pictures", tmp_path / "pictures", *options)])
+    return shrink_command.main(
+        [str(each) for each in (*given, "--pictures", tmp_path / "pictures", *options)]
+    )
 
 
 @torch.no_grad()
@@ -119,7 +121,8 @@ def test_time_chooses_channels_then_blocks(
         of = {k: 10 + each.blocks * (2 + each.hidden / 16 + (each.kernel == 9)) for k, each in sizes.items()}
         return Comparison({name: [value] for name, value in of.items()})
 
-    monkeypatch.setattr(shrink, "times", measured)
+    for module in (shrink, shrink_command):
+        monkeypatch.setattr(module, "compare_times", measured)
     torch.save(network(embed_dim=16, depths=(4, 4), lk_kernel=9, **PLAIN).state_dict(), tmp_path / "net.pth")
     assert run(tmp_path, "--time", time) == 0
     assert shrink.Size.of(read_options(torch.load(tmp_path / "small.pth", weights_only=True))) == size

@@ -9,12 +9,9 @@ Fine-tune the new file afterwards, with the printed lines in network_g. See docs
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
-from typing import Any, List, Mapping, Optional, Tuple
+from typing import Any, List, Mapping, Optional
 
 import torch
-from aether_arch import AetherBase
-from torch import Tensor
 
 from aethersr import shrink
 from aethersr.calibration import calibration_pairs
@@ -24,6 +21,7 @@ from aethersr.commands.fuse_options import check_ending
 from aethersr.errors import UserError, naming
 from aethersr.files import Together, check_output, unwritable
 from aethersr.identify import add_img_range, aether_from_state_dict, form_name, read_options, variant_name
+from aethersr.verify import TIMED, compare_times
 
 PICTURES, SIDE = 16, 48  # pictures at most, and low-resolution pixels of a side, to choose on
 KERNEL = 7  # with --time: the borders of larger ones take time and hardly help
@@ -94,20 +92,14 @@ def size_left(args: argparse.Namespace, options: Mapping[str, Any]) -> shrink.Si
         raise UserError(f"--time {args.time:g} can't be reached: {error}; {remedy}.") from None
 
 
-def read_pictures(folder: Path, net: AetherBase) -> List[Tuple[Tensor, Tensor]]:
-    pairs, large = calibration_pairs(folder, net, "--pictures"), SIDE * net.scale
-    pairs = pairs[:: -(-len(pairs) // PICTURES)]
-    return [(low[..., :SIDE, :SIDE], high[..., :large, :large]) for low, high in pairs]
-
-
 def run(args: argparse.Namespace) -> None:
     """What the command does. Raises UserError, and then writes nothing."""
     target = args.output_path
     check_ending(target)
     check_output(target, [args.model_path], args.overwrite, "--output_path")
     state = training_form(args)
-    before = shrink.fused(state)
-    pairs = read_pictures(args.pictures, before)
+    before = aether_from_state_dict(state).fused()
+    pairs = calibration_pairs(args.pictures, before, "--pictures", PICTURES, SIDE)
     options = read_options(state)
     left = size_left(args, options)
     if left == shrink.Size.of(options):
@@ -118,8 +110,8 @@ def run(args: argparse.Namespace) -> None:
         depths = ", ".join(map(str, read_options(step.state)["depths"]))
         print(f"{step.what:<24}{depths:<24}{step.decibels:>8.2f}", flush=True)
     options = read_options(step.state)
-    times = shrink.times({"before": before, "after": shrink.fused(step.state)})
-    measured = f"{shrink.SIDE}x{shrink.SIDE} pixels in PyTorch, one thread"
+    times = compare_times({"before": before, "after": aether_from_state_dict(step.state).fused()})
+    measured = f"{TIMED}x{TIMED} pixels in PyTorch, one thread"
     print(f"\nTime: {times.ratio('after', 'before').words()} of the network's; {measured}")
     name, metadata = variant_name(options), {"format": "pt", "form": "training", "scale": str(before.scale)}
     metadata["architecture"] = name if name.startswith("aether") else "AetherNet"
