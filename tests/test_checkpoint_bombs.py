@@ -66,7 +66,7 @@ def doubling(before: bytes, after: bytes) -> bytes:
 
 MIB = 2**20
 ONE = torch.zeros(1)
-KERNEL, MEANS, MANY = "stages.0.0.conv.lk_conv.weight", "stages.0.0.norm.running_mean", ONE.expand(2**36)
+KERNEL, MEANS, MANY = "stages.0.0.conv.lk_conv.weight", "stages.0.0.norm.running_mean", ONE.expand(2**28)
 COPIES: Any = OrderedDict((f"{k}", k) for k in range(20_000))
 REBUILD = torch._tensor._rebuild_from_type_v2  # calls what it is given
 BOMBS: Dict[str, Callable[[], bytes]] = {  # each name begins with its file's
