@@ -20,13 +20,15 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.mark.parametrize(("count", "others"), [(100, 0), (100, 300), (20, 300), (33, 0)])
 def test_the_whole_folder_is_sampled_evenly(tmp_path: Path, count: int, others: int) -> None:
+    (tmp_path / "inner").mkdir()
     for level in range(count):
-        Image.new("L", (16, 16), level).save(tmp_path / f"{level:03d}.png")
+        Image.new("L", (16, 16), level).save(tmp_path / "inner" / f"{level:03d}.png")
     for k in range(others):  # captions
         (tmp_path / f"{k:03d}.txt").write_text("a picture")
     pairs = calibration_pairs(tmp_path, tiny_net())
     levels = [round(float(high.mean()) * 255) for _, high in pairs]
     assert len(levels) == min(count, calibration.PICTURES)
+    assert len(calibration_pairs(tmp_path, tiny_net(), most=5)) == 5
     steps = {after - before for before, after in zip(levels, levels[1:])}
     assert steps <= {count // len(levels), count // len(levels) + 1}
     assert count - levels[-1] <= max(steps) + 1
@@ -69,6 +71,8 @@ def test_a_pair_is_the_middle_of_a_picture_and_its_bicubic_reduction(
 ) -> None:
     picture = Image.fromarray(photographs.coffee())
     picture.save(tmp_path / "a.png")
+    ((low, _),) = calibration_pairs(tmp_path, tiny_net(scale, in_chans=channels), side=9)
+    assert low.shape == (1, channels, 9, 9)
     ((low, high),) = calibration_pairs(tmp_path, tiny_net(scale, in_chans=channels))
     side = min(calibration.SIDE, picture.height // scale)
     assert low.shape == (1, channels, side, calibration.SIDE)

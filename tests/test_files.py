@@ -111,6 +111,8 @@ def test_no_input_is_replaced_by_what_another_becomes(tmp_path: Path) -> None:
         find_jobs(tmp_path / "pics", str(tmp_path / "pics" / ".."), True, overwrite=True)
     jobs, *_ = find_jobs(tmp_path / "pics", str(tmp_path), True, skip_existing=True)
     assert names(jobs, tmp_path) == ["a.png"]
+    make(tmp_path, "folder.png/b.png")
+    assert names(find_jobs(tmp_path / "pics", f"{tmp_path}/folder.png")[0], tmp_path) == ["folder.png/a.png"]
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,17 @@ def test_an_onnx_file_sees_as_far_as_its_weights(tmp_path: Path) -> None:
     assert like <= found <= like + 4, "less leaves seams between tiles"
 
 
+def test_int8_weights_stay_and_onnx_of_one_size_takes_float32_picture_by_picture(tmp_path: Path) -> None:
+    net = small_net(2, embed_dim=8, depths=(1,), lk_kernel=3).float().fused()
+    torch.save(net.fused().prepare_qat().convert_to_quantized().state_dict(), tmp_path / "int8.pth")
+    assert load_network(tmp_path / "int8.pth", "cpu").net.is_int8  # type: ignore[union-attr]
+    with pytest.raises(UserError, match="--fp16 can't change"):
+        load_network(tmp_path / "int8.pth", "cpu", fp16=True)
+    export_onnx(net, 2, "fp16", str(tmp_path / "a.onnx"), static=(3, *X.shape[2:]))
+    found = load_network(tmp_path / "a.onnx", "cpu")
+    assert (found.size, found(X).dtype, found(X).shape) == (X.shape[2:], X.dtype, (2, 3, 18, 26))
+
+
 def test_an_ncnn_file_is_a_network_like_others(tmp_path: Path) -> None:
     pytest.importorskip("ncnn")
     pytest.importorskip("pnnx")

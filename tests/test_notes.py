@@ -13,8 +13,9 @@ import pytest
 from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
-from test_picture import IMAGE, read, saved, waves, written
+from test_picture import IMAGE, read, saved, tiff, waves, written
 
+from aethersr.notes import for_file
 from aethersr.picture import FORMATS, Picture
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # Pillow's, of broken tags
@@ -41,6 +42,7 @@ def test_an_orientation_in_xmp_turns_nothing_and_is_reset_where_that_of_exif_tur
     both = read(tmp_path, saved(IMAGE, "JPEG", exif=exif, xmp=XMP, dpi=(300, 150)))
     assert both.pixels.shape == (20, 12, 3)
     assert both.notes == {"XMP": XMP.replace(b"6", b"1"), "dpi": (150, 300)}
+    assert read(tmp_path, saved(IMAGE, "AVIF", exif=exif, xmp=XMP)).notes == {"XMP": XMP.replace(b"6", b"1")}
 
 
 DEEP = [(kind, np.uint16) for kind in ("PNG", "TIFF", "AVIF")]
@@ -162,8 +164,11 @@ def test_what_other_programs_write_is_kept_in_place(tmp_path: Path) -> None:
         assert exif[0x010E] in written(tmp_path, described, kind)
     usual = Picture(waves(3), notes={"chunks": [(b"gAMA", struct.pack(">I", 45455))]})
     assert usual.write(tmp_path / "usual.jpg", "JPEG") == [], "every JPEG has these colours"
-    too_long = Picture(waves(3), notes={"XMP": bytes(70000), "comment": bytes(70000)})
-    assert too_long.write(tmp_path / "long.jpg", "JPEG") == ["XMP"], "a comment takes several segments"
+    assert Image.open(tmp_path / "usual.jpg").quantization[0][0] == 2, "quality 95"
+    assert read(tmp_path, tiff(waves(3), t33723=IPTC[26:-1])).notes == {"IPTC": IPTC[:-1]}
+    assert for_file({"EXIF": EXIF.tobytes(), "comment": b"a"}, "TIFF", big=True)[2] == ["EXIF", "comment"]
+    too_long = Picture(waves(3), notes=dict.fromkeys(("EXIF", "XMP", "comment"), bytes(70000)))
+    assert too_long.write(tmp_path / "long.jpg", "JPEG") == ["EXIF", "XMP"], "a comment takes several"
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])

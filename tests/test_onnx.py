@@ -187,9 +187,12 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_session_that_disagrees_leaves_the_folder_as_it_was(tmp_path: Path, monkeypatch: Any) -> None:
+@pytest.mark.parametrize("value", [0, np.nan])
+def test_a_session_that_disagrees_leaves_the_folder_as_it_was(
+    tmp_path: Path, monkeypatch: Any, value: float
+) -> None:
     (tmp_path / "net.onnx").write_text("of an earlier run")
-    wrong = np.zeros((2, 3, 1, 1), np.float32)
+    wrong = np.full((2, 3, 1, 1), value, np.float32)
     monkeypatch.setattr(onnxruntime.InferenceSession, "run", lambda self, names, feed: [wrong])
     with pytest.raises(RuntimeError, match="ONNX Runtime differs"):
         exported(tmp_path)

@@ -128,6 +128,8 @@ def test_printing_colours_keep_their_bits_and_mean_what_their_own_profile_says(
         inks = inks.copy()
         inks.set_type(pyvips.GValue.blob_type, "icc-profile-data", bytes(profile))
         found.append(read(tmp_path, inks.tiffsave_buffer()).pixels)
+    clear = read(tmp_path, inks.bandjoin(99).tiffsave_buffer())
+    assert (clear.pixels[..., 3] == 99).all()
     assert found[0].dtype == pixels.dtype
     assert np.abs(found[0].astype(float) - pixels).max() < 0.05 * 2**bits
     assert np.abs(found[0].astype(float) - found[1]).max() > 0.1 * 2**bits

@@ -31,6 +31,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from aethersr.commands import upscale
+from aethersr.folders import pictures_in
 from aethersr.onnx import export_onnx
 from aethersr.tiling import SHORT_OVERLAP
 
@@ -69,7 +70,7 @@ def files(folder: Path) -> List[str]:
 def test_what_a_folder_holds_besides_pictures_is_counted_or_named(folder: Path, capfd: Any) -> None:
     source = noise(folder / "Bilder \u00f6" / "good.PNG").parent
     noise(source / "deep" / "b.jpg")
-    for name in ("a.txt", "b.txt", "c.txt", "Thumbs.db", ".DS_Store"):
+    for name in ("a.txt", "b.txt", "c.txt", "Thumbs.db", "Desktop.ini", ".DS_Store"):
         (source / name).write_text("no picture")
     out = source / "out"  # no input of a later run
     assert run("net.pth", source, out) == 0
@@ -306,6 +307,7 @@ def test_unreadable_files_and_read_only_folders_are_said_before_the_work(
         for model, source in (("secret.pth", "in.png"), ("secret.onnx", "in.png"), ("net.pth", "secret.png"),
                               ("net.pth", "closed"), ("net.pth", "closed/in.png")):  # fmt: skip
             refused(capfd, model, source, "out.png" if "." in source else "folder")
+        assert "closed can't be read: Permission" in pictures_in(Path("."), "--input", True).problems[0]
         monkeypatch.setattr("aethersr.network.load_network", None)  # nothing may have begun
         for source, name in (("in.png", "out.png"), (".", "folder"), ("in.png", "new/inner/")):
             line = refused(capfd, "net.pth", source, f"locked/{name}")
