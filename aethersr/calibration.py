@@ -36,8 +36,7 @@ def calibration_pairs(
 ) -> Pairs:
     """(low resolution, high resolution) of pictures' centres: (1, in_chans, H, W) in [0, 1].
 
-    The first readable one of each of ``most`` equal parts of the folder, reduced by Pillow's bicubic to
-    ``side`` pixels or less.
+    The first readable one of each of ``most`` equal parts of the folder, reduced by Pillow's bicubic.
     """
     need("numpy PIL aethersr.quality", flag, "upscale")
     import numpy as np
@@ -68,8 +67,7 @@ def calibration_pairs(
     parts = [paths[start:end] for start, end in zip(limits, limits[1:])]
     found = [next((each for each in map(pair, part) if each), None) for part in parts]
     if not any(found):
-        none = f"holds no picture of {SMALLEST * scale} pixels or more; pass another."
-        raise UserError(f"{flag} {folder} {none}")
+        raise UserError(f"{flag} {folder} has no picture of {SMALLEST * scale} pixels or more; pass another.")
     return [each for each in found if each]
 
 

@@ -125,6 +125,8 @@ def parse_run(text: str) -> Run:
         try:
             if name in DEFAULTS:
                 training[name] = type(DEFAULTS[name])(value)
+                if not (isinstance(training[name], str) or training[name] > 0):
+                    raise ValueError
             else:
                 options[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
@@ -143,12 +145,14 @@ class WithSkip(nn.Module):
 
 def opened(path: Path, flag: str, scale: int) -> Any:
     net = networks.opened(path, flag)
-    if net.scale != scale:
-        raise UserError(f"{path} is x{net.scale}; expected x{scale}, as the others ({flag}).")
+    if (net.scale, net.options["in_chans"]) != (scale, 3):
+        found = f"{path} is x{net.scale} for {net.options['in_chans']} channels"
+        raise UserError(f"{found}; expected x{scale} for 3, as the others ({flag}).")
     return net
 
 
-def build(run: Run, scale: int, checkout: Optional[Path]) -> nn.Module:
+def build(run: Run, scale: int, checkout: Optional[Path]) -> Tuple[Any, Any]:
+    """The network to train, and its teacher or None."""
     builder: Any = partial(opened, Path(run.network), "--run")
     if not run.network.endswith(ENDINGS):
         ours = run.network in OURS
@@ -157,7 +161,11 @@ def build(run: Run, scale: int, checkout: Optional[Path]) -> nn.Module:
         net = builder(scale=scale, **run.options)
     except (TypeError, ValueError) as error:
         raise UserError(f"{run.text!r}: {first_line(error)} (--run)") from None
-    return WithSkip(net, scale) if run.training["skip"] else net
+    if isinstance(net, networks.aether_arch.FusedAetherNet):
+        raise UserError(f"{run.network} can't be trained; pass its training form (--run).")
+    path = run.training["teacher"]
+    teacher = opened(Path(path), "--run", scale).fused() if path else None
+    return WithSkip(net, scale) if run.training["skip"] else net, teacher
 
 
 def build_optimizer(net: nn.Module, name: str, rate: float) -> torch.optim.Optimizer:
@@ -180,9 +188,9 @@ def train_one(run: Run, seed: int, cuts: Cuts, validation: Validation, args: Any
     """A row of the results."""
     torch.manual_seed(seed)
     random, options = np.random.default_rng(seed), run.training
-    net: Any = build(run, cuts.scale, args.checkout).train().to(memory_format=torch.channels_last)
+    net, teacher = build(run, cuts.scale, args.checkout)
+    net = net.train().to(memory_format=torch.channels_last)
     averaged = AveragedModel(net, avg_fn=moving, use_buffers=True).eval()
-    teacher = opened(Path(options["teacher"]), "--run", cuts.scale).fused() if options["teacher"] else None
     optimizer = build_optimizer(net, options["optimizer"], options["rate"])
     iterations = options["iterations"] or args.iterations
     points: List[List[float]] = []
@@ -219,10 +227,10 @@ def train(args: argparse.Namespace) -> None:
 
     speed_up_on_cpu()
     cuts = Cuts(args.data)
-    for run in runs:
+    for run in runs:  # a mistake in the last one is found before the first one trains
+        build(run, cuts.scale, args.checkout)
         if run.training["patch"] > cuts.side:
-            found = f"{run.text!r}: a cut has {cuts.side} pixels a side"
-            raise UserError(f"{found}; pass a smaller patch (--run).")
+            raise UserError(f"{run.text!r}: a cut has {cuts.side} pixels a side; pass another patch (--run).")
     validation = Validation(args.validation, cuts.scale)
     title = f"x{cuts.scale}, {len(cuts.pairs)} cuts; measured on {len(validation.pairs)} pictures of "
     title += f"{SIDE} pixels a side, bicubic {validation.bicubic():.2f} dB"
@@ -260,14 +268,13 @@ def show(args: argparse.Namespace) -> None:
     lines = []
     for text, rows in of_run.items():
         iterations, seconds, decibels = zip(*(row["points"][-1] for row in rows))
-        half = mean(row["points"][len(row["points"]) // 2 - 1][2] for row in rows)
         each = ", ".join(f"{value:.2f}" for value in decibels)
-        means = f"{mean(iterations):.0f}", f"{mean(seconds):.0f}", f"{half:.2f}", f"{mean(decibels):.2f}"
+        means = f"{mean(iterations):.0f}", f"{mean(seconds):.0f}", f"{mean(decibels):.2f}"
         lines.append([text, *means, each])
     words = ["train", "FILE", "--data", "CUTS", "--validation", "PICTURES", *result["setting"], "--seeds"]
     words += sorted({str(row["seed"]) for row in result["rows"]})
     words += [word for text in of_run for word in ("--run", text)]
-    head = ["run", "iterations", "seconds", "dB halfway", "dB at the end", "each seed"]
+    head = ["run", "iterations", "seconds", "dB at the end", "each seed"]
     machines = dict.fromkeys(f"Measured {row['machine']}." for row in result["rows"])
     command = f"`{networks.typed('quality.py', words, {})}`"
     print("\n".join([result["title"], "", command, "", *table(head, lines), "", *machines]))
@@ -286,7 +293,7 @@ def points_of(result: Dict[str, Any], args: argparse.Namespace) -> List[Point]:
         run = parse_run(text)
         decibels = mean(row["points"][-1][2] for row in result["rows"] if row["run"] == text)
         kind = KINDS[0 if run.network.endswith(ENDINGS) else 1 if run.network in OURS else 2]
-        found.append((text, kind, decibels, build(run, scale, args.checkout).eval()))
+        found.append((text, kind, decibels, build(run, scale, args.checkout)[0].eval()))
     return found
 
 

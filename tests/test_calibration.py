@@ -47,7 +47,7 @@ def test_broken_and_small_pictures_are_passed_over_and_a_folder_without_others_i
     Image.fromarray(np.ones((96, 96), np.float32)).save(tmp_path / "float.tif")  # of no known range
     assert len(calibration_pairs(tmp_path, net)) == 1
     (tmp_path / "z.png").unlink()
-    with pytest.raises(UserError, match="holds no picture of 16 pixels or more"):
+    with pytest.raises(UserError, match="has no picture of 16 pixels or more"):
         calibration_pairs(tmp_path, net)
     with pytest.raises(UserError, match=r"--pictures .* is not a folder"):
         calibration_pairs(tmp_path / "small.png", net, "--pictures")

@@ -112,12 +112,8 @@ def table(nets: Dict[str, AetherBase], sizes: List[int], args: argparse.Namespac
     words = ""
     if args.measure:
         times = verify.compare_times(nets, args.device)
-        rows.append(
-            (
-                f"ms, {verify.TIMED}x{verify.TIMED}, {args.device}",
-                [f"{times.median(name):.1f}" for name in nets],
-            )
-        )
+        side = verify.TIMED
+        rows.append((f"ms, {side}x{side}, {args.device}", [f"{times.median(name):.1f}" for name in nets]))
         words = f"\ntimes as fast: {times.ratio('unfused', 'fused').words()}"
     return "\n".join(f"{row[0]:<20}" + "".join(f"{cell:>12}" for cell in row[1]) for row in rows) + words
 
