@@ -184,8 +184,8 @@ def moving(average: Tensor, new: Tensor, count: Any) -> Tensor:
     return average.lerp(new, max(0.001, (1 + float(count)) ** -0.75)) if new.is_floating_point() else new
 
 
-def train_one(run: Run, seed: int, cuts: Cuts, validation: Validation, args: Any) -> Dict[str, Any]:
-    """A row of the results."""
+def train_one(run: Run, seed: int, cuts: Cuts, validation: Validation, args: Any) -> Tuple[Any, Any]:
+    """A row of the results, and the averaged network."""
     torch.manual_seed(seed)
     random, options = np.random.default_rng(seed), run.training
     net, teacher = build(run, cuts.scale, args.checkout)
@@ -218,7 +218,7 @@ def train_one(run: Run, seed: int, cuts: Cuts, validation: Validation, args: Any
             points.append([iteration, round(seconds, 1), round(validation.measure(averaged), 5)])
             told = f"{iteration} iterations, {seconds:.0f} s of computing, {points[-1][2]:.2f} dB"
             print(f"{run.text}, seed {seed}: {told}", flush=True)
-    return {"run": run.text, "seed": seed, "machine": networks.machine(), "points": points}
+    return {"run": run.text, "seed": seed, "machine": networks.machine(), "points": points}, averaged.module
 
 
 def train(args: argparse.Namespace) -> None:
@@ -243,7 +243,7 @@ def train(args: argparse.Namespace) -> None:
     print(f"{args.file} holds {len(result['rows'])} runs, which are not repeated")
     for run, seed in [(run, seed) for seed in args.seeds for run in runs]:
         if not any((row["run"], row["seed"]) == (run.text, seed) for row in result["rows"]):
-            result["rows"].append(train_one(run, seed, cuts, validation, args))
+            result["rows"].append(train_one(run, seed, cuts, validation, args)[0])
             with Together() as files:
                 files.part(args.file).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
                 files.commit()
