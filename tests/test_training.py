@@ -95,13 +95,17 @@ def test_textures_come_from_the_archives_in_their_packages(
             (folder / path).write_text(text)
         Image.fromarray(PICTURE).resize((1100, 1100)).save(folder / "usr" / f"{name}.png")
         if name == "game":
+            for picture in ("land/lake", "ship/boat"):
+                path = folder / f"usr/games/endless-sky/images/{picture}.png"
+                path.parent.mkdir(parents=True)
+                shutil.copy(tmp_path / "saved.png", path)
             with zipfile.ZipFile(folder / "usr" / "base.pk3", "w") as archive:
                 for texture in ("wall", "wall_nm"):  # and its normal map
                     archive.write(tmp_path / "saved.png", f"textures/{texture}.png")
         subprocess.run(["dpkg-deb", "-b", folder, packages / f"{name}_1.deb"], check=True)
     monkeypatch.setattr(prepare_pictures, "WALLPAPERS", ("wallpaper",))
     monkeypatch.setattr(prepare_pictures, "TEXTURES", ("game",))
-    for words, more in (([], []), (["--textures"], ["game.png", "wall.png"])):
+    for words, more in (([], []), (["--textures"], ["game.png", "lake.png", "wall.png"])):
         target = tmp_path / f"pairs{len(words)}"
         shutil.copytree(packages, target / "packages")
         assert prepare(target, *words) == 0

@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from aethersr.commands import Parser, exit_code  # noqa: I001
@@ -47,10 +47,12 @@ WALLPAPERS = (
 TEXTURES = (
     "supertuxkart-data",  # authors named in copyright/supertuxkart-data; CC-BY-SA, CC-BY, GPL, CC0
     "ufoai-textures",  # authors named in copyright/ufoai-textures; GPL-2+, CC-BY-SA, CC0
+    "endless-sky-high-dpi",  # authors named in copyright/endless-sky-high-dpi; CC-BY-SA, CC-BY, GPL, CC0
 )
-NO_PICTURE = re.compile(r"_(nm|norm|normal|n|s|sm|gm|rm)$|[Nn]ormal")  # directions and gloss of a surface
+# Directions and gloss of a surface; of Endless Sky all but its landscapes.
+NO_PICTURE = re.compile(r"_(n|s|[gnrs]m|norm)\.\w+$|[Nn]ormal[^/]*$|/endless-sky/.*images/(?!land/)")
 SHORTEST = 1000  # smaller ones are thumbnails of the same pictures
-REDUCTIONS, OF_TEXTURES = (2, 3, 4, 6), (2, 3)
+REDUCTIONS, OF_TEXTURES = (2, 3, 4, 6), (1.5, 2, 3)
 SIZE = 192  # of a crop in high-resolution pixels
 PER_PICTURE = 60
 BICUBIC_DB = (20.0, 37.0)  # PSNR-Y of bicubic interpolation: below is noise, above nothing to learn
@@ -59,7 +61,7 @@ BICUBIC = Image.Resampling.BICUBIC
 
 class Cut(NamedTuple):
     bicubic_db: float
-    reduction: int
+    reduction: float
     gt: Image.Image
     lq: Image.Image
 
@@ -86,7 +88,7 @@ def pictures(folder: Path, shortest: int, packages: bool) -> List[Path]:
     """Every picture once: no links, and only the largest if a package has it in several sizes."""
     best: Dict[Path, Tuple[int, Path]] = {}
     for path in pictures_in(folder, "--pictures", recursive=True).pictures:
-        if path.is_symlink() or (folder.name in TEXTURES and NO_PICTURE.search(path.stem)):
+        if path.is_symlink() or (folder.name in TEXTURES and NO_PICTURE.search(path.as_posix())):
             continue
         try:
             with Image.open(path) as image:
@@ -103,28 +105,26 @@ def pictures(folder: Path, shortest: int, packages: bool) -> List[Path]:
     return [path for _, path in best.values()]
 
 
-def cuts(path: Path, scale: int, reductions: Sequence[int]) -> List[Cut]:
+def cuts(path: Path, scale: int, reductions: Sequence[float]) -> List[Cut]:
     """At most PER_PICTURE crops of a picture: those on which bicubic interpolation does worst."""
     whole = Image.fromarray(read_rgb(path, "--pictures"))
     found = []
     for reduction in reductions:
-        width, height = (side // (reduction * scale) for side in whole.size)
-        picture = whole.crop((0, 0, width * reduction * scale, height * reduction * scale))
+        width, height = (int(side / reduction / scale) for side in whole.size)
+        picture = whole.crop((0, 0, *(round(side * reduction * scale) for side in (width, height))))
         gt = picture.resize((width * scale, height * scale), BICUBIC)
         lq = gt.resize((width, height), BICUBIC)
         luma, bicubic = (np.asarray(x.convert("L"), float) for x in (gt, lq.resize(gt.size, BICUBIC)))
         error = (luma - bicubic) ** 2
         for top, left in itertools.product(*(range(0, side - SIZE + 1, SIZE) for side in error.shape)):
-            mean = float(error[top : top + SIZE, left : left + SIZE].mean())
-            decibels = 10 * np.log10(255**2 / max(mean, 1e-9))
+            decibels = 10 * np.log10(255**2 / max(error[top : top + SIZE, left : left + SIZE].mean(), 1e-9))
             if BICUBIC_DB[0] <= decibels <= BICUBIC_DB[1]:
-                right, bottom = left + SIZE, top + SIZE
-                small = lq.crop((left // scale, top // scale, right // scale, bottom // scale))
-                found.append(Cut(decibels, reduction, gt.crop((left, top, right, bottom)), small))
+                box: Any = (left, top, left + SIZE, top + SIZE)
+                found.append(Cut(decibels, reduction, gt.crop(box), lq.crop(tuple(x // scale for x in box))))
     return sorted(found, key=lambda cut: cut.bicubic_db)[:PER_PICTURE]
 
 
-def write_pairs(args: argparse.Namespace, pairs: Path, unpacked: Path) -> List[Tuple[str, str, int, str]]:
+def write_pairs(args: argparse.Namespace, pairs: Path, unpacked: Path) -> List[Tuple[str, ...]]:
     """Write into ``pairs`` what belongs in FOLDER, and return the rows of its sources.csv."""
     for sub in ("gt", "lq"):
         (pairs / sub).mkdir(parents=True)
@@ -136,10 +136,10 @@ def write_pairs(args: argparse.Namespace, pairs: Path, unpacked: Path) -> List[T
         (pairs / "copyright").mkdir()
         for folder in kinds:
             shutil.copy(folder / f"usr/share/doc/{folder.name}/copyright", pairs / "copyright" / folder.name)
-    found: Dict[Path, Sequence[int]] = {}
+    found: Dict[Path, Sequence[float]] = {}
     for folder, (shortest, reductions) in kinds.items():
         found.update(dict.fromkeys(pictures(folder, shortest, not args.pictures), reductions))
-    rows: List[Tuple[str, str, int, str]] = []
+    rows: List[Tuple[str, ...]] = []
     left_out = 0
     for path, reductions in tqdm(found.items(), unit="picture", disable=None):
         try:
@@ -152,7 +152,7 @@ def write_pairs(args: argparse.Namespace, pairs: Path, unpacked: Path) -> List[T
             name = f"{len(rows):05d}.png"
             cut.gt.save(pairs / "gt" / name, compress_level=1)
             cut.lq.save(pairs / "lq" / name, compress_level=1)
-            rows.append((name, str(path.relative_to(source)), cut.reduction, f"{cut.bicubic_db:.2f}"))
+            rows.append((name, str(path.relative_to(source)), f"{cut.reduction:g}", f"{cut.bicubic_db:.2f}"))
     if len(found) == left_out:
         needed = f"of {SIZE} pixels or more a side that can be read ({KINDS})"
         raise UserError(f"{source} holds no pictures {needed}; pass another folder (--pictures).")
@@ -188,9 +188,9 @@ def main(argv: Optional[List[str]] = None) -> int:
     add("--scale", type=int, choices=(2, 3, 4), default=2)
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--pictures", type=Path, help="folder with your own pictures, instead of packages")
-    source.add_argument("--textures", action="store_true", help="add the textures of two games, 1 GB")
-    factors = {"type": int, "choices": range(1, 13), "nargs": "+", "metavar": "N", "default": REDUCTIONS}
-    add("--reductions", help="reduce pictures to 1/N before cropping (default: 2 3 4 6)", **factors)
+    source.add_argument("--textures", action="store_true", help="add textures and landscapes of games, 2 GB")
+    factors = {"type": float, "choices": (1, 1.5, *range(2, 13)), "nargs": "+", "metavar": "N"}
+    add("--reductions", default=REDUCTIONS, help="reduce to 1/N before cutting (default: 2 3 4 6)", **factors)
     return exit_code("prepare_pictures.py", lambda: prepare(parser.parse(argv)), "FOLDER is not complete.")
 
 
