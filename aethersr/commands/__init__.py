@@ -17,6 +17,9 @@ from typing import Any, Callable, Dict, List, NoReturn, Optional, Type
 
 from aethersr.errors import UserError, is_out_of_memory
 
+# PyTorch reads it when it is imported. Threads that spin while they wait take several times as long on a busy
+# machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # PyTorch's warning when numpy is not installed, which no user of a command needs to see.
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 # Pillow's about broken EXIF tags, which are left out.
