@@ -38,7 +38,7 @@ def calibration_pairs(
 
     The first readable one of each of ``most`` equal parts of the folder, reduced by Pillow's bicubic.
     """
-    need("numpy PIL aethersr.quality", flag, "upscale")
+    need("numpy PIL tqdm aethersr.quality", flag, "upscale")
     import numpy as np
     from PIL import Image
 
@@ -78,13 +78,18 @@ def calibrated(net: FusedAetherNet, pairs: Pairs, target: str, reduce_range: boo
     Raises:
         ValueError: the network's values are finite on none of the pictures, or weights exceed half precision.
     """
+    from tqdm import tqdm
+
+    def shown(doing: str) -> Any:
+        return tqdm(pairs, doing, unit="picture", disable=None, leave=False)
+
     fused = copy.deepcopy(net).cpu().float()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        quantised = prepare_qat(copy.deepcopy(fused), calibration=[low for low, _ in pairs])
+        quantised = prepare_qat(copy.deepcopy(fused), calibration=(low for low, _ in shown("calibrating")))
     stored = quantised.convert_to_quantized()
     written = stored.for_target(target, reduce_range)
-    gains = [psnr(written(low), high) - psnr(fused(low), high) for low, high in pairs]
+    gains = [psnr(written(low), high) - psnr(fused(low), high) for low, high in shown("measuring")]
     return Calibrated(stored, [str(each.message) for each in caught], sum(gains) / len(gains), min(gains))
 
 

@@ -66,7 +66,8 @@ class Picture:
         except (UserError, MemoryError):
             raise
         except Exception as error:  # Pillow raises many kinds
-            expected = f"expected one of {KINDS} ({flag})"
+            known = path.suffix.lower() in FORMATS
+            expected = f"{'copy it again, or pass another' if known else f'expected one of {KINDS}'} ({flag})"
             raise UserError(f"{path} is not a readable picture ({_reason(error)}); {expected}.") from None
 
     @classmethod

@@ -19,6 +19,7 @@ _OBJECTS = 24  # Python's objects take up to so many bytes for one in a pickle
 _COSTS = {"MARK": 64, "EMPTY_SET": 216, "EMPTY_DICT": 96, "EMPTY_LIST": 96}  # of opcodes, where fixed
 
 _KINDS = {
+    rb"\x89PNG|\xff\xd8\xff|RIFF.{4}WEBP|GIF8|II\*\0|MM\0\*": "a picture; expected a network's weights",
     rb"version https://git-lfs": "a git-lfs pointer, not the file itself; git lfs pull, or download it again",
     rb"\s*<(!doctype|html|head|body|\?xml|!--)": (
         "a web page; download the file itself (on GitHub with its Raw link)"
@@ -38,7 +39,7 @@ def check_kind(head: bytes, weights: bool = True) -> None:
     if head[:2] in (b"\xff\xfe", b"\xfe\xff"):  # Windows' editors save text with a byte order mark
         head = head.decode("utf-16", "ignore").encode()
     head = head[3:] if head.startswith(b"\xef\xbb\xbf") else head
-    for pattern, kind in list(_KINDS.items())[: None if weights else 2]:
+    for pattern, kind in list(_KINDS.items())[: None if weights else 3]:
         if re.match(pattern, head, re.IGNORECASE | re.DOTALL):
             raise Refused(f"is {kind}")
     text = head.decode("utf-8", "ignore").strip() if weights else ""

@@ -255,7 +255,9 @@ def read_results(path: Path) -> Dict[str, Any]:
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
         return {name: result[name] for name in ("title", "setting", "rows")}
-    except (OSError, ValueError, TypeError, KeyError):
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {error.strerror}; pass another (FILE).") from None
+    except (ValueError, TypeError, KeyError):
         raise UserError(f"{path} holds no runs; quality.py train writes such a file (FILE).") from None
 
 

@@ -70,6 +70,7 @@ def demo(args: argparse.Namespace) -> None:
     try:
         for folder in (photographs, held_out):
             folder.mkdir(parents=True)
+        print(f"All results go into {output}.")
     except OSError as error:
         raise unwritable(output, error, "folder (--output)") from error
     torch.set_num_threads(1)  # more help little, and wait for each other on a busy machine

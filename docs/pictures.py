@@ -7,6 +7,7 @@ The photographs are scikit-image's; no network was trained on them. demo/demo.py
 
 from __future__ import annotations
 
+import argparse
 import io
 import sys
 from pathlib import Path
@@ -78,6 +79,7 @@ def row(place: tuple, scale: int, networks: Dict[str, str], jpeg: int = 0) -> Di
 
 
 def main() -> None:
+    argparse.ArgumentParser(description="Draw README's and the pages' pictures again.").parse_args()
     torch.set_num_threads(1)
     resized(photograph("chelsea", 1), 1, 2).save(DOCS / "photo.png")
 

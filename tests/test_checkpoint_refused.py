@@ -56,6 +56,7 @@ OTHERS: Dict[str, Callable[[], bytes]] = {
     ),
     "is a web page; download the file itself": lambda: b"\n\n<!DOCTYPE html>\n<html lang='en'>",
     "is a git-lfs pointer": lambda: "version https://git-lfs.github.com/spec/v1".encode("utf-16"),
+    "is a picture; expected": lambda: b"\x89PNG\r\n\x1a\n\0\0\0",
     "is a web page": lambda: b"\xef\xbb\xbf<html>",
     "is text that begins with 'Entry not found'; download": lambda: b"Entry not found",
     "is TorchScript, a program; expected weights": lambda: in_memory(script),

@@ -72,7 +72,7 @@ def test_ctrl_c_while_a_program_of_ours_is_loaded_ends_in_one_line(program: str,
     env = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
     done = subprocess.run([sys.executable, path], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == -signal.SIGINT
-    assert (done.stderr == "stopped; nothing was written.\n") == (program != "other")
+    assert (done.stderr == f"{Path(program).name}: stopped; nothing was written.\n") == (program != "other")
 
 
 def test_a_missing_package_is_named_as_the_index_names_it() -> None:
@@ -115,6 +115,7 @@ def test_every_script_tells_its_version(name: str, capsys: Any) -> None:
         ("-s2", "-s is not an option: it is read"),
         ("--gone 1", "--gone is not an option: there is one alone"),
         ("--other", "unrecognized arguments: --other"),
+        ("a.jpg b", "a.jpg b follows no option that takes it; several files go in as a folder"),
         ("--tile abc", "--tile abc is not possible; expected a whole number"),
         ("--share a", "--share a is not possible; expected a number"),
         ("--date 2026", "--date 2026 is not possible; expected YYYY-MM-DD"),

@@ -164,7 +164,7 @@ def test_what_it_cannot_do_is_said_in_one_line(hr: Path, tmp_path: Path, capsys:
     for arguments, part in (
         (["--hr", hr], "--scale"),
         ([hr, "--hr", hr], f"{hr} is not a file; pass another (FILE)"),
-        (["--hr", x2], "no folder with the ground truth"),
+        (["--hr", x2], f"{x2} is a network, expected a folder"),
         (["--model", x2, "--hr", hr], "--model is not an option: pass the networks without an option"),
         ([x2, "--hr", hr, "--upscale", "2"], "--upscale is not an option: the scale comes from the networks"),
         ([x2, "--hr", "https://example.org/Set5"], "https://example.org/Set5 is a web address"),
@@ -177,7 +177,7 @@ def test_what_it_cannot_do_is_said_in_one_line(hr: Path, tmp_path: Path, capsys:
         (["--scale", 2, "--hr", tmp_path / "small.png"], "small.png: 14x40 is too small"),
         (["--scale", 2, "--hr", hr, tmp_path, "--lr", hr], "--lr has 1"),
         (["--scale", 2, "--hr", hr, hr, "--lr", hr, tmp_path], f"{hr} was given twice"),
-        (["--scale", 2, "--hr", hr, "--jpeg", 0], "--jpeg: invalid choice: 0"),
+        (["--scale", 2, "--hr", hr, "--jpeg", 0], "--jpeg: invalid choice: 0 (expected 1 to 100)"),
         ([tmp_path / "text.param", "--hr", hr], "are not the two files of an NCNN network"),
     ):
         error = refused(capsys, *arguments)

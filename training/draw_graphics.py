@@ -134,6 +134,8 @@ def pair(image: Image.Image, random: np.random.Generator, scale: int) -> Tuple[I
 
 def draw(args: argparse.Namespace) -> None:
     fonts = sorted(path for path in args.fonts.rglob("*") if path.suffix.lower() in (".ttf", ".otf"))
+    if args.count < 1:
+        raise UserError(f"--count {args.count} is not possible; expected 1 or more.")
     existing = next(args.folder.glob("gt/graphics_*.png"), None)
     if existing:
         raise UserError(f"{existing} exists; remove the drawn pairs or name another folder (FOLDER).")

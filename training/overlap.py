@@ -20,11 +20,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "archs")]
 
 from aethersr.commands import Parser, exit_code  # noqa: E402, I001
-import cv2  # noqa: E402
 import numpy as np  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from aethersr.errors import UserError  # noqa: E402
+from aethersr.errors import UserError, need  # noqa: E402
 from aethersr.folders import find_pictures  # noqa: E402
 from aethersr.quality import read_rgb  # noqa: E402
 
@@ -36,6 +35,8 @@ Pair = Tuple[int, Path, Path]  # keypoints in common, cut, picture
 
 def keypoints(path: Path, flag: str) -> Tuple[Any, Any]:
     """Places (K, 2), x and y, and descriptors (K, 128), both float32."""
+    import cv2
+
     grey = cv2.cvtColor(read_rgb(path, flag), cv2.COLOR_RGB2GRAY)
     found, descriptors = cv2.SIFT.create(KEYPOINTS).detectAndCompute(grey, None)
     places = np.array([each.pt for each in found], np.float32).reshape(-1, 2)
@@ -46,6 +47,8 @@ class Folder:
     """The pictures of a test set, as one index of keypoints."""
 
     def __init__(self, folder: Path) -> None:
+        import cv2
+
         self.files = find_pictures(folder, "TEST")
         places, descriptors = zip(*(keypoints(path, "TEST") for path in self.files))
         self.owner = np.repeat(np.arange(len(places)), [len(each) for each in places])
@@ -58,6 +61,8 @@ class Folder:
 
     def nearest(self, cut: Path, places: Any, descriptors: Any) -> Pair:
         """The picture that shares most with a cut."""
+        import cv2
+
         best = (0, cut, self.files[0])
         pairs = self.index.knnMatch(descriptors, k=2) if len(places) else []
         good = [a for a, b in pairs if a.distance < DISTINCT * b.distance]
@@ -74,6 +79,7 @@ class Folder:
 
 
 def overlap(args: argparse.Namespace) -> None:
+    need("cv2", "overlap.py", "train")
     folders, cuts = [Folder(folder) for folder in args.tests], find_pictures(args.cuts, "CUTS")
     best = [(0, Path(), Path()) for _ in folders]
     for path in tqdm(cuts, unit="cut", disable=None):

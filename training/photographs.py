@@ -23,6 +23,9 @@ def write(args: argparse.Namespace) -> None:
     need("skimage", "photographs.py", "train")
     from skimage import data
 
+    for path in (args.folder / f"{name}.png" for name in NAMES):
+        if path.exists():
+            raise UserError(f"{path} exists; name another folder, or remove it (FOLDER).")
     try:
         args.folder.mkdir(parents=True, exist_ok=True)
         for name in NAMES:

@@ -167,6 +167,8 @@ def prepare(args: argparse.Namespace) -> None:
     for name in ("gt", "lq", "sources.csv", "copyright"):
         if (args.folder / name).exists():
             raise UserError(f"{args.folder / name} exists; name another folder, or remove it (FOLDER).")
+    if args.pictures:
+        pictures_in(args.pictures, "--pictures", recursive=True)  # before FOLDER is made
     try:
         args.folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="unfinished-", dir=args.folder) as unfinished:

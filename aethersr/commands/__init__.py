@@ -30,7 +30,7 @@ DEVICES = ("cuda", "mps", "cpu")
 def _one_line(kind: Type[BaseException], error: BaseException, trace: Optional[TracebackType]) -> None:
     """Ctrl-C while a command loads PyTorch, before exit_code runs it, ends it with a line, too."""
     if issubclass(kind, KeyboardInterrupt):
-        print("stopped; nothing was written.", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: stopped; nothing was written.", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
 
@@ -78,11 +78,16 @@ class Parser(argparse.ArgumentParser):
         wrong = re.fullmatch(r"argument (\S+): invalid (\w+) value: '(.*)'", message, re.DOTALL)
         if wrong and wrong[2] in _EXPECTED:
             message = f"{wrong[1]} {wrong[3]} is not possible; expected {_EXPECTED[wrong[2]]}"
+        message = re.sub(r"\(choose from '?(\d+)'?, .{40,}, '?(\d+)'?\)", r"(expected \1 to \2)", message)
+        several = r"\1 follows no option that takes it; several files go in as a folder"
+        message = re.sub("^unrecognized arguments: ([^-].*)", several, message, flags=re.DOTALL)
         raise UserError(f"{message} (--help lists the options).")
 
 
 def local_path(text: str) -> Path:
-    """An argument's type: a path, no web address."""
+    """An argument's type: a path, no web address and not empty, as an unset variable is."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
     if re.match(r"\w+://", text):
         raise argparse.ArgumentTypeError(f"{text} is a web address; download the file and pass its path")
     return Path(text)

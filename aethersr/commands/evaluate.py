@@ -47,6 +47,8 @@ def measure(
     networks: Dict[str, Any], pairs: List[Pair], scale: int, jpeg: Optional[int]
 ) -> Dict[str, Figures]:
     """The figures by row of the table; bicubic comes first."""
+    from tqdm import tqdm
+
     from aethersr.picture import Picture
     from aethersr.quality import compressed, crop_to_multiple, quality, resize
     from aethersr.upscaling import upscale_picture
@@ -59,7 +61,7 @@ def measure(
     rows: Any = {"bicubic": lambda x: resize(x, x.shape[0] * scale, x.shape[1] * scale)}
     rows.update({name: partial(upscaled, network=network) for name, network in networks.items()})
     found: Dict[str, Figures] = {name: [] for name in rows}
-    for hr, lr in pairs:
+    for hr, lr in tqdm(pairs, unit="picture", disable=None, leave=False):
         truth = crop_to_multiple(Picture.read(hr, "--hr").rgb_on_white(), scale)
         height, width = (side // scale for side in truth.shape[:2])
         low = Picture.read(lr, "--lr").rgb_on_white() if lr else resize(truth, height, width)
@@ -112,7 +114,7 @@ def evaluate(args: argparse.Namespace) -> None:
     args.files += [path for path in words if path.suffix.lower() in NETWORKS]
     highs, lows = ([p for p in each or () if p.suffix.lower() not in NETWORKS] for each in (args.hr, args.lr))
     if not highs:
-        raise UserError("no folder with the ground truth was given; pass one (--hr).")
+        raise UserError(f"{args.hr[0]} is a network, expected a folder of pictures; pass one (--hr).")
     opened = {"img_range": args.img_range, "flag": "FILE"}
     networks = {name: load_network(path, args.device, **opened) for name, path in names(args.files).items()}
     scales = {name: network.scale for name, network in networks.items()}

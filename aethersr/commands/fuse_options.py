@@ -102,13 +102,14 @@ def static_shape(args: argparse.Namespace, net: AetherBase) -> Optional[List[int
     return shape
 
 
-def check_ending(path: Path) -> None:
+def check_ending(path: Path, exports: bool = True) -> None:
     """Raise UserError if no weights can be written under this name."""
     ending = path.suffix.lower()
     if ending not in ENDINGS:
-        found = f"{path} ends in {path.suffix or 'nothing'!r}, expected .pth or .safetensors"
+        held = f"ends in {path.suffix!r}" if ending else "has no ending"
+        found = f"{path} {held}, expected .pth or .safetensors"
         option = {".onnx": "--onnx fp32", ".param": "--ncnn", ".bin": "--ncnn"}.get(ending, "")
-        beside = f", and {option} for files beside it" if option else ""
+        beside = f", and {option} for files beside it" if option and exports else ""
         raise UserError(f"{found}; pass --output_path {path.with_suffix('.safetensors')}{beside}.")
     if ending == ".safetensors":
         need("safetensors.torch", f"--output_path {path}, unlike a .pth file,")

@@ -84,6 +84,7 @@ def size_left(args: argparse.Namespace, options: Mapping[str, Any]) -> shrink.Si
         return size
     if args.kernel is None:
         size = size._replace(kernel=max(least.kernel, min(KERNEL, size.kernel)))
+    print(f"Looking for a size that takes at most {args.time:g} of the time", flush=True)
     least = size._replace(blocks=stages, hidden=size.hidden if args.hidden else -(-size.hidden // 2))
     try:
         return shrink.size_within(args.time, options, size, least)
@@ -95,7 +96,7 @@ def size_left(args: argparse.Namespace, options: Mapping[str, Any]) -> shrink.Si
 def run(args: argparse.Namespace) -> None:
     """What the command does. Raises UserError, and then writes nothing."""
     target = args.output_path
-    check_ending(target)
+    check_ending(target, exports=False)
     check_output(target, [args.model_path], args.overwrite, "--output_path")
     state = training_form(args)
     before = aether_from_state_dict(state).fused()
@@ -105,10 +106,10 @@ def run(args: argparse.Namespace) -> None:
     if left == shrink.Size.of(options):
         print("Nothing is to be taken out; --time 0.5, --blocks, --kernel or --hidden say what.")
     print(f"On {len(pairs)} pictures of {args.pictures}, before any training:\n")
-    print(f"{'taken out':<24}{'blocks in each stage':<24}{'PSNR, dB':>8}")
+    print(f"{'taken out':<24}{'blocks in each stage':<24}{'PSNR-RGB, dB':>12}")
     for step in shrink.steps(state, pairs, left):
         depths = ", ".join(map(str, read_options(step.state)["depths"]))
-        print(f"{step.what:<24}{depths:<24}{step.decibels:>8.2f}", flush=True)
+        print(f"{step.what:<24}{depths:<24}{step.decibels:>12.2f}", flush=True)
     options = read_options(step.state)
     times = compare_times({"before": before, "after": aether_from_state_dict(step.state).fused()})
     measured = f"{TIMED}x{TIMED} pixels in PyTorch, one thread"
