@@ -21,7 +21,7 @@ def naming(path: Any, flag: str) -> Iterator[None]:
     """Inside, what is wrong with a file becomes a UserError with its name and the option to change."""
     try:
         if not os.path.isfile(path):  # Path's own raises before Python 3.14 where a name is too long
-            raise Refused(f"{'is not a file' if os.path.exists(path) else 'does not exist'}; pass another")
+            raise Refused(f"{missing(path, 'is not a file')}; pass another")
         yield
     except Refused as error:
         raise UserError(f"{path} {error} ({flag}).") from None
@@ -29,6 +29,12 @@ def naming(path: Any, flag: str) -> Iterator[None]:
         raise UserError(f"{path} can't be read: {error.strerror}; pass another ({flag}).") from None
     except ValueError as error:
         raise UserError(f"{path}: {error} Pass the weights of an AetherNet ({flag}).") from None
+
+
+def missing(path: Any, otherwise: str) -> str:
+    """Why nothing of the kind that is wanted lies there; ``otherwise``: the words for another kind."""
+    link = "is a link to nothing" if os.path.islink(path) else "does not exist"
+    return otherwise if os.path.exists(path) else link
 
 
 def first_line(error: BaseException) -> str:

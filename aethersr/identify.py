@@ -123,13 +123,14 @@ def read_options(state: Mapping[str, Tensor]) -> Dict[str, Any]:
         if name in state and (tuple(state[name].shape) != (1,) or not least <= float(state[name]) < 1e6):
             raise ValueError(f"{name!r} is not one number from {least:g} to 1e6, of shape (1,).")
         recorded[name] = float(state[name]) if name in state else recorded[name]
-    ratio = hidden / embed_dim
+    exact, safe = hidden / embed_dim, (hidden + 0.5) / embed_dim
+    ratios = (round(exact, 4), round(safe, 4), safe)
     return {
         "scale": scale,
         "in_chans": in_chans,
         "embed_dim": embed_dim,
         "depths": _depths(state),
-        "mlp_ratio": ratio if int(embed_dim * ratio) == hidden else (hidden + 0.5) / embed_dim,
+        "mlp_ratio": next(ratio for ratio in ratios if int(embed_dim * ratio) == hidden),
         "lk_kernel": lk_kernel,
         "sk_kernel": shape("stages.0.0.conv.sk_conv.weight")[2] if form == "training" else min(3, lk_kernel),
         "use_channel_attn": "stages.0.0.channel_attn.fc.0.weight" in state,

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Tuple
 
-from aethersr.errors import UserError
+from aethersr.errors import UserError, missing
 from aethersr.files import check_file, check_folder
 from aethersr.folders import FORMATS, KINDS, Held, pictures_in
 
@@ -44,7 +44,7 @@ def find_jobs(
         held = pictures_in(source, "--input", recursive, target)
         jobs = [Job(path, target / path.relative_to(source)) for path in held.pictures]
     elif not os.path.isfile(source):
-        words = "is neither a file nor a folder" if os.path.exists(source) else "does not exist"
+        words = missing(source, "is neither a file nor a folder")
         raise UserError(f"{source} {words}; pass a picture or a folder with --input.")
     elif is_folder or output.endswith(("/", os.sep)):
         jobs = [Job(source, target / source.name)]

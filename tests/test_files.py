@@ -138,7 +138,7 @@ def test_one_picture_goes_to_a_file_or_into_a_folder(
      ("a.png", "b.png", "", "pass --overwrite"), ("two", "b.png/new", "", "b.png is a file, where"),
      ("a.png", "out.jpg", ".png", "contradicts --format png"), ("a.png", "pipe.png", "", "pipe or a device"),
      ("pipe.png", "out.png", "", "neither a file nor a folder"), (".", "b.png", "", "is a file"),
-     (".", "x.png", "", "is a picture's name"),
+     (".", "x.png", "", "is a picture's name"), ("gone.png", "x.png", "", "is a link to nothing"),
      ("two", "out", ".png", r"a\.jpg and .*a\.png would both become .*out/a\.png"),
      ("a.png", "a.png", "", "input itself"), ("a.png", "./", "", "input itself"),
      ("two", "two", "", "input itself"), ("two", "link", "", "input itself")],
@@ -147,6 +147,7 @@ def test_what_can_not_be_is_said(tmp_path: Path, source: str, target: str, endin
     make(tmp_path, "a.png", "b.png", "two/a.jpg", "two/a.png")
     (tmp_path / "empty").mkdir()
     (tmp_path / "link").symlink_to("two")
+    (tmp_path / "gone.png").symlink_to("nothing.png")
     os.mkfifo(tmp_path / "pipe.png")
     with pytest.raises(UserError, match=said) as caught:
         find_jobs(tmp_path / source, f"{tmp_path}/{target}", ending=ending)

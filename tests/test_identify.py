@@ -28,10 +28,10 @@ NETWORKS: List[Dict[str, Any]] = [
     {"scale": 3, "use_spatial_attn": False},
     {"scale": 8, "use_channel_attn": False, "in_chans": 1},
     {"in_chans": 4, "mlp_ratio": 1.5, "lk_kernel": 17, "sk_kernel": 5},
-    {"embed_dim": 24, "depths": [1, 2, 2, 3]},
+    {"embed_dim": 24, "depths": [1, 2, 2, 3], "mlp_ratio": 0.6667},
     {"lk_kernel": 1, "sk_kernel": 1, "bound": None},
     {"img_range": 255.0, "bound": 4.0},
-    {"embed_dim": 22, "mlp_ratio": 15.5 / 22},  # int(22 * (15 / 22)) is 14
+    {"embed_dim": 22, "mlp_ratio": 0.7045},  # int(22 * 0.6818) is 14
 ]
 
 
