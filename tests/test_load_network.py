@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import small_net
+from conftest import ROOT, small_net
 
 from aethersr.errors import UserError
 from aethersr.network import load_network
@@ -80,3 +80,10 @@ def test_an_ncnn_file_is_a_network_like_others(tmp_path: Path) -> None:
     assert like.reach <= found.reach <= like.reach + 20
     expected = like(X)
     assert float((found(X) - expected).abs().max()) <= max(1.0, float(expected.abs().max())) / 255
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("weights/*_fp16.safetensors")), ids=lambda path: path.name)
+def test_a_shipped_network_keeps_a_hard_disc_of_half_brightness_below_160(path: Path) -> None:
+    x = torch.arange(48) - 23.5
+    disc = 0.5 * (x.square() + x[:, None].square() < 100)
+    assert load_network(path, "cpu")(disc.expand(1, 3, -1, -1)).max() <= 160 / 255
