@@ -338,7 +338,7 @@ def scatter(points: List[Point], ms: Dict[str, float], budget: str) -> Any:
         axis.plot([each[0] for each in shown], [each[1] for each in shown], style, label=kind)
         for *place, name in shown:
             name = name.split(",")[0].replace("_training_fp16", "")
-            axis.annotate(name, place, (6, 4), textcoords="offset points", fontsize=9)
+            axis.annotate(name, place, (6, -12), textcoords="offset points", fontsize=9)
     axis.set(xscale="log", xlabel="time for a picture, ms (ONNX Runtime, CPU)", ylabel="quality: PSNR-Y, dB")
     axis.set(title=f"Quality against time: up and left is better\n{budget}", xmargin=0.3)
     axis.xaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}")
