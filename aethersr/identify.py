@@ -124,6 +124,7 @@ def read_options(state: Mapping[str, Tensor]) -> Dict[str, Any]:
             raise ValueError(f"{name!r} is not one number from {least:g} to 1e6, of shape (1,).")
         recorded[name] = float(state[name]) if name in state else recorded[name]
     exact, safe = hidden / embed_dim, (hidden + 0.5) / embed_dim
+    # The shortest that gives this many channels: a ratio is cut to a whole number of them.
     ratios = (round(exact, 4), round(safe, 4), safe)
     return {
         "scale": scale,
