@@ -380,7 +380,7 @@ class AetherNet(AetherBase):
     def __init__(
         self, scale: int = 4, in_chans: int = 3, embed_dim: int = 128, depths: Sequence[int] = (6, 6, 6, 6),
         mlp_ratio: float = 2.0, lk_kernel: int = 11, sk_kernel: int = 3, drop: float = 0.0,
-        drop_path_rate: float = 0.1, img_range: float = 1.0, use_channel_attn: bool = True,
+        drop_path_rate: float = 0.0, img_range: float = 1.0, use_channel_attn: bool = True,
         use_spatial_attn: bool = True, batch_renorm: bool = False, bound: Optional[float] = 1.0,
         norm: Optional[str] = None,
     ) -> None:  # fmt: skip
