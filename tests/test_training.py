@@ -171,7 +171,7 @@ def test_both_pictures_of_a_pair_show_a_disc_at_the_same_place(scale: int) -> No
         return np.array([(y * values).sum(), (x * values).sum()]) / values.sum()
 
     random, kinds = np.random.default_rng(0), set()
-    for _ in range(40):
+    for _ in range(100):
         large, small = draw_graphics.pair(canvas, random, scale)
         assert (large.size, small.size) == ((192, 192), (192 // scale, 192 // scale))
         # If every n-th pixel were taken, half a pixel or more.

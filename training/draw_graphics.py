@@ -5,7 +5,8 @@
 Adds pairs to FOLDER/gt and FOLDER/lq, beside those of prepare_pictures.py. A network that has seen only
 bicubic reductions of photographs overshoots hard edges. Here each picture is drawn eight times as large, and
 both of a pair are sampled from that, at pixel centres (hard) or as the mean of an area (smooth), or the small
-one is a bicubic or Lanczos reduction of the large one. So their pixel grids fit exactly.
+one is a bicubic or Lanczos reduction of the large one. So their pixel grids fit exactly. Six in ten are
+bicubic: with 15 in a hundred, text came out worse than from a network that had seen no drawn pairs.
 """
 
 from __future__ import annotations
@@ -126,9 +127,9 @@ def pair(image: Image.Image, random: np.random.Generator, scale: int) -> Tuple[I
 
     gt = hard(FINE) if random.random() < 0.4 else image.reduce(FINE)
     kind = random.random()
-    if kind < 0.75:
-        return gt, hard(FINE * scale) if kind < 0.5 else image.reduce(FINE * scale)
-    method = Image.Resampling.LANCZOS if kind < 0.85 else Image.Resampling.BICUBIC
+    if kind < 0.3:
+        return gt, hard(FINE * scale) if kind < 0.2 else image.reduce(FINE * scale)
+    method = Image.Resampling.LANCZOS if kind < 0.4 else Image.Resampling.BICUBIC
     return gt, gt.resize((SIZE // scale, SIZE // scale), method)
 
 
